@@ -1,0 +1,112 @@
+"""A training stage as a list of layers that read and write named slots.
+
+There is one forward per trained stage, written once as a list. Run in order inside one module it
+serves ZeRO 1, 2 and 3; cut into consecutive pieces it serves the pipeline. What crosses a cut is
+computed from what the layers declare: a slot travels where a later layer still reads it. The
+trade-off is that a layer must name its slots, and that the names are checked before the first step.
+
+A slot is a tensor whose first dimension is the micro-batch (B, ...). At a boundary a floating slot
+without gradient is bit-viewed as integers, because DeepSpeed's pipeline expects a gradient for
+every floating tensor that it sends (0.19.8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from parallel.errors import UserError
+
+_AS_INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+_AS_FLOAT = {integer: floating for floating, integer in _AS_INTEGER.items()}
+
+
+class Layer(nn.Module):
+    """One entry of the list: a module that maps the slots it reads to the slots it writes.
+
+    Subclasses set `reads` and `writes`, and `forward(**slots) -> dict` takes exactly the read slots
+    by name and returns exactly the written ones. Slots named in `detached` are written without
+    gradient (teachers, frozen encoders). A loss layer writes a slot of shape (B,), fp32, one value
+    per sample. Parameters belong to the stage's model: a layer holds references to its parts.
+    """
+
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    detached: frozenset[str] = frozenset()
+
+    def forward(self, **slots: Tensor) -> dict[str, Tensor]:
+        """Compute the written slots from the read ones."""
+        raise NotImplementedError
+
+
+class Program(nn.Module):
+    """The list of layers run in order on one device.
+
+    `inputs` are the slots a batch provides, `terms` the per-sample losses the list must write.
+    Raises UserError when a layer reads a slot that nothing before it wrote.
+    """
+
+    def __init__(self, layers: Sequence[Layer], inputs: Sequence[str], terms: Sequence[str]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.inputs, self.terms = tuple(inputs), tuple(terms)
+        self.boundaries = live_slots(layers, self.inputs, self.terms)
+
+    def forward(self, slots: Mapping[str, Tensor]) -> Tensor:
+        """Run all layers; return the terms stacked as (B, T), fp32, in the order of `terms`."""
+        live = {name: slots[name] for name in self.boundaries[0]}
+        for layer, keep in zip(self.layers, self.boundaries[1:], strict=True):
+            live = run_layer(layer, live, keep)
+        return torch.stack([live[name].float() for name in self.terms], dim=1)
+
+
+def run_layer(layer: nn.Module, live: Mapping[str, Tensor], keep: Sequence[str]) -> dict[str, Tensor]:
+    """Run one layer on the live slots and return those that are still read later (`keep`)."""
+    assert isinstance(layer, Layer)
+    written = layer(**{name: live[name] for name in layer.reads})
+    if set(written) != set(layer.writes):
+        raise TypeError(f"{type(layer).__name__} wrote {sorted(written)}, declared {sorted(layer.writes)}")
+    written = {n: t.detach() if n in layer.detached else t for n, t in written.items()}
+    merged = {**live, **written}
+    return {name: merged[name] for name in keep}
+
+
+def live_slots(layers: Sequence[Layer], inputs: Sequence[str], terms: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return, for the edge before each layer and after the last, the slots that later layers read."""
+    known = set(inputs)
+    for layer in layers:
+        if missing := set(layer.reads) - known:
+            raise UserError(f"{type(layer).__name__} reads {sorted(missing)}, which no earlier layer or batch provides")
+        known |= set(layer.writes)
+    if missing := set(terms) - known:
+        raise UserError(f"no layer writes the loss term(s) {sorted(missing)}")
+    live = set(terms)
+    edges = [tuple(sorted(live))]
+    for layer in reversed(layers):
+        live = (live - set(layer.writes)) | set(layer.reads)
+        edges.append(tuple(sorted(live)))
+    return edges[::-1]
+
+
+def pack(slots: Mapping[str, Tensor], names: Sequence[str]) -> tuple[Tensor, ...]:
+    """Slots as the tuple that crosses a boundary; floats without gradient travel as integers.
+
+    A genuine integer slot is int64 or uint8: int16 and int32 at a boundary always mean viewed floats.
+    """
+    packed = []
+    for name in names:
+        tensor = slots[name]
+        if tensor.is_floating_point() and not tensor.requires_grad:
+            tensor = tensor.detach().contiguous().view(_AS_INTEGER[tensor.dtype])
+        packed.append(tensor)
+    return tuple(packed)
+
+
+def unpack(tensors: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Invert `pack`."""
+    return {
+        name: tensor.view(_AS_FLOAT[tensor.dtype]) if tensor.dtype in _AS_FLOAT else tensor
+        for name, tensor in zip(names, tensors, strict=True)
+    }

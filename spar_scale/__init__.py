@@ -1,0 +1,1 @@
+"""SPAR as a distributed pretraining system: the models, the stages and the one trainer."""
