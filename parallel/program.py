@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from parallel.errors import UserError
 
@@ -40,6 +41,11 @@ class Layer(nn.Module):
         """Compute the written slots from the read ones."""
         raise NotImplementedError
 
+    def train(self, mode: bool = True) -> Layer:
+        """Set the mode; a layer whose parameters are all frozen stays in eval mode."""
+        super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
+        return self
+
 
 class Program(nn.Module):
     """The list of layers run in order on one device.
@@ -48,9 +54,10 @@ class Program(nn.Module):
     Raises UserError when a layer reads a slot that nothing before it wrote.
     """
 
-    def __init__(self, layers: Sequence[Layer], inputs: Sequence[str], terms: Sequence[str]):
+    def __init__(self, layers: Sequence[Layer], inputs: Sequence[str], terms: Sequence[str], recompute: bool = False):
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.recompute = recompute
         self.inputs, self.terms = tuple(inputs), tuple(terms)
         self.boundaries = live_slots(layers, self.inputs, self.terms)
 
@@ -58,14 +65,21 @@ class Program(nn.Module):
         """Run all layers; return the terms stacked as (B, T), fp32, in the order of `terms`."""
         live = {name: slots[name] for name in self.boundaries[0]}
         for layer, keep in zip(self.layers, self.boundaries[1:], strict=True):
-            live = run_layer(layer, live, keep)
+            live = run_layer(layer, live, keep, self.recompute)
         return torch.stack([live[name].float() for name in self.terms], dim=1)
 
 
-def run_layer(layer: nn.Module, live: Mapping[str, Tensor], keep: Sequence[str]) -> dict[str, Tensor]:
-    """Run one layer on the live slots and return those that are still read later (`keep`)."""
+def run_layer(
+    layer: nn.Module, live: Mapping[str, Tensor], keep: Sequence[str], recompute: bool = False
+) -> dict[str, Tensor]:
+    """Run one layer on the live slots and return those that are still read later (`keep`).
+
+    With `recompute` its inner activations are dropped and computed again in the backward pass.
+    """
     assert isinstance(layer, Layer)
-    written = layer(**{name: live[name] for name in layer.reads})
+    read = {name: live[name] for name in layer.reads}
+    written = checkpoint(layer, use_reentrant=False, **read) if recompute else layer(**read)
+    assert isinstance(written, dict)
     if set(written) != set(layer.writes):
         raise TypeError(f"{type(layer).__name__} wrote {sorted(written)}, declared {sorted(layer.writes)}")
     written = {n: t.detach() if n in layer.detached else t for n, t in written.items()}

@@ -1,0 +1,72 @@
+"""What stops a run that no longer learns: updates that are not finite, and samples that cannot be read.
+
+Both judge numbers that every rank knows, so all ranks stop at the same step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any
+
+from parallel.errors import UserError
+
+WINDOW_SAMPLES = 1000
+"""The share of bad samples is judged over about this many of the latest samples."""
+MINIMUM_SAMPLES = 100
+"""Below this many samples no share is judged: a single bad file must not stop a run."""
+
+
+class NonFiniteGuard:
+    """Counts skipped updates; fatal when more than `limit` follow one another."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.total = 0
+        self.in_a_row = 0
+
+    def observe(self, step: int, skipped: bool) -> None:
+        """Count one step; raises UserError past the limit."""
+        self.total += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row > self.limit:
+            raise UserError(
+                f"step {step}: the loss or its gradient was not finite for {self.in_a_row} steps in a row "
+                f"(guards.max_skipped_steps is {self.limit}); lower optimizer.lr or look at the data of these steps"
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """Counts, for the checkpoint."""
+        return {"version": 1, "total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore the counts; refuses a version it does not know."""
+        if state.get("version") != 1:
+            raise UserError(f"checkpoint: skipped-step counts of version {state.get('version')}, this program knows 1")
+        self.total, self.in_a_row = state["total"], state["in_a_row"]
+
+
+class BadSampleGuard:
+    """Counts samples that could not be used; fatal when their share of the latest ones passes `max_fraction`."""
+
+    def __init__(self, max_fraction: float):
+        self.max_fraction = max_fraction
+        self.total = 0
+        self._steps: deque[tuple[int, list[str]]] = deque()
+        self._samples = 0
+
+    def observe(self, step: int, samples: int, bad: Sequence[dict[str, Any]]) -> None:
+        """Count one step's samples and its bad ones (each with `shard`); raises UserError past the share."""
+        self.total += len(bad)
+        self._steps.append((samples, [str(entry["shard"]) for entry in bad]))
+        self._samples += samples
+        while self._samples - self._steps[0][0] >= WINDOW_SAMPLES:
+            self._samples -= self._steps.popleft()[0]
+        shards = Counter(shard for _, names in self._steps for shard in names)
+        share = shards.total() / max(1, self._samples)
+        if self._samples >= MINIMUM_SAMPLES and share > self.max_fraction:
+            worst = ", ".join(f"{name} ({count})" for name, count in shards.most_common(3))
+            raise UserError(
+                f"step {step}: {shards.total()} of the last {self._samples} samples could not be used, more than "
+                f"guards.max_bad_fraction = {self.max_fraction:g}; most are in {worst}; see bad_samples.jsonl"
+            )

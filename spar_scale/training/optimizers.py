@@ -1,0 +1,98 @@
+"""Optimizers by name, and the parameter groups they work on.
+
+A group is a learning-rate group of the stage split by weight decay (none for vectors: norms, biases,
+scales) and, for Muon, by matrix. Fused kernels of other packages are detected by importing the
+symbol itself, because package names lie: the registry's `apex` is another project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from parallel.errors import UserError
+from spar_scale.recipe import Optimizer
+
+
+def parameter_groups(
+    model: nn.Module, groups: Mapping[str, tuple[str, ...]], settings: Optimizer
+) -> list[dict[str, Any]]:
+    """Set `requires_grad` by the stage's groups (name -> parameter-name prefixes) and return optimizer groups.
+
+    Each returned group has a unique `name`, its `multiplier` of the learning rate and the optimizer's
+    own keys. Raises UserError for a multiplier of a group that the stage does not have.
+    """
+    if unknown := sorted(set(settings.groups) - set(groups)):
+        raise UserError(f"optimizer.groups: found {unknown}, this phase has the groups {sorted(groups)}")
+    collected: dict[tuple[str, str], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        owners = [group for group, prefixes in groups.items() if name.startswith(prefixes)]
+        parameter.requires_grad_(bool(owners))
+        if owners:
+            collected.setdefault((owners[0], _kind(name, parameter, settings)), []).append(parameter)
+    return [
+        {"name": f"{group}.{kind}", "params": parameters, **_keys(group, kind, settings)}
+        for (group, kind), parameters in collected.items()
+    ]
+
+
+def optimizer_factory(settings: Optimizer) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    """Return the constructor for `optimizer.name`; raises UserError when its package is absent."""
+    if settings.name == "adamw":
+        return lambda groups: torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+    if settings.name == "muon":
+        return _muon
+    fused = _apex_fused_adam() if settings.name == "apex_adam" else _deepspeed_fused_adam()
+    return lambda groups: fused(groups, lr=settings.lr, adam_w_mode=True)
+
+
+def _kind(name: str, parameter: nn.Parameter, settings: Optimizer) -> str:
+    if settings.name == "muon" and parameter.dim() in (2, 4) and "embed" not in name:
+        parameter.use_muon = True  # type: ignore[attr-defined]  # DeepSpeed reads it
+        return "muon"
+    if settings.name == "muon":
+        parameter.use_muon = False  # type: ignore[attr-defined]
+    return "decay" if parameter.dim() > 1 else "plain"
+
+
+def _keys(group: str, kind: str, settings: Optimizer) -> dict[str, Any]:
+    multiplier = settings.groups.get(group, 1.0)
+    decay = settings.weight_decay if kind != "plain" else 0.0
+    if kind == "muon":
+        ratio = settings.muon_lr / settings.lr
+        keys = {"lr": settings.lr, "momentum": settings.muon_momentum, "weight_decay": decay, "use_muon": True}
+        return {**keys, "multiplier": multiplier * ratio}
+    keys = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps, "weight_decay": decay}
+    if settings.name == "muon":
+        keys["use_muon"] = False
+    return {**keys, "multiplier": multiplier}
+
+
+def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    return MuonWithAuxAdam(groups)  # without an Adam of its own it uses its inline one, which needs no compiler
+
+
+def _apex_fused_adam() -> Any:
+    try:
+        from amp_C import multi_tensor_adam  # noqa: F401  # pyright: ignore  (proves a CUDA build)
+        from apex.optimizers import FusedAdam  # pyright: ignore
+    except Exception as error:
+        raise UserError(
+            f"optimizer.name: found 'apex_adam', but NVIDIA apex with CUDA kernels cannot be imported ({error}); "
+            "build it from its source repository at a release tag (a package called 'apex' is another project), "
+            "or use 'adamw'"
+        ) from None
+    return FusedAdam
+
+
+def _deepspeed_fused_adam() -> Any:
+    if not torch.cuda.is_available():
+        raise UserError("optimizer.name: found 'deepspeed_adam', whose kernel needs a CUDA device; use 'adamw'")
+    from deepspeed.ops.adam import FusedAdam
+
+    return FusedAdam

@@ -1,0 +1,62 @@
+"""A run's directory: who may write it, and what it says about the run so far.
+
+The recipe is written once; a continuation may change only what does not change the run. The lock is
+held by rank 0, and every refusal is raised on all ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import TracebackType
+
+from parallel import checkpoint
+from parallel.errors import UserError
+from parallel.run_lock import RunLock
+from parallel.topology import Topology
+from spar_scale.recipe import Recipe, differences, load_recipe, may_change_at_resume
+
+log = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """The directory of one run, locked while the object is open (a context manager)."""
+
+    def __init__(self, recipe: Recipe, topology: Topology):
+        self.path = recipe.run_dir
+        self.checkpoints = self.path / "checkpoints"
+        self._recipe, self._topology = recipe, topology
+        self._lock: RunLock | None = None
+
+    def __enter__(self) -> RunDirectory:
+        self._topology.run_first(self._open)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if self._lock is not None:
+            self._lock.release()
+
+    def resolve(self, relative: str) -> Path:
+        """A path that the recipe gives relative to the run directory."""
+        return (self.path / relative).resolve()
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is whole, verified by all ranks; damaged newer ones are named in the log."""
+        if not self._topology.run_first(lambda: self.checkpoints.is_dir()):
+            return None
+        return checkpoint.find(self.checkpoints, self._topology.files_group)
+
+    def _open(self) -> None:
+        self._lock = RunLock(self.path)
+        self._lock.acquire()
+        file = self.path / "recipe.yaml"
+        if file.exists():
+            old = load_recipe(file)
+            changed = [key for key in differences(old, self._recipe) if not may_change_at_resume(key)]
+            changed = [key for key in changed if key != "run_dir"]
+            if changed:
+                raise UserError(
+                    f"{self.path}: holds a run of another recipe; it differs in {', '.join(changed)}. "
+                    "Give the recipe another run_dir, or restore these values to go on"
+                )
+        self._recipe.save(file)

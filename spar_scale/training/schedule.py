@@ -1,0 +1,24 @@
+"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+from spar_scale.recipe import Optimizer
+
+
+def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
+    """Rate of the update that completes step `step` (1-based) of `steps`, before group multipliers.
+
+    Linear warm-up to `lr` over `warmup_steps`, then the schedule's decay to `min_lr` at the last step.
+    """
+    if step <= optimizer.warmup_steps:
+        return optimizer.lr * step / optimizer.warmup_steps
+    progress = (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps)
+    if optimizer.schedule == "constant":
+        return optimizer.lr
+    if optimizer.schedule == "linear":
+        share = 1.0 - progress
+    else:
+        share = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * share

@@ -1,0 +1,307 @@
+"""The one training loop: every stage, phase and layout goes through `train`.
+
+Read `Trainer.run` first. Between fetching a batch and the update nothing of ours waits for the
+device; metrics stay there and are read in blocks, at log steps and before each checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from parallel import checkpoint
+from parallel.errors import UserError
+from parallel.launch import Launch, read_environment, start
+from parallel.topology import Layout, Topology
+from parallel.zero import Engine, EngineSettings, StepRecord, name_parameters
+from spar_scale import stages
+from spar_scale.data.loader import Loader
+from spar_scale.recipe import Recipe
+from spar_scale.training.guards import BadSampleGuard, NonFiniteGuard
+from spar_scale.training.optimizers import optimizer_factory, parameter_groups
+from spar_scale.training.progress import Progress
+from spar_scale.training.run_directory import RunDirectory
+from spar_scale.training.schedule import learning_rate
+from spar_scale.training.tracking import RunLog
+
+log = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+
+def train(recipe: Recipe) -> int:
+    """Train a recipe to its last step, from its newest whole checkpoint if there is one; 0 when done."""
+    layout = Layout(recipe.parallel.tensor, recipe.parallel.pipeline, recipe.parallel.zero)
+    if layout.tensor > 1:
+        raise UserError(f"parallel.tensor: found {layout.tensor}; tensor parallelism is not built yet, must be 1")
+    layout.data(read_environment()[1])  # refuse before any process group exists
+    launch = start()
+    topology = Topology(layout)
+    with RunDirectory(recipe, topology) as directory:
+        trainer = Trainer(recipe, launch, topology, directory)
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
+    return 0
+
+
+@dataclass
+class Pending:
+    """A finished step whose numbers are still on the device."""
+
+    step: int
+    lr: float
+    record: StepRecord
+    samples: list[int]
+    bad: list[dict[str, Any]]
+
+
+class Trainer:
+    """One run: model, engine, data and logs, from wherever its checkpoints left it."""
+
+    def __init__(self, recipe: Recipe, launch: Launch, topology: Topology, directory: RunDirectory):
+        self.recipe, self.topology, self.directory = recipe, topology, directory
+        self.stage = stages.build(recipe)
+        name_parameters(self.stage.model)
+        groups = parameter_groups(self.stage.model, self.stage.groups, recipe.optimizer)
+        self.multipliers = {group["name"]: group.pop("multiplier") for group in groups}
+        self.frozen = frozen_digests(self.stage.model)
+        self.loader = self._loader()
+        self.engine = Engine(
+            self.stage.layers,
+            self.stage.inputs,
+            self.stage.terms,
+            groups,
+            optimizer_factory(recipe.optimizer),
+            topology,
+            launch.device,
+            self._engine_settings(),
+        )
+        self.non_finite = NonFiniteGuard(recipe.guards.max_skipped_steps)
+        self.bad_samples = BadSampleGuard(recipe.guards.max_bad_fraction)
+        self.step = self._resume()
+        self.loader.start(self.step)
+        self.log = RunLog(directory.path, self.step) if topology.rank == 0 else None
+        self.pending: list[Pending] = []
+        self.since = time.monotonic()
+
+    def run(self) -> None:
+        """Train up to the recipe's last step, save, and write the published layout where the stage has one."""
+        steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
+        title = f"{self.recipe.stage}/{self.recipe.phase}"
+        progress = Progress(title, self.step, steps, speaks=self.topology.rank == 0)
+        try:
+            batches = iter(self.loader)
+            while self.step < steps:
+                self._train_step(batches)
+                saves = self.step % every == 0 or self.step == steps
+                if saves or self.step % self.recipe.train.log_every == 0:
+                    progress.show(self._write_metrics())
+                if saves:
+                    self._save()
+        finally:
+            progress.close()
+        self._export()
+
+    def close(self) -> None:
+        """Stop the loader's workers, close the logs and release the engine."""
+        self.loader.close()
+        if self.log is not None:
+            self.log.close()
+        self.engine.close()
+
+    # -- one step -------------------------------------------------------------------------------
+
+    def _train_step(self, batches: Iterator[dict[str, Any]]) -> None:
+        self.step += 1
+        lr = learning_rate(self.recipe.optimizer, self.step, self.recipe.train.steps)
+        samples: list[int] = []
+        bad: list[dict[str, Any]] = []
+
+        def counted() -> Iterator[dict[str, Any]]:
+            for batch in itertools.islice(batches, self.loader.micro_steps):
+                samples.extend(number for number in batch["sample"].tolist() if number >= 0)
+                bad.extend(batch["errors"])
+                yield batch
+
+        feed = counted()
+        record = self.engine.step(feed, {name: lr * factor for name, factor in self.multipliers.items()})
+        for _ in feed:  # a stage in the middle of a pipeline takes no batches: keep its position
+            pass
+        self.pending.append(Pending(self.step, lr, record, samples, bad))
+        self.non_finite.observe(self.step, record.skipped)
+
+    # -- telling --------------------------------------------------------------------------------
+
+    def _write_metrics(self) -> dict[str, Any]:
+        """Bring the pending steps to the host, sum them over ranks, write them; return the last line."""
+        local = torch.stack([pending.record.terms for pending in self.pending]).cpu()
+        terms = self.topology.sum(local if self.topology.speaks else torch.zeros_like(local))
+        norms = torch.stack([pending.record.grad_norm for pending in self.pending]).cpu()
+        counts = self.topology.tensor_rank == 0 and self.topology.stage == 0
+        mine = [(pending.samples, pending.bad) if counts else ([], []) for pending in self.pending]
+        everyone = self.topology.gather(mine)
+        now = time.monotonic()
+        rate = len(self.pending) * self.recipe.global_batch / (now - self.since)
+        self.since = now
+        line: dict[str, Any] = {}
+        for index, pending in enumerate(self.pending):
+            values = dict(zip(self.stage.terms, terms[index].tolist(), strict=True))
+            line = {
+                "step": pending.step,
+                "samples": pending.step * self.recipe.global_batch,
+                "loss": sum(self.stage.terms[name] * value for name, value in values.items()),
+                "grad_norm": float(norms[index]),
+                "lr": pending.lr,
+                "samples_per_s": round(rate, 2),
+                "terms": values,
+                "skipped": pending.record.skipped,
+                "time": round(time.time(), 3),
+            }
+            samples = [number for rank in everyone for number in rank[index][0]]
+            bad = [entry for rank in everyone for entry in rank[index][1]]
+            if self.log is not None:
+                self.log.metrics([line])
+                self.log.samples(pending.step, samples)
+                self.log.bad_samples(pending.step, bad)
+            self.bad_samples.observe(pending.step, len(samples), bad)
+        self.pending.clear()
+        return line
+
+    # -- saving and resuming ----------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.log is not None:
+            self.log.flush()
+        state = {
+            "version": STATE_VERSION,
+            "step": self.step,
+            "samples": self.step * self.recipe.global_batch,
+            "seed": self.recipe.seed,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "shards": self.loader.digest,
+            "frozen": self.frozen,
+            "references": {name: str(path) for name, path in self.stage.references.items()},
+            "optimizer_steps": self._optimizer_steps(),
+            "non_finite": self.non_finite.state_dict(),
+        }
+        checkpoint.save(
+            self.directory.checkpoints,
+            self.step,
+            self.engine.fragments(),
+            state,
+            tensors={},
+            group=self.topology.files_group,
+            keep=self.recipe.checkpoint.keep,
+        )
+
+    def _resume(self) -> int:
+        """Load the newest whole checkpoint; return its step, or 0 for a fresh run."""
+        found = self.directory.newest_checkpoint()
+        if found is None:
+            self._announce("starts at step 0: the run directory has no checkpoint")
+            return 0
+        state = checkpoint.load(found, self.engine.fragments(), tensors={}, group=self.topology.files_group)
+        if state.get("version") != STATE_VERSION:
+            raise UserError(f"{found}: state version {state.get('version')}, this program reads {STATE_VERSION}")
+        if state["shards"] != self.loader.digest:
+            raise UserError(f"data.sources: the shards are not those that {found} was trained on; restore them")
+        for part, digest in self.frozen.items():
+            if state["frozen"].get(part) != digest:
+                raise UserError(f"{found}: the frozen part '{part}' differs from the one that this run trained with")
+        self.engine.restore(state["optimizer_steps"])
+        self.non_finite.load_state_dict(state["non_finite"])
+        self._announce(f"goes on from {found}, step {state['step']}")
+        return state["step"]
+
+    def _optimizer_steps(self) -> dict[str, int]:
+        """Applied updates by group over all stages of a pipeline."""
+        merged: dict[str, int] = {}
+        for steps in self.topology.gather(self.engine.optimizer_steps()):
+            merged.update(steps)
+        return merged
+
+    def _export(self) -> None:
+        """Write the averaged weights in the published layout, if the stage has one."""
+        if self.stage.export is not None:
+            self.topology.run_first(lambda: export(self.recipe, self.directory))
+
+    # -- pieces of the constructor ----------------------------------------------------------------
+
+    def _loader(self) -> Loader:
+        recipe = self.recipe
+        return Loader(
+            recipe.data.sources,
+            self.stage.sample,
+            seed=recipe.seed,
+            global_batch=recipe.global_batch,
+            task_block=recipe.data.task_block,
+            micro_batch=recipe.parallel.micro_batch,
+            dp_rank=self.topology.data_rank,
+            dp_size=self.topology.data_size,
+            workers=recipe.data.workers,
+            steps=recipe.train.steps,
+        )
+
+    def _engine_settings(self) -> EngineSettings:
+        recipe = self.recipe
+        return EngineSettings(
+            precision=recipe.precision,
+            micro_batch=recipe.parallel.micro_batch,
+            micro_steps=self.loader.micro_steps,
+            global_batch=recipe.global_batch,
+            clip=recipe.optimizer.clip,
+            ema_decay=recipe.optimizer.ema_decay,
+            recompute=recipe.parallel.recompute == "blocks",
+        )
+
+    def _announce(self, text: str) -> None:
+        if self.topology.rank == 0:
+            log.info("%s/%s %s", self.recipe.stage, self.recipe.phase, text)
+
+
+def frozen_digests(model: nn.Module) -> dict[str, str]:
+    """sha256 of the frozen parameters of each top-level part: what a checkpoint refers to instead of holding."""
+    hashes: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            part = hashes.setdefault(name.split(".")[0], hashlib.sha256())
+            part.update(name.encode())
+            part.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return {part: digest.hexdigest() for part, digest in hashes.items()}
+
+
+def averaged_model(recipe: Recipe, directory: Path) -> nn.Module:
+    """The run's model in eval mode with the EMA of its newest whole checkpoint (one process, CPU)."""
+    stage = stages.build(recipe)
+    found = checkpoint.find(directory / "checkpoints", None)
+    if found is None:
+        raise UserError(f"{directory}: holds no checkpoint; train it first")
+    average = checkpoint.read(found, "ema")
+    missing = stage.model.load_state_dict(average, strict=False)
+    if missing.unexpected_keys:
+        raise UserError(f"{found}: holds {missing.unexpected_keys[:3]}, which the model of the recipe has not")
+    return stage.model.eval()
+
+
+def export(recipe: Recipe, directory: RunDirectory) -> None:
+    """Write `pretrained/` of the run: temporary name first, replaced as a whole."""
+    import shutil
+
+    stage = stages.build(recipe)
+    assert stage.export is not None
+    target, temporary = directory.path / "pretrained", directory.path / ".pretrained.tmp"
+    for leftover in (temporary, target):
+        shutil.rmtree(leftover, ignore_errors=True)
+    stage.export(averaged_model(recipe, directory.path), temporary)
+    temporary.rename(target)
