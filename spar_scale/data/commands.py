@@ -1,0 +1,96 @@
+"""Bodies of `spar-scale data make | index | show`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from parallel.errors import UserError
+from spar_scale.data.images import EXTENSIONS, BadSample, decode
+from spar_scale.data.shapes_world import World
+from spar_scale.data.storage import expand_shards, read_member, shard_bytes
+from spar_scale.data.tar_index import check_fresh, index_shard, read_header, read_index, write_index
+
+COLUMNS, CELL, CAPTION = 8, 128, 28  # a contact sheet: images a row, pixels a side, pixels for the text
+
+
+def make(config: World, out: Path) -> None:
+    """Write the miniature world's shards under `out`, and say what is there."""
+    from spar_scale.data.shards import make_world
+
+    shards = make_world(config, out)
+    samples = Counter[str]()
+    for shard in shards:
+        samples[shard.name.rsplit("-", 1)[0]] += read_header(str(shard)).samples
+    print(f"{out}: {', '.join(f'{name} {number}' for name, number in samples.items())} in {len(shards)} shards")
+
+
+def index(paths: list[str]) -> None:
+    """Write the index of every shard that the paths or patterns name."""
+    for shard in expand_shards(paths):
+        found = index_shard(shard)
+        print(f"{write_index(shard, found)}: {len(found)} samples with {', '.join(found.extensions)}")
+
+
+def show(paths: list[str], count: int, out: Path | None) -> None:
+    """Print what each shard holds and its first `count` texts; with `out`, draw their images as a sheet (PNG)."""
+    if count < 0:
+        raise UserError(f"count is {count}; it must be at least 0")
+    cells = []
+    for shard in expand_shards(paths):
+        index = read_index(shard)
+        check_fresh(shard, index.tar_bytes, shard_bytes(shard))
+        print(f"{shard}: {len(index)} samples with {', '.join(index.extensions)}, {index.tar_bytes / 1e6:.1f} MB")
+        for sample in range(min(count, len(index))):
+            table = index.members(sample)
+            text = _text(shard, table)
+            print(f"  {index.keys[sample]}: {text}")
+            pictures = [name for name in table if name.rsplit(".", 1)[-1] in EXTENSIONS]
+            cells += [(read_member(shard, *table[name]), text, name) for name in pictures]
+    if out is not None:
+        _contact_sheet(cells, out)
+        print(f"{out}: {len(cells)} images")
+
+
+def _text(shard: str, table: dict[str, tuple[int, int]]) -> str:
+    if "txt" in table:
+        return read_member(shard, *table["txt"]).decode(errors="replace").strip()
+    if "json" in table:
+        try:
+            return json.dumps(json.loads(read_member(shard, *table["json"])))[:200]
+        except ValueError:
+            return "(json that cannot be read)"
+    return "(no text)"
+
+
+def _contact_sheet(cells: list[tuple[bytes, str, str]], out: Path) -> None:
+    from PIL import Image, ImageDraw
+
+    if not cells:
+        raise UserError(f"{out}: nothing to draw; the samples hold no image")
+    rows = -(-len(cells) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * (CELL + 4), rows * (CELL + CAPTION)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (data, text, name) in enumerate(cells):
+        x, y = number % COLUMNS * (CELL + 4), number // COLUMNS * (CELL + CAPTION)
+        try:
+            image = decode(data)
+            image.thumbnail((CELL, CELL))
+            scale = CELL // max(image.size)
+            sheet.paste(image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST), (x, y))
+        except BadSample as error:
+            text = f"bad: {error}"
+        text = f"{name.removesuffix('.png')}: {text}" if "." in name else text
+        words = text.split()
+        while words:
+            taken = next((n for n in range(len(words), 0, -1) if pen.textlength(" ".join(words[:n])) <= CELL), 1)
+            if y + CELL + 10 > number // COLUMNS * (CELL + CAPTION) + CELL + CAPTION:
+                break
+            pen.text((x, y + CELL), " ".join(words[:taken]), fill="black")
+            words, y = words[taken:], y + 11
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(out, "png")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None

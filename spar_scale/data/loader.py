@@ -1,0 +1,229 @@
+"""From shards to the micro-batches of one data-parallel rank.
+
+A micro-batch is named by its number over the whole run, and everything in it follows from that
+number: which samples (order.py), their pixels and their random draws. So a worker process holds no
+state, a run is resumed by giving `first_step`, and ranks, workers and micro-batch change nothing but
+who loads what.
+
+Errors come in two sorts. A bad sample (not an image, a member missing) keeps its number with weight
+0 and is reported in the batch; the trainer counts them. A system error (a shard vanished, a disk
+that fails) is raised as UserError naming the file. Workers pass it as a value, because torch (2.13)
+would bury its message in a traceback.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import hashlib
+import signal
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from parallel.errors import UserError
+from spar_scale.data.images import BadSample
+from spar_scale.data.order import PADDING, Blocks, Layout, Order, SourceShape, draw_generator
+from spar_scale.data.spec import Draw, SampleSpec
+from spar_scale.data.storage import ShardReader, expand_shards
+from spar_scale.data.tar_index import ShardIndex, check_fresh, digest, read_header, read_index
+from spar_scale.data.tasks import Members, find_task
+
+Batch = dict[str, Any]
+OPEN_SHARDS = 32  # files and indexes that a worker keeps at hand
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of shards with its share of the mixture. `task`: the task it serves, where not the stage's."""
+
+    name: str
+    shards: str | Sequence[str]
+    weight: float = 1.0
+    task: str | None = None
+
+
+class Loader:
+    """Iterates over the micro-batches of a rank, from global step `first_step` on, for `steps` steps.
+
+    Yields `steps * micro_steps` batches: the task's tensors (B, ...), the draws of the spec (B, ...)
+    fp32, `weight` (B,) fp32 in {0, 1}, `sample` (B,) int64 with -1 in padded slots, and `errors`, a
+    list of {"sample", "source", "shard", "key", "reason"}. B is `micro_batch` always. A padded slot
+    is zero throughout; a bad sample keeps its number and draws.
+
+    `micro_steps` is the number of batches of one global step, the same on every rank; `digest` the
+    sha256 over the sources' names and shards. `close()` ends the workers; a loop that runs to its end
+    does so by itself. Raises UserError for sources that cannot be read or mixed.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        spec: SampleSpec,
+        seed: int,
+        global_batch: int,
+        task_block: int,
+        micro_batch: int,
+        dp_rank: int,
+        dp_size: int,
+        workers: int,
+        first_step: int,
+        steps: int,
+        prefetch: int = 4,
+    ):
+        shards = [expand_shards(source.shards) for source in sources]
+        shapes = [
+            SourceShape(source.name, source.weight, tuple(read_header(shard).samples for shard in group))
+            for source, group in zip(sources, shards, strict=True)
+        ]
+        layout = Layout(Blocks(global_batch, task_block), micro_batch, dp_size)
+        if not 0 <= dp_rank < dp_size:
+            raise UserError(f"dp_rank is {dp_rank} of {dp_size}; it must be at least 0 and less than dp_size")
+        self.order = Order(seed, shapes, global_batch, task_block)
+        self.micro_steps = layout.per_step
+        total = hashlib.sha256()
+        for source, group in zip(sources, shards, strict=True):
+            total.update(f"{source.name}\0{digest(group)}\n".encode())
+        self.digest = total.hexdigest()
+        self._dataset = _MicroBatches(self.order, layout, shards, spec, seed, dp_rank)
+        self._numbers = range(first_step * layout.per_step, (first_step + steps) * layout.per_step)
+        self._workers, self._prefetch = workers, prefetch
+        self._batches: Iterator[Batch | _Failure] | None = None
+        self._passes = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Load from the first step; workers start here and live until the last batch or `close()`."""
+        self.close()
+        self._passes += 1
+        this_pass = self._passes
+        self._batches = iter(
+            DataLoader(
+                self._dataset,
+                batch_size=None,
+                sampler=self._numbers,  # pyright: ignore[reportArgumentType]
+                num_workers=self._workers,
+                prefetch_factor=self._prefetch if self._workers else None,
+                multiprocessing_context="fork" if self._workers else None,
+                worker_init_fn=_start_worker,
+                collate_fn=_as_it_is,
+            )
+        )
+        # Workers ignore SIGTERM, so multiprocessing's own exit would wait for them without end.
+        atexit.register(self.close)
+        try:
+            for _ in self._numbers:
+                if self._batches is None or self._passes != this_pass:
+                    return
+                batch = next(self._batches)
+                if isinstance(batch, _Failure):
+                    raise UserError(batch.message)
+                yield batch
+        finally:
+            if self._passes == this_pass:
+                self.close()
+
+    def close(self) -> None:
+        """End the workers; a second call does nothing."""
+        self._batches = None  # the last reference: torch ends the workers as it is deleted
+        atexit.unregister(self.close)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A system error on its way out of a worker."""
+
+    message: str
+
+
+class _MicroBatches(Dataset):
+    """Micro-batch number -> batch. Holds open shards only where it is used, never across processes."""
+
+    def __init__(
+        self, order: Order, layout: Layout, shards: list[list[str]], spec: SampleSpec, seed: int, dp_rank: int
+    ):
+        self.order, self.layout, self.shards, self.spec = order, layout, shards, spec
+        self.seed, self.dp_rank = seed, dp_rank
+        self.task = find_task(spec.task)
+        self.opened: OrderedDict[str, tuple[ShardReader, ShardIndex]] = OrderedDict()
+
+    def __getitem__(self, micro_step: int) -> Batch | _Failure:
+        try:
+            return self.load(micro_step)
+        except UserError as error:
+            return _Failure(str(error))
+
+    def load(self, micro_step: int) -> Batch:
+        numbers = self.layout.samples(micro_step, self.dp_rank)
+        slots = self.task.slots(self.spec)
+        arrays = {name: np.zeros((len(numbers), *shape), dtype) for name, (shape, dtype) in slots.items()}
+        arrays |= {name: np.zeros((len(numbers), *d.shape), np.float32) for name, d in self.spec.draws.items()}
+        weight = np.zeros(len(numbers), np.float32)
+        errors = []
+        for slot, number in enumerate(int(n) for n in numbers):
+            if number == PADDING:
+                continue
+            for name, wanted in self.spec.draws.items():
+                arrays[name][slot] = _draw(draw_generator(self.seed, f"draw/{name}", number), wanted)
+            error = self._fill(arrays, slot, number)
+            if error is None:
+                weight[slot] = 1
+            else:
+                errors.append(error)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {**tensors, "weight": torch.from_numpy(weight), "sample": torch.from_numpy(numbers), "errors": errors}
+
+    def _fill(self, arrays: dict[str, np.ndarray], slot: int, number: int) -> dict[str, Any] | None:
+        """Write a sample into its slot; return what to report where it is bad."""
+        place = self.order.locate(number)
+        shard = self.shards[place.source][place.shard]
+        reader, index = self._open(shard)
+        table = index.members(place.member)
+        members = Members(tuple(table), lambda extension: reader.read(*table[extension]))
+        try:
+            values = self.task.fill(members, self.spec, lambda purpose: draw_generator(self.seed, purpose, number))
+        except BadSample as error:
+            source, key = self.order.sources[place.source].name, index.keys[place.member]
+            return {"sample": number, "source": source, "shard": shard, "key": key, "reason": str(error)}
+        for name, value in values.items():
+            arrays[name][slot] = value
+        return None
+
+    def _open(self, shard: str) -> tuple[ShardReader, ShardIndex]:
+        if shard in self.opened:
+            self.opened.move_to_end(shard)
+            return self.opened[shard]
+        reader, index = ShardReader(shard), read_index(shard)
+        check_fresh(shard, index.tar_bytes, reader.size_bytes)
+        if len(self.opened) >= OPEN_SHARDS:
+            self.opened.popitem(last=False)[1][0].close()
+        self.opened[shard] = reader, index
+        return reader, index
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "opened": OrderedDict()}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _draw(generator: np.random.Generator, wanted: Draw) -> np.ndarray:
+    if wanted.distribution == "normal":
+        return generator.standard_normal(wanted.shape, dtype=np.float32)
+    return generator.random(wanted.shape, dtype=np.float32)
+
+
+def _start_worker(_: int) -> None:
+    """The parent alone answers signals; a worker ends with it, even when it is killed (locks it inherited go too)."""
+    torch.set_num_threads(1)
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # prctl's PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

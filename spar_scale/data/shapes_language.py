@@ -1,0 +1,102 @@
+"""What can be said about a scene of the miniature world: captions, questions with answers, instructions.
+
+Every sentence is true of its scene and made of the words of `VOCABULARY`, separated by spaces.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spar_scale.data.shapes_world import COLORS, SHAPES, ZONES, Edit, Object, Scene
+
+SPECIAL = ("<pad>", "<bos>", "<eos>")
+PLURALS = tuple(f"{shape}s" for shape in SHAPES)
+NUMBERS = ("zero", "one", "two", "three")
+QUESTIONS = ("color", "shape", "count", "where", "exist")
+RELATIONS = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
+_REST = (
+    "above below of a and , the on in is there what color shape where how many objects object are ? yes no"
+    " question answer describe draw edit : make remove add turn into ."
+)
+VOCABULARY = (*SPECIAL, *SHAPES, *PLURALS, *COLORS, *NUMBERS, *ZONES, *_REST.split())
+
+
+def captions(scene: Scene) -> list[str]:
+    """Return the different captions of a scene, those that say most first."""
+    first = scene.objects[0]
+    if scene.kind == "single":
+        return [f"{name(first)} {place(first)}", name(first)]
+    if scene.kind == "count":
+        return [f"{NUMBERS[len(scene.objects)]} {first.color} {first.shape}s"]
+    second = scene.objects[1]
+    return [
+        f"{name(first)} {_relation(first)} {name(second)}",
+        f"{name(second)} {_relation(second)} {name(first)}",
+        f"{name(first)} and {name(second)}",
+        f"{name(second)} and {name(first)}",
+    ]
+
+
+def choose_caption(scene: Scene, draws: np.random.Generator) -> str:
+    """Return one caption; two thirds of single objects are told with their place."""
+    said = captions(scene)
+    weights = [2 / 3, 1 / 3] if scene.kind == "single" else [1 / len(said)] * len(said)
+    return said[int(np.searchsorted(np.cumsum(weights)[:-1], draws.random(), side="right"))]
+
+
+def questions(scene: Scene, draws: np.random.Generator) -> list[dict[str, str]]:
+    """Return the questions a scene answers without ambiguity, as {"type", "question", "answer"}.
+
+    "Is there" questions come in pairs of one yes and one no for each object; the no asks for an
+    object that differs from it in shape or in colour alone.
+    """
+    objects = scene.objects if scene.kind != "count" else scene.objects[:1]
+    asked = [("count", "how many objects are there ?", NUMBERS[len(scene.objects)])]
+    for index, o in enumerate(objects):
+        others = objects[:index] + objects[index + 1 :]
+        if scene.kind != "count" and all(o.shape != other.shape for other in others):
+            asked.append(("color", f"what color is the {o.shape} ?", o.color))
+        if scene.kind != "count" and all(o.color != other.color for other in others):
+            asked.append(("shape", f"what shape is the {o.color} object ?", o.shape))
+        if scene.kind != "count" and o.zone:
+            asked.append(("where", f"where is the {o.color} {o.shape} ?", o.zone))
+        asked.append(("exist", f"is there {name(o)} ?", "yes"))
+        color, shape = _absent(scene, o, draws)
+        asked.append(("exist", f"is there a {color} {shape} ?", "no"))
+    return [{"type": kind, "question": question, "answer": answer} for kind, question, answer in asked]
+
+
+def instruction(edit: Edit, draws: np.random.Generator) -> str:
+    """Return the instruction of an edit; half of the subjects are named by shape alone where that is enough."""
+    subject, result = edit.subject, edit.result
+    if edit.kind == "add":
+        return f"add {name(subject)} {place(subject)}"
+    alone = [o.shape for o in edit.source.objects].count(subject.shape) == 1
+    the = f"the {subject.shape}" if alone and draws.random() < 0.5 else f"the {subject.color} {subject.shape}"
+    if result is None:
+        return f"remove {the}"
+    return f"make {the} {result.color}" if edit.kind == "color" else f"turn {the} into a {result.shape}"
+
+
+def name(o: Object) -> str:
+    """Return the name of an object: "a red circle"."""
+    return f"a {o.color} {o.shape}"
+
+
+def place(o: Object) -> str:
+    """Return where an object stands: "on the left", "in the center"."""
+    return "in the center" if o.zone == "center" else f"on the {o.zone}"
+
+
+def _relation(o: Object) -> str:
+    assert o.zone is not None
+    return RELATIONS[o.zone]
+
+
+def _absent(scene: Scene, o: Object, draws: np.random.Generator) -> tuple[str, str]:
+    """Return (colour, shape) of an object that is not there and differs from `o` in one of the two."""
+    present = {(other.color, other.shape) for other in scene.objects}
+    recolored = [(c, o.shape) for c in COLORS if (c, o.shape) not in present]
+    reshaped = [(o.color, s) for s in SHAPES if (o.color, s) not in present]
+    allowed = recolored if draws.random() < 0.5 else reshaped
+    return allowed[draws.integers(len(allowed))]
