@@ -1,0 +1,38 @@
+# The four commands of the house. VENV, OUT, SIZE and PYTHON can be given: `make demo OUT=out SIZE=smoke`.
+
+VENV ?= .venv
+OUT ?= out
+SIZE ?= demo
+CONSTRAINTS ?= constraints/cpu.txt
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+# One rule for every pip below, also inside the builds that it starts: no version that the file does not allow.
+export PIP_CONSTRAINT = $(abspath $(CONSTRAINTS))
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export DS_ACCELERATOR ?= cpu
+
+.PHONY: venv demo test lint
+
+venv: $(STAMP)
+
+$(STAMP): setup.py $(CONSTRAINTS)
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found on PATH; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments (on Debian: install python3-venv)" >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python constraints/announce.py torch
+	$(BIN)/python -m pip install --quiet -e '.[demo,dev]'
+	@touch $@
+
+demo: venv
+	$(BIN)/spar-scale demo --out $(OUT) --size $(SIZE)
+
+test: venv
+	$(BIN)/python -m pytest -q
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python

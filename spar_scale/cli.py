@@ -1,0 +1,191 @@
+"""The command line: `spar-scale train | data | checkpoint | doctor | demo | reconstruct`.
+
+Nothing heavy is imported until a command needs it, so `--help` and a refused recipe take a fraction
+of a second where importing torch alone takes one. A refusal (`UserError`) is one message on stderr
+and exit code 2; an interrupt is 130; everything else is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from parallel.errors import UserError
+
+REFUSED = 2
+INTERRUPTED = 130
+# What the disk or its owner refuses; the person can mend it, so it is no defect of ours.
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS})
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    strangers = rest
+    if hasattr(arguments, "overrides"):  # argparse loses `a.b=c` behind an option
+        arguments.overrides += [word for word in rest if _is_override(word)]
+        strangers = [word for word in rest if not _is_override(word)]
+    if strangers:
+        parser.error(f"unknown argument: {strangers[0]}")
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        return _refuse(f"{error.filename or 'disk'}: {error.strerror}")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; `run` of its result is the command's body."""
+    parser = argparse.ArgumentParser(prog="spar-scale", description="Pretrain SPAR, on a laptop or a cluster.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = _command(commands, "train", _train, "train what a recipe describes, or go on where its run stopped")
+    train.add_argument("recipe", type=Path, help="recipe file (YAML)")
+    _overrides(train)
+
+    data = commands.add_parser("data", help="make, index and look at shards").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    make = _command(data, "make", _make, "write a miniature world as shards")
+    make.add_argument("world", type=Path, help="settings of the world (YAML)")
+    _overrides(make)
+    make.add_argument("--out", type=Path, required=True, help="directory of the shards")
+    index = _command(data, "index", _index, "write the tar index beside each shard")
+    index.add_argument("paths", nargs="+", metavar="PATH", help="shards (paths or globs)")
+    show = _command(data, "show", _show, "print samples, or draw them")
+    show.add_argument("paths", nargs="+", metavar="PATH", help="shards (paths or globs)")
+    show.add_argument("--count", type=_positive, default=8, help="how many samples (default 8)")
+    show.add_argument("-o", "--out", type=Path, metavar="PNG", help="write the images as one picture")
+
+    checkpoint = commands.add_parser("checkpoint", help="look at and check checkpoints").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    inspect = _command(checkpoint, "inspect", _inspect, "print what a checkpoint holds")
+    inspect.add_argument("path", type=Path, help="checkpoint or run directory")
+    verify = _command(checkpoint, "verify", _verify, "compare every file with the manifest")
+    verify.add_argument("path", type=Path, help="checkpoint or run directory")
+
+    _command(commands, "doctor", _doctor, "say what is installed here and whether it fits together")
+
+    demo = _command(commands, "demo", _demo, "make the miniature world, train on it, draw reconstructions")
+    demo.add_argument("--out", type=Path, default=Path("out"), help="directory of all that it writes (default out)")
+    demo.add_argument("--size", choices=("demo", "smoke"), default="demo", help="minutes, or seconds to see it run")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the runs (default 0)")
+
+    reconstruct = _command(commands, "reconstruct", _reconstruct, "pass an image through a trained tokenizer")
+    reconstruct.add_argument("run_dir", type=Path, help="run directory of a tokenizer phase")
+    reconstruct.add_argument("image", type=Path, help="image file")
+    reconstruct.add_argument("-o", "--out", type=Path, required=True, metavar="PNG", help="where to write it")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from spar_scale.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from spar_scale.training.trainer import train
+
+    return train(recipe)
+
+
+def _make(arguments: argparse.Namespace) -> int:
+    from spar_scale.data.commands import make
+    from spar_scale.data.shapes_world import World
+    from spar_scale.settings import load
+
+    return _say(make(load(arguments.world, World, arguments.overrides), arguments.out))
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from spar_scale.data.commands import index
+
+    return _say(index(arguments.paths))
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from spar_scale.data.commands import show
+
+    return _say(show(arguments.paths, arguments.count, arguments.out))
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from parallel.checkpoint import inspect
+
+    return _say(inspect(arguments.path))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from parallel.checkpoint import verify
+
+    return _say(verify(arguments.path))
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from spar_scale.doctor import report
+
+    return report()
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from spar_scale.demo import run
+
+    return run(arguments.out, arguments.size, arguments.seed) or 0
+
+
+def _reconstruct(arguments: argparse.Namespace) -> int:
+    from spar_scale.inference.commands import reconstruct
+
+    return _say(reconstruct(arguments.run_dir, arguments.image, arguments.out))
+
+
+def _command(parent: argparse._SubParsersAction, name: str, run: Command, what: str) -> argparse.ArgumentParser:
+    parser = parent.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="values laid over the file's")
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, must be 1 or more")
+    return value
+
+
+def _say(text: str | None) -> int:
+    if text:
+        print(text)
+    return 0
+
+
+def _refuse(message: str) -> int:
+    """Print a refusal: once for a launch of many processes where all found the same, else with the rank."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank == "0":
+        print(f"error: {message}", file=sys.stderr)
+    elif "torch.distributed" in sys.modules:  # before that point every rank reads the same files and says the same
+        print(f"error (rank {rank}): {message}", file=sys.stderr)
+    return REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The rules between the keys of a recipe: which values do not go together, and why.
+
+A rule looks values up by dotted key and yields a contradiction for each key that breaks it. Looking
+a key up that is itself broken raises KeyError, which ends the rule: its error is already reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from parallel.errors import nearest
+from spar_scale.settings import Contradiction, Lookup, show
+
+PHASES: dict[str, tuple[str, ...]] = {
+    "bootstrap": ("autoencoder", "mllm", "diffusion"),
+    "tokenizer": ("init", "decoder", "encoder"),
+    "align": ("connector", "joint"),
+    "instruct": ("joint",),
+}
+"""The phases of each stage, in their order."""
+
+
+def _phase_belongs_to_stage(value: Lookup) -> Iterator[Contradiction]:
+    stage, phase = value("stage"), value("phase")
+    allowed = PHASES[stage]
+    if phase not in allowed:
+        yield "phase", f"found {show(phase)}, stage {stage} has {', '.join(allowed)}{nearest(phase, allowed)}"
+
+
+def _pipeline_needs_zero_1(value: Lookup) -> Iterator[Contradiction]:
+    pipeline, zero = value("parallel.pipeline"), value("parallel.zero")
+    if pipeline > 1 and zero != 1:
+        yield "parallel.zero", f"found {zero} with parallel.pipeline {pipeline}, a pipeline runs under zero 1 only"
+
+
+def _muon_keeps_matrices_whole(value: Lookup) -> Iterator[Contradiction]:
+    if value("optimizer.name") != "muon":
+        return
+    for key in ("parallel.tensor", "parallel.pipeline"):
+        if value(key) != 1:
+            yield key, f"found {value(key)} with optimizer.name muon, which needs whole matrices: must be 1"
+    if value("optimizer.clip") != 0:
+        found = show(value("optimizer.clip"))
+        yield "optimizer.clip", f"found {found} with optimizer.name muon, whose update is not a gradient: must be 0"
+
+
+def _rate_falls(value: Lookup) -> Iterator[Contradiction]:
+    low, high = value("optimizer.min_lr"), value("optimizer.lr")
+    if low > high:
+        yield "optimizer.min_lr", f"found {show(low)}, must not be above optimizer.lr ({show(high)})"
+
+
+def _block_fits_batch(value: Lookup) -> Iterator[Contradiction]:
+    block, batch = value("data.task_block"), value("global_batch")
+    if block > batch:
+        yield "data.task_block", f"found {block}, must not be above global_batch ({batch})"
+
+
+RULES: tuple[Callable[[Lookup], Iterator[Contradiction]], ...] = (
+    _phase_belongs_to_stage,
+    _pipeline_needs_zero_1,
+    _muon_keeps_matrices_whole,
+    _rate_falls,
+    _block_fits_batch,
+)

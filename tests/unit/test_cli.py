@@ -1,0 +1,104 @@
+"""The command line: quick without torch, one message and exit code 2 for what a person can mend."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from spar_scale.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENIZER = ROOT / "recipes/tiny/tokenizer_init.yaml"
+WORLD = ROOT / "recipes/tiny/world.yaml"
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "spar_scale.cli", *words],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_help_takes_less_than_a_second():
+    seconds = []
+    for _ in range(3):  # the fastest of three: the machine may be busy
+        start = time.perf_counter()
+        assert run("--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1.0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["train", "--help"], ["train", str(TOKENIZER), "precision=fp16"], ["train", "nowhere.yaml"]],
+    ids=["help", "command-help", "refused-recipe", "missing-recipe"],
+)
+def test_nothing_heavy_is_imported_for_help_or_a_refused_recipe(words: list[str]):
+    code = (
+        "import sys; from spar_scale.cli import main\n"
+        f"try: main({words!r})\n"
+        "except SystemExit: pass\n"
+        "print('HEAVY', sorted({'torch', 'numpy', 'deepspeed', 'transformers', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+
+
+CASES = [
+    (["train", str(TOKENIZER), "train.stepz=1"], ["train.stepz: found an unknown key", "did you mean 'steps'?"]),
+    (["train", str(TOKENIZER), "seed=x", "precision=y"], ["2 errors", "seed:", "precision:"]),
+    (["train", "nowhere.yaml"], ["nowhere.yaml: No such file"]),
+    (["train", "."], ["directory"]),
+    (["data", "make", str(WORLD), "size=big", "--out", "unused"], ['size: found "big"']),
+    (["data", "make", str(WORLD), "--out", "unused", "sizes=1"], ["sizes: found an unknown key", "'size'"]),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), CASES, ids=lambda value: " ".join(value[:1] + value[2:])[:50])
+def test_refusal_is_one_message_and_exit_code_2(words: list[str], expected: list[str]):
+    done = run(*words)
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert not (ROOT / "unused").exists()
+    for text in expected:
+        assert text in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["trian"], ["train"], ["data", "show", "x.tar", "--count", "0"], ["checkpoint", "inspect", "x", "a=b"],
+     ["train", "x.yaml", "--fast"], ["demo", "--size", "huge"]],
+    ids=lambda words: " ".join(words) or "nothing",
+)  # fmt: skip
+def test_unknown_words_are_refused_by_the_parser(words: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "usage: spar-scale" in capsys.readouterr().err
+
+
+def test_only_the_first_of_many_processes_reports_a_refused_recipe():
+    assert run("train", "nowhere.yaml", RANK="0").stderr.count("error:") == 1
+    other = run("train", "nowhere.yaml", RANK="3")
+    assert (other.returncode, other.stderr) == (2, "")
+
+
+def test_doctor_finds_this_environment_fit():
+    done = run("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fit to run" in done.stdout and "apex_adam" in done.stdout
+
+
+def test_doctor_names_another_package_called_parallel(tmp_path: Path):
+    (tmp_path / "parallel.py").write_text("")
+    code = (
+        "import sys, spar_scale.doctor as doctor\n"
+        "for name in [n for n in sys.modules if n.split('.')[0] == 'parallel']: del sys.modules[name]\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "print(doctor.our_parallel())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "state='bad'" in done.stdout and str(tmp_path) in done.stdout

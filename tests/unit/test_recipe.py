@@ -1,0 +1,224 @@
+"""A recipe is read whole or refused whole: every fault at once, and never a byte of it executed."""
+
+from pathlib import Path
+
+import pytest
+
+from parallel.errors import UserError
+from spar_scale.recipe import Recipe, differences, load_recipe, may_change_at_resume
+from spar_scale.settings import load
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.name not in ("base.yaml", "world.yaml"))
+
+GOOD = """\
+stage: tokenizer
+phase: init
+model: {preset: tiny}
+run_dir: runs/x
+global_batch: 8
+train: {steps: 10}
+optimizer: {lr: 1e-4}
+data: {task_block: 8, sources: [{name: images, shards: "x-*.tar"}]}
+checkpoint: {every: 5}
+"""
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, list(overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_house_loads(path: Path):
+    assert load_recipe(path).run_dir.name == path.stem
+
+
+def test_there_are_recipes():
+    assert {path.stem for path in RECIPES} >= {"bootstrap_autoencoder", "tokenizer_init"}
+
+
+def test_every_world_loads():
+    from spar_scale.data.shapes_world import World
+
+    worlds = list((ROOT / "recipes").rglob("world.yaml"))
+    assert worlds and all(load(path, World).scenes > 0 for path in worlds)
+
+
+def test_exponent_without_a_point_is_a_number(good: Path):
+    assert load_recipe(good).optimizer.lr == 1e-4
+    assert load_recipe(good, ["optimizer.lr=3e-5"]).optimizer.lr == 3e-5
+
+
+OVERRIDES = [
+    (["train.stepz=3"], ["train.stepz: found an unknown key", "did you mean 'steps'?"]),
+    (["lr=1e-3"], ["lr: found an unknown key", "did you mean 'optimizer.lr'?"]),
+    (["model.dropout=0.1"], ["model.dropout: found an unknown key"]),
+    (["train.steps=ten"], ['train.steps: found "ten", must be a valid integer']),
+    (["train.steps='10'"], ['train.steps: found "10", must be a valid integer']),
+    (["train.steps=true"], ["train.steps: found true, must be a valid integer"]),
+    (["train.steps=0"], ["train.steps: found 0, must be greater than or equal to 1"]),
+    (["train=5"], ["train: found 5, must be a mapping"]),
+    (["optimizer.lr=.nan"], ["optimizer.lr: found NaN, must be a finite number"]),
+    (["precision=bf61"], ["precision: found \"bf61\", must be 'fp32' or 'bf16'; did you mean 'bf16'?"]),
+    (["parallel.zero=0"], ["parallel.zero: found 0, must be 1, 2 or 3"]),
+    (["parallel.micro_batch=0"], ["parallel.micro_batch: found 0, must be greater than or equal to 1"]),
+    (["phase=inti"], ['phase: found "inti"', "did you mean 'init'?"]),
+    (["phase=joint"], ['phase: found "joint", stage tokenizer has init, decoder, encoder']),
+    (["parallel.pipeline=2", "parallel.zero=2"], ["parallel.zero: found 2 with parallel.pipeline 2"]),
+    (["optimizer.name=muon"], ["optimizer.clip: found 1.0 with optimizer.name muon", "must be 0"]),
+    (["optimizer.name=muon", "optimizer.clip=0", "parallel.tensor=2"], ["parallel.tensor: found 2 with optimizer"]),
+    (["optimizer.name=muon", "optimizer.clip=0", "parallel.pipeline=2"], ["parallel.pipeline: found 2 with optim"]),
+    (["optimizer.min_lr=1"], ["optimizer.min_lr: found 1, must not be above optimizer.lr (0.0001)"]),
+    (["data.task_block=9"], ["data.task_block: found 9, must not be above global_batch (8)"]),
+    (["model.routing=uniform"], ['model.routing: found "uniform", but stage tokenizer does not read it']),
+    (["objective.latent_noise=0.5"], ["objective.latent_noise: found 0.5", "only bootstrap would"]),
+    (["train.steps"], ["override: found 'train.steps', must be dotted.key=value"]),
+    (["train..steps=1"], ["override: found 'train..steps=1', must be dotted.key=value"]),
+    (["train.steps.x=1"], ["override train.steps.x: train.steps is 10, which has no entry 'x'"]),
+    (["data.sources.1.weight=1"], ["data.sources is a list of 1, which has no entry '1'"]),
+    (["data.sources.0.weight=-1"], ["data.sources.0.weight: found -1, must be greater than 0"]),
+    (["data.sources=[]"], ["data.sources: found a list of 0"]),
+    (["train.steps=[1"], ["override train.steps, line 1"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), OVERRIDES, ids=lambda value: " ".join(value)[:40])
+def test_override_is_refused_with_key_value_and_rule(good: Path, overrides: list[str], expected: list[str]):
+    message = refusal(good, *overrides)
+    assert message.startswith(f"{good}: 1 error\n") or message.count("\n") > 1, message
+    for text in expected:
+        assert text in message
+
+
+def test_override_reaches_into_a_list_and_makes_a_missing_section(good: Path):
+    recipe = load_recipe(good, ["data.sources.0.weight=2.5", "parallel.zero=3", "run_dir=elsewhere"])
+    assert (recipe.data.sources[0].weight, recipe.parallel.zero, recipe.run_dir) == (2.5, 3, Path("elsewhere"))
+
+
+def test_all_errors_are_reported_at_once(good: Path):
+    message = refusal(good, "train.steps=ten", "seeed=1", "phase=inti", "parallel.zero=2", "parallel.pipeline=2", "x")
+    assert "6 errors" not in message and f"{good}: 5 errors" in message
+    for key in ("train.steps:", "seeed:", "phase:", "parallel.zero:", "override:"):
+        assert key in message
+
+
+def test_missing_keys_are_named(tmp_path: Path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("stage: tokenizer\n")
+    message = refusal(path)
+    assert "phase: not given, but required" in message and "train: not given, but required" in message
+
+
+FILES = [
+    ("a: [1", "line 1"),
+    ("", "found null, must be a mapping"),
+    ("- 1\n- 2", "found a list of 2, must be a mapping"),
+    ("seed: 1\nseed: 2", "line 2, column 1: the key 'seed' stands twice"),
+    ("a: {b: 1, b: 2}", "the key 'b' stands twice"),
+    ("a: &x [1]\nb: *x", "anchors (&) and aliases (*) are not read here"),
+    ("1: x", "a key must be plain text"),
+    ("? [1, 2]\n: x", "a key must be plain text"),
+    ("a: \x00", "not YAML"),
+    ("a: " + "[" * 5000, "nested too deeply"),
+    ("extends: 3", "extends: found 3"),
+    ("extends: bad.yaml", "extends: a circle (bad.yaml -> bad.yaml)"),
+    ("extends: nowhere.yaml", "No such file"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), FILES, ids=lambda value: value[:20].replace("\n", "|"))
+def test_file_that_is_no_recipe_is_refused_with_its_name(tmp_path: Path, text: str, expected: str):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    message = refusal(path)
+    assert expected in message and str(tmp_path) in message
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00bad", b"\x80abc"])
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path, content: bytes):
+    path = tmp_path / "bytes.yaml"
+    path.write_bytes(content)
+    assert "not UTF-8 text" in refusal(path)
+
+
+def test_missing_file_and_directory_are_refused(tmp_path: Path):
+    assert "No such file" in refusal(tmp_path / "absent.yaml")
+    assert "directory" in refusal(tmp_path).lower()
+
+
+@pytest.mark.parametrize("where", ["file", "override"])
+def test_python_tag_is_refused_and_not_executed(good: Path, where: str):
+    trace = good.parent / "executed"
+    payload = f"!!python/object/apply:os.mkdir ['{trace}']"
+    if where == "file":
+        good.write_text(GOOD + f"seed: {payload}\n")
+        message = refusal(good)
+    else:
+        message = refusal(good, f"seed={payload}")
+    assert "python/object/apply" in message
+    assert not trace.exists()
+
+
+def test_child_lays_its_keys_over_the_parent(good: Path):
+    folder = good.parent / "below"
+    folder.mkdir()
+    child = folder / "child.yaml"
+    child.write_text("extends: ../good.yaml\ntrain: {log_every: 2}\nmodel: {pretrained: {a: b}}\n")
+    recipe = load_recipe(child)
+    assert (recipe.train.steps, recipe.train.log_every) == (10, 2)
+    assert (recipe.model.preset, recipe.model.pretrained) == ("tiny", {"a": "b"})
+
+
+def test_circle_over_two_files_is_refused(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml")
+    assert "a circle (a.yaml -> b.yaml -> a.yaml)" in refusal(tmp_path / "a.yaml")
+
+
+def test_saved_recipe_reads_back_equal(good: Path):
+    recipe = load_recipe(good, ["optimizer.lr=1e-7", "optimizer.groups={encoder: 0.1}"])
+    recipe.save(good.parent / "saved.yaml")
+    assert load_recipe(good.parent / "saved.yaml") == recipe
+    assert sorted(path.name for path in good.parent.iterdir()) == ["good.yaml", "saved.yaml"]
+
+
+def test_recipe_made_in_python_obeys_the_same_rules(good: Path):
+    values = load_recipe(good).model_dump(mode="json")
+    values["parallel"] |= {"pipeline": 2, "zero": 3}
+    with pytest.raises(ValueError, match=r"parallel.zero: found 3 with parallel.pipeline 2"):
+        Recipe.model_validate(values, strict=False)
+
+
+def test_differences_are_dotted_keys(good: Path):
+    old = load_recipe(good)
+    new = load_recipe(good, ["parallel.zero=3", "optimizer.groups={encoder: 0.1}", "data.workers=0", "seed=1"])
+    assert differences(old, old) == []
+    assert differences(old, new) == [
+        "data.workers", "optimizer.groups", "optimizer.groups.encoder", "parallel.zero", "seed",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "free"),
+    [
+        ("parallel.zero", True),
+        ("data.workers", True),
+        ("guards.max_bad_fraction", True),
+        ("train.log_every", True),
+        ("train.steps", False),
+        ("data.task_block", False),
+        ("seed", False),
+        ("parallel_other", False),
+    ],
+)
+def test_only_what_changes_no_result_may_change_at_resume(key: str, free: bool):
+    assert may_change_at_resume(key) is free
