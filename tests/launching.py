@@ -70,7 +70,7 @@ def run_world(
     Raises `WorldError` as soon as a rank raises or dies, or when `timeout_s` seconds have passed; the
     other ranks are killed.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     _FORK_SERVER.set_forkserver_preload(_preloaded)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launching import WorldError, run_world
+
 from parallel.errors import UserError
 
 
