@@ -105,19 +105,22 @@ def _make(arguments: argparse.Namespace) -> int:
     from spar_scale.data.shapes_world import World
     from spar_scale.settings import load
 
-    return _say(make(load(arguments.world, World, arguments.overrides), arguments.out))
+    make(load(arguments.world, World, arguments.overrides), arguments.out)
+    return 0
 
 
 def _index(arguments: argparse.Namespace) -> int:
     from spar_scale.data.commands import index
 
-    return _say(index(arguments.paths))
+    index(arguments.paths)
+    return 0
 
 
 def _show(arguments: argparse.Namespace) -> int:
     from spar_scale.data.commands import show
 
-    return _say(show(arguments.paths, arguments.count, arguments.out))
+    show(arguments.paths, arguments.count, arguments.out)
+    return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -141,7 +144,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from spar_scale.demo import run
 
-    return run(arguments.out, arguments.size, arguments.seed) or 0
+    run(arguments.out, arguments.size, arguments.seed)
+    return 0
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
@@ -171,9 +175,8 @@ def _positive(text: str) -> int:
     return value
 
 
-def _say(text: str | None) -> int:
-    if text:
-        print(text)
+def _say(text: str) -> int:
+    print(text)
     return 0
 
 

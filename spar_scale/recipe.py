@@ -40,6 +40,9 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "objective.align_weight": (),
     "objective.align_block": (),
     "objective.caption_dropout": (),
+    "tracking.uri": (),
+    "tracking.experiment": (),
+    "init_from": (),
 }
 """The stages that read a key. Set to another value than its default in any other stage, it is refused:
 a switch that nothing reads must not look as if it did something. A stage joins where it starts to read."""
@@ -286,8 +289,13 @@ def _read_by_this_stage(value: Lookup) -> Iterator[Contradiction]:
     stage = value("stage")
     for key, readers in _READ_BY.items():
         with contextlib.suppress(KeyError):
-            section, name = key.split(".")
-            default = Recipe.model_fields[section].annotation.model_fields[name].default  # type: ignore[union-attr]
+            default = _default(key)
             if stage not in readers and value(key) != default:
                 only = f"only {' and '.join(readers)} would" if readers else "no stage does yet"
                 yield key, f"found {show(value(key))}, but stage {stage} does not read it ({only})"
+
+
+def _default(key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    holder: Any = Recipe.model_fields[section].annotation if section else Recipe
+    return holder.model_fields[name].default
