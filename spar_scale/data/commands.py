@@ -53,7 +53,7 @@ def show(paths: list[str], count: int, out: Path | None) -> None:
         print(f"{out}: {len(cells)} images")
 
 
-def _text(shard: str, table: dict[str, tuple[int, int]]) -> str:
+def _text(shard: str, table: dict[str, tuple[int, int, int]]) -> str:
     if "txt" in table:
         return read_member(shard, *table["txt"]).decode(errors="replace").strip()
     if "json" in table:

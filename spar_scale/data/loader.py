@@ -184,7 +184,7 @@ class _MicroBatches(Dataset):
         shard = self.shards[place.source][place.shard]
         reader, index = self._open(shard)
         table = index.members(place.member)
-        members = Members(tuple(table), lambda extension: reader.read(*table[extension]))
+        members = Members(tuple(table), lambda extension: reader.read_member(*table[extension]))
         try:
             values = self.task.fill(members, self.spec, lambda purpose: draw_generator(self.seed, purpose, number))
         except BadSample as error:

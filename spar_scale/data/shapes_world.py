@@ -36,13 +36,13 @@ class World(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    size: int = Field(32, ge=16, le=1024, description="side of the images in pixels")
-    seed: int = Field(0, ge=0, description="scenes of one seed are the same wherever they are made")
-    scenes: int = Field(20000, ge=0, description="captioned scenes for training")
-    heldout: int = Field(1000, ge=0, description="captioned scenes for evaluation, from draws of their own")
-    edits: int = Field(8000, ge=0, description="editing triplets: input, instruction, output")
-    per_shard: int = Field(2000, ge=1, description="samples in one tar")
-    texture: bool = Field(False, description="stripes on the ground")
+    size: int = Field(default=32, ge=16, le=1024, description="side of the images in pixels")
+    seed: int = Field(default=0, ge=0, description="scenes of one seed are the same wherever they are made")
+    scenes: int = Field(default=20000, ge=0, description="captioned scenes for training")
+    heldout: int = Field(default=1000, ge=0, description="captioned scenes for evaluation, from draws of their own")
+    edits: int = Field(default=8000, ge=0, description="editing triplets: input, instruction, output")
+    per_shard: int = Field(default=2000, ge=1, description="samples in one tar")
+    texture: bool = Field(default=False, description="stripes on the ground")
 
 
 @dataclass(frozen=True)

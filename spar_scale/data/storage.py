@@ -13,8 +13,11 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
+from zlib import crc32
 
 from parallel.errors import UserError, nearest
+
+TAR_BLOCK = 512  # bytes of a tar header, and the unit that data is padded to
 
 
 class ShardReader:
@@ -32,6 +35,16 @@ class ShardReader:
             self.size_bytes = os.fstat(self._descriptor).st_size
         except OSError as error:
             raise UserError(f"{shard}: cannot be read ({error.strerror})") from None
+
+    def read_member(self, offset: int, size: int, header_crc: int) -> bytes:
+        """Return a member's data; UserError where the tar header before it is not the one that was indexed."""
+        data = self.read(offset - TAR_BLOCK, TAR_BLOCK + size)
+        if crc32(data[:TAR_BLOCK]) != header_crc:
+            raise UserError(
+                f"{self.shard}: the member at byte {offset} is not the one its index lists;"
+                f" if the shard is right, run `spar-scale data index {self.shard}`"
+            )
+        return data[TAR_BLOCK:]
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset`; a read that fails or ends early raises UserError naming the shard."""
@@ -59,11 +72,11 @@ class ShardReader:
             self.close()
 
 
-def read_member(shard: str, offset: int, size: int) -> bytes:
+def read_member(shard: str, offset: int, size: int, header_crc: int) -> bytes:
     """Read one member of a shard (path or URL) without keeping the shard open."""
     reader = ShardReader(shard)
     try:
-        return reader.read(offset, size)
+        return reader.read_member(offset, size, header_crc)
     finally:
         reader.close()
 

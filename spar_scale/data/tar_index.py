@@ -3,10 +3,10 @@
 webdataset itself streams a tar from its start and cannot resume exactly; here a tar is scanned once
 with the standard library (about 10,000 members per second) and read by `pread` at the offsets found,
 or by ranges from any fsspec URL. The index of `x.tar` is `x.tar.index.npz`: plain arrays (never
-pickled), 25 bytes per member plus the keys, loaded when a sample of the shard is first needed.
+pickled), 22 bytes per member plus the keys, loaded when a sample of the shard is first needed.
 
 The trade-off: a shard must be indexed before use, and a changed shard must be indexed again. A shard
-whose size is not the one in its index is refused, never read.
+whose size is not the one in its index is refused, and every read checks that it finds the member it expects.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ import io
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from zlib import crc32
 
 import numpy as np
 
 from parallel.errors import UserError
 from spar_scale.data.storage import (
+    TAR_BLOCK,
+    ShardReader,
     exists,
     is_url,
     open_shard,
-    read_member,
     remote,
     resolve_url,
     shard_bytes,
@@ -37,8 +40,8 @@ from spar_scale.data.storage import (
 
 SUFFIX = ".index.npz"
 VERSION = 1
-_MEMBER = re.compile(r"^((?:.*/|)[^./][^.]*)\.([^/]+)$")  # webdataset's rule: the key ends at the first dot
-_BLOCK = 512
+COLUMNS = ("first", "extension", "offset", "size", "header_crc")
+_MEMBER = re.compile(r"^((?:.*/|)[^./][^./]*)\.([^/]+)$")  # webdataset's rule: the key ends at the first dot
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class ShardIndex:
     """What a shard holds: `keys` in the tar's order and, for each, its members by extension.
 
     Members `first[i]:first[i+1]` belong to sample i; `extension` points into `extensions`; `offset`
-    and `size` are bytes in the tar. `tar_bytes` is the size of the tar that was scanned.
+    and `size` are bytes in the tar. `header_crc` is the CRC-32 of each member's tar header, checked at
+    every read. `tar_bytes` is the size of the tar that was scanned.
     """
 
     keys: tuple[str, ...]
@@ -55,15 +59,18 @@ class ShardIndex:
     extension: np.ndarray
     offset: np.ndarray
     size: np.ndarray
+    header_crc: np.ndarray
     tar_bytes: int
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def members(self, sample: int) -> dict[str, tuple[int, int]]:
-        """Return {extension: (offset, size in bytes)} of a sample."""
-        rows = range(int(self.first[sample]), int(self.first[sample + 1]))
-        return {self.extensions[self.extension[r]]: (int(self.offset[r]), int(self.size[r])) for r in rows}
+    def members(self, sample: int) -> dict[str, tuple[int, int, int]]:
+        """Return {extension: (offset, size in bytes, CRC-32 of the header)} of a sample."""
+        rows = slice(int(self.first[sample]), int(self.first[sample + 1]))
+        names = (self.extensions[column] for column in self.extension[rows])
+        places = zip(self.offset[rows].tolist(), self.size[rows].tolist(), self.header_crc[rows].tolist(), strict=True)
+        return dict(zip(names, places, strict=True))
 
 
 @dataclass(frozen=True)
@@ -100,10 +107,7 @@ def write_index(shard: str, index: ShardIndex) -> str:
         "keys_sha256": _bytes(hashlib.sha256(keys.encode()).hexdigest()),
         "keys": _bytes(keys),
         "extensions": _bytes("\0".join(index.extensions)),
-        "first": index.first,
-        "extension": index.extension,
-        "offset": index.offset,
-        "size": index.size,
+        **{name: getattr(index, name) for name in COLUMNS},
     }
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
@@ -117,20 +121,19 @@ def write_index(shard: str, index: ShardIndex) -> str:
 
 
 def read_index(shard: str) -> ShardIndex:
-    """Return the index of a shard; missing, damaged or stale ones are refused with the command that mends them."""
-    with _load(shard) as arrays:
+    """Return the index of a shard; a missing or damaged one is refused with the command that mends it."""
+    with _reading(shard) as arrays:
         header = _header(shard, arrays)
         keys, extensions = (_text(arrays[name]) for name in ("keys", "extensions"))
-        first, extension, offset, size = (arrays[name] for name in ("first", "extension", "offset", "size"))
-    return ShardIndex(tuple(keys), tuple(extensions), first, extension, offset, size, header.tar_bytes)
+        columns = {name: arrays[name] for name in COLUMNS}
+    return ShardIndex(tuple(keys), tuple(extensions), **columns, tar_bytes=header.tar_bytes)
 
 
 def read_header(shard: str) -> ShardHeader:
     """Return samples, size and keys' digest of a shard, checked against the shard's present size."""
-    with _load(shard) as arrays:
+    with _reading(shard) as arrays:
         header = _header(shard, arrays)
-    found = shard_bytes(shard)
-    check_fresh(shard, header.tar_bytes, found)
+    check_fresh(shard, header.tar_bytes, shard_bytes(shard))
     return header
 
 
@@ -155,12 +158,12 @@ def digest(shards: Iterable[str]) -> str:
 def _scan(shard: str, stream: IO[bytes], tar_bytes: int) -> ShardIndex:
     keys: dict[str, int] = {}
     extensions: dict[str, int] = {}
-    rows: list[tuple[int, int, int, int]] = []
+    rows: list[tuple[int, int, int, int, int]] = []
     end = 0
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
-                end = member.offset_data + (-(-member.size // _BLOCK) * _BLOCK if member.isreg() else 0)
+                end = member.offset_data + (-(-member.size // TAR_BLOCK) * TAR_BLOCK if member.isreg() else 0)
                 parsed = _MEMBER.match(member.name)
                 if not member.isreg() or member.issparse() or parsed is None:
                     continue
@@ -168,7 +171,8 @@ def _scan(shard: str, stream: IO[bytes], tar_bytes: int) -> ShardIndex:
                 _check_order(shard, keys, key, extension, extensions, rows)
                 sample = keys.setdefault(key, len(keys))
                 column = extensions.setdefault(extension, len(extensions))
-                rows.append((sample, column, member.offset_data, member.size))
+                stream.seek(member.offset_data - TAR_BLOCK)
+                rows.append((sample, column, member.offset_data, member.size, crc32(stream.read(TAR_BLOCK))))
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue] (tarfile keeps every member)
     except tarfile.TarError as error:
         what = "is truncated or damaged" if rows else "is not an uncompressed tar"
@@ -176,9 +180,9 @@ def _scan(shard: str, stream: IO[bytes], tar_bytes: int) -> ShardIndex:
     except OSError as error:
         raise UserError(f"{shard}: cannot be read ({error.strerror})") from None
     _check_end(shard, stream, end, tar_bytes)
-    table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    table = np.array(rows, dtype=np.int64).reshape(-1, 5)
     first = np.searchsorted(table[:, 0], np.arange(len(keys) + 1)).astype(np.int64)
-    columns = table[:, 1].astype(np.int16), table[:, 2].copy(), table[:, 3].copy()
+    columns = table[:, 1].astype(np.int16), table[:, 2].copy(), table[:, 3].copy(), table[:, 4].astype(np.uint32)
     return ShardIndex(tuple(keys), tuple(extensions), first, *columns, tar_bytes)
 
 
@@ -202,36 +206,36 @@ def _check_order(
 def _check_end(shard: str, stream: IO[bytes], end: int, tar_bytes: int) -> None:
     """tarfile (3.11) takes a cut between members, or a damaged header, for the end of the archive."""
     stream.seek(end)
-    mark = stream.read(2 * _BLOCK)
-    if len(mark) < 2 * _BLOCK or any(mark):
+    mark = stream.read(2 * TAR_BLOCK)
+    if len(mark) < 2 * TAR_BLOCK or any(mark):
         raise UserError(
             f"{shard}: is truncated or damaged at byte {end} of {tar_bytes}; a complete tar ends with two zero blocks"
         )
 
 
-def _load(shard: str) -> Any:
+@contextmanager
+def _reading(shard: str) -> Iterator[Any]:
+    """Open the arrays of a shard's index; whatever is wrong with them is said with the command that mends it."""
     path = index_path(shard)
     mend = f"run `spar-scale data index {shard}`"
     if not exists(path):
         shard_bytes(shard)  # a missing shard is the first thing to say
         raise UserError(f"{path}: no such index; {mend}")
     try:
-        source = io.BytesIO(read_member(path, 0, shard_bytes(path))) if is_url(path) else path
-        return np.load(source, allow_pickle=False)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        source = io.BytesIO(ShardReader(path).read(0, shard_bytes(path))) if is_url(path) else path
+        with np.load(source, allow_pickle=False) as arrays:
+            yield arrays
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not an index ({error}); {mend}") from None
 
 
 def _header(shard: str, arrays: Any) -> ShardHeader:
-    mend = f"run `spar-scale data index {shard}`"
-    try:
-        version, tar_bytes, samples = (int(value) for value in arrays["header"])
-        keys_sha256 = _text(arrays["keys_sha256"])[0]
-    except (KeyError, TypeError, ValueError, IndexError, zipfile.BadZipFile) as error:
-        raise UserError(f"{index_path(shard)}: not an index ({error}); {mend}") from None
+    version, tar_bytes, samples = (int(value) for value in arrays["header"])
     if version != VERSION:
-        raise UserError(f"{index_path(shard)}: version {version}, this program reads {VERSION}; {mend}")
-    return ShardHeader(samples, tar_bytes, keys_sha256)
+        raise UserError(
+            f"{index_path(shard)}: version {version}, this program reads {VERSION}; run `spar-scale data index {shard}`"
+        )
+    return ShardHeader(samples, tar_bytes, _text(arrays["keys_sha256"])[0])
 
 
 def _bytes(text: str) -> np.ndarray:
