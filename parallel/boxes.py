@@ -100,6 +100,7 @@ class GlobalTensor:
     """This rank's pieces of one global tensor, a leaf that torch.distributed.checkpoint saves and loads in place."""
 
     def __init__(self, shape: Iterable[int]) -> None:
+        """Start without pieces; `shape` is the global one."""
         self.shape = torch.Size(shape)
         self.pieces: dict[torch.Size, Tensor] = {}
 
@@ -139,9 +140,11 @@ class GlobalTensor:
         return self.shape
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        """What to fill when loading."""
         return [ChunkStorageMetadata(offsets=offset, sizes=view.shape) for offset, view in self.pieces.items()]
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        """What to write when saving."""
         return [
             WriteItem(
                 index=MetadataIndex(name, offset),
@@ -168,6 +171,7 @@ class BoxSavePlanner(DefaultSavePlanner):
     """Looks pieces up in `GlobalTensor` leaves and refuses a plan that leaves a gap or writes a place twice."""
 
     def __init__(self) -> None:
+        """Take a flat dictionary of leaves as it is."""
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -199,6 +203,7 @@ class BoxLoadPlanner(DefaultLoadPlanner):
     """Loads into the views of `GlobalTensor` leaves; anything but tensors is refused."""
 
     def __init__(self) -> None:
+        """Take a flat dictionary of leaves as it is."""
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def set_up_planner(

@@ -9,6 +9,7 @@ and its manifest is sound; it is undamaged if every listed file is. `latest` is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -164,14 +165,23 @@ def sha256_of(path: Path) -> str:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace a small file as a whole: temporary name, flush to disk, rename, flush the directory."""
+    """Replace a small file as a whole: temporary name, flush to disk, rename, flush the directory.
+
+    Raises OSError that names the file, with nothing left behind.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
+    try:
+        with temporary.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
 
 
 def sync_directory(path: Path) -> None:

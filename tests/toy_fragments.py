@@ -7,8 +7,9 @@ import zlib
 from itertools import accumulate, pairwise
 
 import torch
-from parallel.boxes import Fragment, TensorCut
 from torch import Tensor
+
+from parallel.boxes import Fragment, TensorCut
 
 KINDS = ("model", "exp_avg", "exp_avg_sq", "ema")
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -6,18 +6,20 @@ import json
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from launching import WorldError, run_world
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy_fragments import KINDS, SHAPES, full, toy_fragments, wrong_elements
+
 from parallel import checkpoint
 from parallel.boxes import Fragment
 from parallel.errors import UserError
 from parallel.manifest import manifest_hash, read_manifest
-from torch.utils._python_dispatch import TorchDispatchMode
-from toy_fragments import KINDS, SHAPES, full, toy_fragments, wrong_elements
 
 pytestmark = pytest.mark.world
 
@@ -65,8 +67,10 @@ def test_any_layout_loads_what_any_layout_saved(saved_by_four: list[str], size: 
 
 def test_plain_dcp_reads_the_files(saved_by_four: list[str]) -> None:
     for path in saved_by_four:
-        tensors = {f"{kind}.{name}": torch.zeros(shape) for kind in KINDS for name, shape in SHAPES.items()}
-        dcp.load(tensors, checkpoint_id=path)
+        tensors: dict[str, torch.Tensor] = {
+            f"{kind}.{name}": torch.zeros(shape) for kind in KINDS for name, shape in SHAPES.items()
+        }
+        dcp_load({**tensors}, checkpoint_id=path, no_dist=True)
         assert all(torch.equal(tensors[f"{kind}.{name}"], full(name, kind)) for kind in KINDS for name in SHAPES)
 
 
@@ -145,7 +149,6 @@ def test_a_damaged_file_of_any_rank_is_seen_by_all(three: Path) -> None:
 
 def _die_while_writing(rank: int, size: int, root: str, event: str, word: str) -> None:
     """SIGKILL this rank just before the first file-system event that mentions `word`."""
-    import sys
 
     def hook(name: str, args: tuple) -> None:
         if name == event and word in str(args[0]):
@@ -238,8 +241,8 @@ def _save_share(rank: int, size: int, root: str, per_parameter: bool) -> dict[st
     }
 
 
-@pytest.mark.parametrize("per_parameter", [False, True], ids=["one flat buffer", "every parameter"])
-@pytest.mark.parametrize("size", [2, 3, 4])
+# The worst of 2, 3 and 4 ranks: the smallest shares, and the most boxes (shares that end inside rows).
+@pytest.mark.parametrize(("size", "per_parameter"), [(4, False), (3, True)])
 def test_a_rank_writes_its_share_and_allocates_no_full_tensor(tmp_path: Path, size: int, per_parameter: bool) -> None:
     for measured in run_world(size, _save_share, str(tmp_path), per_parameter):
         print(json.dumps(measured))
