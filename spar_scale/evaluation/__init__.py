@@ -1,0 +1,1 @@
+"""Measuring trained models and drawing what they do."""

@@ -1,0 +1,1 @@
+"""Mathematics on one device: SPAR's parts and the published classes they wrap."""

@@ -1,0 +1,78 @@
+"""The small modules that SPAR's streams are made of.
+
+Shapes: B images, N tokens, D width. Projections of the attention are separate nn.Linear modules and
+the head width (not their number) is stored, so that a column-parallel cut needs no change here.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spar_scale.ops.attention import attention
+
+
+class ResBlock(nn.Module):
+    """x + Linear(GELU(Linear(LN(x)))), no expansion (SPAR, residual block of the streams)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.linear_1 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, D) to (B, N, D)."""
+        return x + self.linear_2(F.gelu(self.linear_1(self.norm(x))))
+
+
+class LatentHead(nn.Module):
+    """LN -> Linear(D, C) -> GELU -> Linear(C, C): tokens to latent channels."""
+
+    def __init__(self, width: int, channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.linear_1 = nn.Linear(width, channels)
+        self.linear_2 = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, D) to (B, N, C)."""
+        return self.linear_2(F.gelu(self.linear_1(self.norm(x))))
+
+
+class SelfAttention(nn.Module):
+    """Bidirectional multi-head self-attention without positions."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of {heads} heads")
+        self.head_width = width // heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, D) to (B, N, D)."""
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_width)) for projection in (self.query, self.key, self.value)
+        )
+        return self.output(attention(q, k, v).flatten(2))
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm Transformer encoder layer: x + A(LN(x)), then x + FFN(LN(x)), FFN 4x with GELU."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.linear_1 = nn.Linear(width, 4 * width)
+        self.linear_2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, D) to (B, N, D)."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.linear_2(F.gelu(self.linear_1(self.feed_forward_norm(x))))

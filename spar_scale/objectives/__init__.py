@@ -1,0 +1,1 @@
+"""Objectives: functions of tensors that return one fp32 value per sample."""

@@ -1,0 +1,1 @@
+"""Operations with several backends, each behind one entry point."""

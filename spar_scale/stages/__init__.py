@@ -1,0 +1,84 @@
+"""Stages: what trains, the forward as a list of layers, the objectives, the data (declarative).
+
+Looking up which stages and phases exist costs nothing: the modules that define them, and with them
+the model libraries, are imported when a stage is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parallel.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from parallel.program import Layer
+    from spar_scale.data.spec import SampleSpec
+
+# (stage, phase) -> module and function that build it
+STAGES = {
+    ("bootstrap", "autoencoder"): ("bootstrap", "autoencoder"),
+    ("tokenizer", "init"): ("tokenizer", "init"),
+}
+
+
+@dataclass
+class Stage:
+    """One phase of training, complete but for how it is spread and optimised.
+
+    `model` owns every parameter, and its parameter names are the checkpoint's. `layers` is the forward
+    in order, over references to parts of `model`; it reads the batch slots `inputs`. The loss is
+    sum_b weight_b * sum_t terms[t] * value_t[b] / global_batch, with one fp32 value (B,) per term.
+    `groups` maps a learning-rate group to the parameter-name prefixes that train in it; what matches no
+    group is frozen. `references` are the frozen parts that were read from disk. `export` writes the
+    published layout of a bootstrap phase.
+    """
+
+    model: nn.Module
+    layers: list[Layer]
+    inputs: tuple[str, ...]
+    terms: dict[str, float]
+    groups: dict[str, tuple[str, ...]]
+    sample: SampleSpec
+    references: dict[str, Path] = field(default_factory=dict)
+    export: Callable[[nn.Module, Path], None] | None = None
+
+    def group_of(self, parameter: str) -> str | None:
+        """Return the learning-rate group of a parameter name, None if it is frozen.
+
+        A prefix matches at a dot: `fusion` matches `fusion.norm.weight`, not `fusion_2.weight`.
+        """
+        for group, prefixes in self.groups.items():
+            if any(parameter == prefix or parameter.startswith(f"{prefix}.") for prefix in prefixes):
+                return group
+        return None
+
+
+def build(recipe: Any) -> Stage:
+    """Build the stage that (recipe.stage, recipe.phase) names, initialised from recipe.seed.
+
+    Parameters outside every group are frozen and their modules put in eval mode. Raises UserError for
+    a stage, phase or preset that does not exist and for pretrained parts that cannot be read.
+    """
+    stages = sorted({stage for stage, _ in STAGES})
+    if recipe.stage not in stages:
+        raise UserError(f"stage: '{recipe.stage}' is not one of {', '.join(stages)}{nearest(recipe.stage, stages)}")
+    phases = sorted(phase for stage, phase in STAGES if stage == recipe.stage)
+    if recipe.phase not in phases:
+        raise UserError(
+            f"phase: '{recipe.phase}' is not a phase of stage '{recipe.stage}', which has"
+            f" {', '.join(phases)}{nearest(recipe.phase, phases)}"
+        )
+    module, function = STAGES[recipe.stage, recipe.phase]
+    stage: Stage = getattr(importlib.import_module(f"spar_scale.stages.{module}"), function)(recipe)
+    for name, parameter in stage.model.named_parameters():
+        parameter.requires_grad_(stage.group_of(name) is not None)
+    stage.model.train()
+    for layer in stage.layers:
+        layer.train()
+    return stage

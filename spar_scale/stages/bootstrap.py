@@ -1,0 +1,110 @@
+"""Stage 0, for the miniature only: train the small parts that the paper takes as pretrained.
+
+Phase `autoencoder`: AutoencoderDC on reconstruction. The latent carries noise of a fixed size, drawn
+with the sample, so that neighbouring latents decode alike (a diffusion model will draw there later);
+a penalty above unit power keeps the encoder from outgrowing the noise.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+from torch import Tensor, nn
+
+from parallel.program import Layer
+from spar_scale.data.spec import Draw, SampleSpec
+from spar_scale.models.autoencoder import build_autoencoder, encode_images
+from spar_scale.models.initialise import initialise
+from spar_scale.objectives.reconstruction import gradient_difference, latent_power, mean_squared_error
+from spar_scale.stages import Stage
+from spar_scale.stages.parts import preset_of, pretrained_directories
+from spar_scale.stages.pixel_decoder import decoder_layers
+
+
+class EncodePixels(Layer):
+    """`images` (B, 3, S, S) to `clean_latent` (B, C, S / f, S / f)."""
+
+    reads = ("images",)
+    writes = ("clean_latent",)
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Encode."""
+        return {"clean_latent": encode_images(self.encoder, images)}
+
+
+class AddLatentNoise(Layer):
+    """`clean_latent` + level * `latent_noise` to `latent`; writes the term `latent_power` (B,)."""
+
+    reads = ("clean_latent", "latent_noise")
+    writes = ("latent", "latent_power")
+
+    def __init__(self, level: float):
+        super().__init__()
+        self.level = level
+
+    def forward(self, clean_latent: Tensor, latent_noise: Tensor) -> dict[str, Tensor]:
+        """Add the noise that the sample carries."""
+        noisy = clean_latent + self.level * latent_noise.to(clean_latent.dtype)
+        return {"latent": noisy, "latent_power": latent_power(clean_latent)}
+
+
+class ReconstructionLoss(Layer):
+    """The terms `mean_squared_error` (B,) and `gradient_difference` (B,) of `reconstruction` and `images`."""
+
+    reads = ("reconstruction", "images")
+    writes = ("mean_squared_error", "gradient_difference")
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """Compare with the images that went in."""
+        return {
+            "mean_squared_error": mean_squared_error(reconstruction, images),
+            "gradient_difference": gradient_difference(reconstruction, images),
+        }
+
+
+def autoencoder(recipe: Any) -> Stage:
+    """Build stage `bootstrap`, phase `autoencoder`.
+
+    Reads from the recipe: model.preset, seed, objective.{perceptual_weight, latent_noise,
+    latent_power_weight}. Exports the published layout of AutoencoderDC.
+    """
+    pretrained_directories(recipe, allowed=(), required=())
+    preset, objective = preset_of(recipe), recipe.objective
+    model = build_autoencoder(preset)
+    initialise(model, recipe.seed)
+    side = preset.image_size // preset.autoencoder.compression
+    return Stage(
+        model=model,
+        layers=[
+            EncodePixels(model.encoder),
+            AddLatentNoise(objective.latent_noise),
+            *decoder_layers(model.decoder, preset.image_size),
+            ReconstructionLoss(),
+        ],
+        inputs=("images", "latent_noise"),
+        terms={
+            "mean_squared_error": 1.0,
+            "gradient_difference": objective.perceptual_weight,
+            "latent_power": objective.latent_power_weight,
+        },
+        groups={"main": ("encoder", "decoder")},
+        sample=SampleSpec(
+            task="images",
+            image_size=preset.image_size,
+            draws={"latent_noise": Draw((preset.autoencoder.latent_channels, side, side), "normal")},
+        ),
+        export=save_autoencoder,
+    )
+
+
+def save_autoencoder(model: nn.Module, directory: Path) -> None:
+    """Write an AutoencoderDC in diffusers' published layout (config.json, safetensors)."""
+    if not isinstance(model, AutoencoderDC):
+        raise TypeError(f"expected AutoencoderDC, got {type(model).__name__}")
+    model.save_pretrained(str(directory), safe_serialization=True)

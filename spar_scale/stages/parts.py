@@ -1,0 +1,138 @@
+"""The parts a stage starts from: the preset that a recipe names, and frozen parts read from disk.
+
+Pretrained parts are directories in their library's published layout, loaded strictly from safetensors:
+a missing or unexpected tensor, another shape, or a config that differs from the preset is refused with
+the dotted key of the recipe. Nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+from safetensors import SafetensorError
+from torch import nn
+from transformers import InternVLForConditionalGeneration, InternVLVisionConfig
+
+from parallel.errors import UserError, nearest
+from spar_scale.models.presets import PRESETS, Preset
+from spar_scale.models.vision import vision_config
+
+_log = logging.getLogger(__name__)
+
+
+def preset_of(recipe: Any) -> Preset:
+    """Return the preset that `model.preset` names. Raises UserError for an unknown one."""
+    name = recipe.model.preset
+    if name not in PRESETS:
+        raise UserError(f"model.preset: '{name}' is not one of {', '.join(sorted(PRESETS))}{nearest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def pretrained_directories(recipe: Any, allowed: tuple[str, ...], required: tuple[str, ...]) -> dict[str, Path]:
+    """Return `model.pretrained` as directories, relative ones taken from the run directory.
+
+    Raises UserError for a part this stage does not take, a required part that is not given, and a
+    directory without a config.
+    """
+    given: Mapping[str, str] = recipe.model.pretrained or {}
+    if unknown := sorted(set(given) - set(allowed)):
+        raise UserError(
+            f"model.pretrained.{unknown[0]}: stage '{recipe.stage}', phase '{recipe.phase}' takes"
+            f" {', '.join(allowed)}{nearest(unknown[0], allowed)}"
+        )
+    if missing := sorted(set(required) - set(given)):
+        raise UserError(
+            f"model.pretrained.{missing[0]}: stage '{recipe.stage}', phase '{recipe.phase}' starts from this part;"
+            " name its directory, relative to run_dir"
+        )
+    directories = {part: (Path(recipe.run_dir) / directory).resolve() for part, directory in given.items()}
+    for part, directory in directories.items():
+        if not (directory / "config.json").is_file():
+            raise UserError(f"model.pretrained.{part}: no config.json in {directory}")
+    return directories
+
+
+def load_autoencoder(directory: Path, preset: Preset) -> AutoencoderDC:
+    """Load AutoencoderDC strictly from its published layout, fp32, and check it against the preset."""
+    part = "pixel_autoencoder"
+    _check_config(part, directory, preset, _config(part, directory), preset.autoencoder.config())
+    return _strictly(part, directory, AutoencoderDC, low_cpu_mem_usage=False)
+
+
+def load_vision(directory: Path, preset: Preset) -> tuple[nn.Module, nn.Module]:
+    """Load InternVL strictly from its published layout and return its (vision tower, projector), fp32."""
+    part = "mllm"
+    found, wanted = _config(part, directory), vision_config(preset)
+    _check_config(part, directory, preset, found, {"downsample_ratio": wanted.downsample_ratio})
+    _check_config(part, directory, preset, found.get("text_config", {}), {"hidden_size": preset.streams.width})
+    assert isinstance(wanted.vision_config, InternVLVisionConfig)
+    tower = wanted.vision_config.to_dict()
+    shape = (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
+        "attention_bias", "use_qk_norm", "norm_type", "use_mean_pooling",
+    )  # fmt: skip
+    _check_config(part, directory, preset, found.get("vision_config", {}), {name: tower[name] for name in shape})
+    model = _strictly(part, directory, InternVLForConditionalGeneration)
+    return model.model.vision_tower, model.model.multi_modal_projector
+
+
+def copy_weights(target: nn.Module, source: nn.Module) -> None:
+    """Copy all weights of `source` into `target`, whose names and shapes are the same."""
+    target.load_state_dict(source.state_dict(), strict=True)
+
+
+def note_random_part(part: str, seed: int) -> None:
+    """Say that a part was not given and is initialised from the seed instead."""
+    _log.warning("model.pretrained.%s is not given: the part is initialised from seed %d and stays frozen", part, seed)
+
+
+def _config(part: str, directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.pretrained.{part}: {path} cannot be read as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"model.pretrained.{part}: {path} holds {type(config).__name__}, not a config")
+    return config
+
+
+def _check_config(
+    part: str, directory: Path, preset: Preset, found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    for name, value in json.loads(json.dumps(wanted)).items():  # tuples as JSON holds them
+        if _listed(found.get(name), value) != value:
+            raise UserError(
+                f"model.pretrained.{part}: {directory / 'config.json'} has {name} = {found.get(name)},"
+                f" preset '{preset.name}' needs {value}"
+            )
+
+
+def _listed(found: Any, wanted: Any) -> Any:
+    """A scalar where a list of equal entries is wanted means that list (published configs do both)."""
+    if isinstance(wanted, list) and isinstance(found, (int, str)):
+        return [found] * len(wanted)
+    return found
+
+
+def _strictly(part: str, directory: Path, cls: Any, **options: object) -> Any:
+    """`from_pretrained` that refuses anything but an exact fit, and reads safetensors only."""
+    try:
+        model, report = cls.from_pretrained(
+            str(directory), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"model.pretrained.{part}: the weights in {directory} cannot be read: {reason}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in report.get(kind) or ()):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(
+                f"model.pretrained.{part}: {kind.replace('_keys', '')} weight {names[0]}{more} in {directory}"
+            )
+    return model.float()

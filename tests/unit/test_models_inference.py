@@ -1,0 +1,79 @@
+"""Pictures of any size through tiles, PSNR and grids."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spar_scale.evaluation.reconstruction import grid, image_psnr, psnr
+from spar_scale.inference.pipeline import reconstruct_image
+
+
+class Identity:
+    """Hands the images back, and remembers the tiles it saw."""
+
+    def __init__(self):
+        self.seen = []
+
+    def reconstruct(self, images):
+        self.seen.append(images)
+        return images
+
+
+class TopLeft:
+    """Paints each tile with its own top-left pixel, so that tiles put in the wrong place are seen."""
+
+    def reconstruct(self, images):
+        return images[:, :, :1, :1].expand_as(images)
+
+
+def picture(width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 65), (70, 40), (5, 3), (64, 31)])
+def test_any_size_comes_back_as_it_went_in(size):
+    model, image = Identity(), picture(*size)
+    assert np.array_equal(np.array(reconstruct_image(model, image, 32, batch=2)), np.array(image))
+    assert all(tiles.shape[1:] == (3, 32, 32) and len(tiles) <= 2 for tiles in model.seen)
+
+
+def test_tiles_stay_in_their_place():
+    image = picture(12, 8)
+    expected = np.array(image)[::4, ::4].repeat(4, axis=0).repeat(4, axis=1)
+    assert np.array_equal(np.array(reconstruct_image(TopLeft(), image, 4)), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_other_modes_become_rgb(mode):
+    image = picture(10, 10).convert(mode)
+    result = reconstruct_image(Identity(), image, 8)
+    assert result.mode == "RGB" and np.array_equal(np.array(result), np.array(image.convert("RGB")))
+
+
+def test_psnr_by_hand():
+    target = torch.zeros(2, 3, 4, 4)
+    prediction = target.clone()
+    prediction[0] = 0.1
+    values = psnr(prediction, target).tolist()
+    assert values[0] == pytest.approx(20.0, abs=1e-4) and math.isinf(values[1])
+    with pytest.raises(ValueError, match="different sizes"):
+        image_psnr(picture(3, 3), picture(3, 4))
+
+
+def test_a_grid_shows_every_picture_unchanged_below_its_label():
+    rows = [[picture(8, 8), picture(6, 4)], [picture(5, 9)]]
+    drawn = np.array(grid(rows, ["before", "after"], zoom=2))
+    found = []
+    for row in rows:
+        for image in row:
+            pixels = np.array(image).repeat(2, axis=0).repeat(2, axis=1)
+            windows = np.lib.stride_tricks.sliding_window_view(drawn, pixels.shape)[:, :, 0]
+            found.append(np.argwhere((windows == pixels).all(axis=(2, 3, 4))).tolist())
+    assert [len(places) for places in found] == [1, 1, 1]
+    assert found[0][0][0] == found[1][0][0] < found[2][0][0]
+    with pytest.raises(ValueError, match="2 rows and 1 labels"):
+        grid(rows, ["before"])
