@@ -7,7 +7,9 @@ as the cluster. Later calls in the same process return the same world.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import logging
 import os
 import warnings
@@ -79,6 +81,11 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, 
             missing = sorted(set(names) - set(given))
             raise UserError(f"the environment sets {given} but not {missing}; start with torchrun, srun, or neither")
     return 0, 1, 0
+
+
+def silenced() -> contextlib.AbstractContextManager[object]:
+    """A context in which DeepSpeed 0.19.8's bare prints (axes, layers, memory) go nowhere."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def stop() -> None:

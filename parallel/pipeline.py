@@ -6,14 +6,13 @@ cut may fall anywhere. Pipelines run under ZeRO-1.
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from parallel.launch import silenced
 from parallel.program import Layer, Program, pack, run_layer, unpack
 from parallel.topology import Topology
 
@@ -59,7 +58,7 @@ def pipeline_module(program: Program, topology: Topology, loss: Callable[[Tensor
         for layer, before, after in zip(program.layers, edges, edges[1:], strict=False)
     ]
     layers.append(StackTerms(edges[-1], program.terms))
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
+    with silenced():
         module = PipelineModule(
             layers=layers,
             topology=topology.axes,

@@ -7,8 +7,6 @@ agreements between hosts (metrics, signals), so neither waits behind the other o
 
 from __future__ import annotations
 
-import contextlib
-import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.errors import UserError
+from parallel.launch import silenced
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Topology:
         self.axes: Any = PipeModelDataParallelTopology(
             num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=self.data_size
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its axes
+        with silenced():
             self.grid: Any = PipelineParallelGrid(topology=self.axes)
         self.data_rank: int = self.grid.get_data_parallel_rank()
         self.tensor_rank: int = self.grid.get_slice_parallel_rank()
@@ -89,20 +88,6 @@ class Topology:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self.agreement_group)
         return values
-
-    def run_first(self, function: Any) -> Any:
-        """Run on rank 0 and give its result to all; a UserError there is raised on all."""
-        box: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                box = [(function(), None)]
-            except UserError as error:
-                box = [(None, str(error))]
-        dist.broadcast_object_list(box, src=0, group=self.agreement_group)
-        result, refusal = box[0]
-        if refusal is not None:
-            raise UserError(refusal)
-        return result
 
 
 def _gloo_group() -> dist.ProcessGroup:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.boxes import Fragment
+from parallel.launch import silenced
 from parallel.pipeline import pipeline_batches, pipeline_module
 from parallel.program import Layer, Program
 from parallel.topology import Topology
@@ -83,13 +84,14 @@ class Engine:
             module, dummies = program, []
         optimizer = make_optimizer(_local_groups(groups, module, dummies))
         optimizer.register_step_post_hook(self._update_ema)
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=deepspeed_config(self.zero, topology.data_size, settings, _has_muon(groups)),
-            mpu=None if self.pipelined else topology.grid,
-            dist_init_required=False,
-        )
+        with silenced():
+            engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=deepspeed_config(self.zero, topology.data_size, settings, _has_muon(groups)),
+                mpu=None if self.pipelined else topology.grid,
+                dist_init_required=False,
+            )
         self.deepspeed: Any = engine
         self._fill_state()
 
@@ -272,6 +274,7 @@ def deepspeed_config(zero: int, data_size: int, settings: EngineSettings, muon: 
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": False,
+            "memory_efficient_linear": False,  # it replaces torch.nn.functional.linear for the whole process
         },
     }
 

@@ -7,39 +7,38 @@ symbol itself, because package names lie: the registry's `apex` is another proje
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from parallel.errors import UserError
-from spar_scale.recipe import Optimizer
+from parallel.errors import UserError, nearest
+from spar_scale.recipe import OptimizerConfig
+from spar_scale.stages import Stage
 
 
-def parameter_groups(
-    model: nn.Module, groups: Mapping[str, tuple[str, ...]], settings: Optimizer
-) -> list[dict[str, Any]]:
-    """Set `requires_grad` by the stage's groups (name -> parameter-name prefixes) and return optimizer groups.
+def parameter_groups(stage: Stage, settings: OptimizerConfig) -> list[dict[str, Any]]:
+    """Return the optimizer groups of the stage's trained parameters.
 
     Each returned group has a unique `name`, its `multiplier` of the learning rate and the optimizer's
     own keys. Raises UserError for a multiplier of a group that the stage does not have.
     """
-    if unknown := sorted(set(settings.groups) - set(groups)):
-        raise UserError(f"optimizer.groups: found {unknown}, this phase has the groups {sorted(groups)}")
+    if unknown := sorted(set(settings.groups) - set(stage.groups)):
+        hint = nearest(unknown[0], stage.groups)
+        raise UserError(f"optimizer.groups.{unknown[0]}: this phase has the groups {sorted(stage.groups)}{hint}")
     collected: dict[tuple[str, str], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        owners = [group for group, prefixes in groups.items() if name.startswith(prefixes)]
-        parameter.requires_grad_(bool(owners))
-        if owners:
-            collected.setdefault((owners[0], _kind(name, parameter, settings)), []).append(parameter)
+    for name, parameter in stage.model.named_parameters():
+        group = stage.group_of(name)
+        if group is not None:
+            collected.setdefault((group, _kind(name, parameter, settings)), []).append(parameter)
     return [
         {"name": f"{group}.{kind}", "params": parameters, **_keys(group, kind, settings)}
         for (group, kind), parameters in collected.items()
     ]
 
 
-def optimizer_factory(settings: Optimizer) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+def optimizer_factory(settings: OptimizerConfig) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
     """Return the constructor for `optimizer.name`; raises UserError when its package is absent."""
     if settings.name == "adamw":
         return lambda groups: torch.optim.AdamW(groups, lr=settings.lr, fused=True)
@@ -49,7 +48,7 @@ def optimizer_factory(settings: Optimizer) -> Callable[[list[dict[str, Any]]], t
     return lambda groups: fused(groups, lr=settings.lr, adam_w_mode=True)
 
 
-def _kind(name: str, parameter: nn.Parameter, settings: Optimizer) -> str:
+def _kind(name: str, parameter: nn.Parameter, settings: OptimizerConfig) -> str:
     if settings.name == "muon" and parameter.dim() in (2, 4) and "embed" not in name:
         parameter.use_muon = True  # type: ignore[attr-defined]  # DeepSpeed reads it
         return "muon"
@@ -58,7 +57,7 @@ def _kind(name: str, parameter: nn.Parameter, settings: Optimizer) -> str:
     return "decay" if parameter.dim() > 1 else "plain"
 
 
-def _keys(group: str, kind: str, settings: Optimizer) -> dict[str, Any]:
+def _keys(group: str, kind: str, settings: OptimizerConfig) -> dict[str, Any]:
     multiplier = settings.groups.get(group, 1.0)
     decay = settings.weight_decay if kind != "plain" else 0.0
     if kind == "muon":

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from parallel import checkpoint
+from parallel.agreement import first
 from parallel.errors import UserError
 from parallel.run_lock import RunLock
 from parallel.topology import Topology
@@ -29,12 +30,15 @@ class RunDirectory:
         self._lock: RunLock | None = None
 
     def __enter__(self) -> RunDirectory:
-        self._topology.run_first(self._open)
+        try:
+            first(self._topology.agreement_group, self._open)
+        except BaseException:
+            self._release()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if self._lock is not None:
-            self._lock.release()
+        self._release()
 
     def resolve(self, relative: str) -> Path:
         """A path that the recipe gives relative to the run directory."""
@@ -42,13 +46,14 @@ class RunDirectory:
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint that is whole, verified by all ranks; damaged newer ones are named in the log."""
-        if not self._topology.run_first(lambda: self.checkpoints.is_dir()):
-            return None
         return checkpoint.find(self.checkpoints, self._topology.files_group)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _open(self) -> None:
         self._lock = RunLock(self.path)
-        self._lock.acquire()
         file = self.path / "recipe.yaml"
         if file.exists():
             old = load_recipe(file)

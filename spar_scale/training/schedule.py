@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from spar_scale.recipe import Optimizer
+from spar_scale.recipe import OptimizerConfig
 
 
-def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
+def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
     """Rate of the update that completes step `step` (1-based) of `steps`, before group multipliers.
 
     Linear warm-up to `lr` over `warmup_steps`, then the schedule's decay to `min_lr` at the last step.

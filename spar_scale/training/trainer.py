@@ -12,20 +12,23 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from parallel import checkpoint
+from parallel.agreement import first
 from parallel.errors import UserError
 from parallel.launch import Launch, read_environment, start
 from parallel.topology import Layout, Topology
 from parallel.zero import Engine, EngineSettings, StepRecord, name_parameters
 from spar_scale import stages
-from spar_scale.data.loader import Loader
+from spar_scale.data.loader import Loader, Source
+from spar_scale.data.order import Blocks
+from spar_scale.data.order import Layout as Portions
 from spar_scale.recipe import Recipe
+from spar_scale.training.export import export
 from spar_scale.training.guards import BadSampleGuard, NonFiniteGuard
 from spar_scale.training.optimizers import optimizer_factory, parameter_groups
 from spar_scale.training.progress import Progress
@@ -73,10 +76,11 @@ class Trainer:
         self.recipe, self.topology, self.directory = recipe, topology, directory
         self.stage = stages.build(recipe)
         name_parameters(self.stage.model)
-        groups = parameter_groups(self.stage.model, self.stage.groups, recipe.optimizer)
+        groups = parameter_groups(self.stage, recipe.optimizer)
         self.multipliers = {group["name"]: group.pop("multiplier") for group in groups}
         self.frozen = frozen_digests(self.stage.model)
-        self.loader = self._loader()
+        portions = Blocks(recipe.global_batch, recipe.data.task_block)
+        self.micro_steps = Portions(portions, recipe.parallel.micro_batch, topology.data_size).per_step
         self.engine = Engine(
             self.stage.layers,
             self.stage.inputs,
@@ -89,8 +93,10 @@ class Trainer:
         )
         self.non_finite = NonFiniteGuard(recipe.guards.max_skipped_steps)
         self.bad_samples = BadSampleGuard(recipe.guards.max_bad_fraction)
-        self.step = self._resume()
-        self.loader.start(self.step)
+        self.step, shards = self._resume()
+        self.loader = self._loader()
+        if shards not in (None, self.loader.digest):
+            raise UserError("data.sources: the shards are not those that this run was trained on; restore them")
         self.log = RunLog(directory.path, self.step) if topology.rank == 0 else None
         self.pending: list[Pending] = []
         self.since = time.monotonic()
@@ -129,7 +135,7 @@ class Trainer:
         bad: list[dict[str, Any]] = []
 
         def counted() -> Iterator[dict[str, Any]]:
-            for batch in itertools.islice(batches, self.loader.micro_steps):
+            for batch in itertools.islice(batches, self.micro_steps):
                 samples.extend(number for number in batch["sample"].tolist() if number >= 0)
                 bad.extend(batch["errors"])
                 yield batch
@@ -205,24 +211,23 @@ class Trainer:
             keep=self.recipe.checkpoint.keep,
         )
 
-    def _resume(self) -> int:
-        """Load the newest whole checkpoint; return its step, or 0 for a fresh run."""
+    def _resume(self) -> tuple[int, str | None]:
+        """Load the newest whole checkpoint; return its step and shard digest, (0, None) for a fresh run."""
         found = self.directory.newest_checkpoint()
         if found is None:
             self._announce("starts at step 0: the run directory has no checkpoint")
-            return 0
-        state = checkpoint.load(found, self.engine.fragments(), tensors={}, group=self.topology.files_group)
+            return 0, None
+        fragments = self.engine.fragments()
+        state = checkpoint.load(found, fragments, tensors={}, group=self.topology.files_group, verify=False)
         if state.get("version") != STATE_VERSION:
             raise UserError(f"{found}: state version {state.get('version')}, this program reads {STATE_VERSION}")
-        if state["shards"] != self.loader.digest:
-            raise UserError(f"data.sources: the shards are not those that {found} was trained on; restore them")
         for part, digest in self.frozen.items():
             if state["frozen"].get(part) != digest:
                 raise UserError(f"{found}: the frozen part '{part}' differs from the one that this run trained with")
         self.engine.restore(state["optimizer_steps"])
         self.non_finite.load_state_dict(state["non_finite"])
         self._announce(f"goes on from {found}, step {state['step']}")
-        return state["step"]
+        return state["step"], state["shards"]
 
     def _optimizer_steps(self) -> dict[str, int]:
         """Applied updates by group over all stages of a pipeline."""
@@ -234,14 +239,16 @@ class Trainer:
     def _export(self) -> None:
         """Write the averaged weights in the published layout, if the stage has one."""
         if self.stage.export is not None:
-            self.topology.run_first(lambda: export(self.recipe, self.directory))
+            found = self.directory.newest_checkpoint()
+            assert found is not None
+            first(self.topology.agreement_group, lambda: export(self.recipe, found, self.directory.path))
 
     # -- pieces of the constructor ----------------------------------------------------------------
 
     def _loader(self) -> Loader:
         recipe = self.recipe
         return Loader(
-            recipe.data.sources,
+            [Source(source.name, source.shards, source.weight) for source in recipe.data.sources],
             self.stage.sample,
             seed=recipe.seed,
             global_batch=recipe.global_batch,
@@ -250,7 +257,8 @@ class Trainer:
             dp_rank=self.topology.data_rank,
             dp_size=self.topology.data_size,
             workers=recipe.data.workers,
-            steps=recipe.train.steps,
+            first_step=self.step,
+            steps=recipe.train.steps - self.step,
         )
 
     def _engine_settings(self) -> EngineSettings:
@@ -258,7 +266,7 @@ class Trainer:
         return EngineSettings(
             precision=recipe.precision,
             micro_batch=recipe.parallel.micro_batch,
-            micro_steps=self.loader.micro_steps,
+            micro_steps=self.micro_steps,
             global_batch=recipe.global_batch,
             clip=recipe.optimizer.clip,
             ema_decay=recipe.optimizer.ema_decay,
@@ -279,29 +287,3 @@ def frozen_digests(model: nn.Module) -> dict[str, str]:
             part.update(name.encode())
             part.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return {part: digest.hexdigest() for part, digest in hashes.items()}
-
-
-def averaged_model(recipe: Recipe, directory: Path) -> nn.Module:
-    """The run's model in eval mode with the EMA of its newest whole checkpoint (one process, CPU)."""
-    stage = stages.build(recipe)
-    found = checkpoint.find(directory / "checkpoints", None)
-    if found is None:
-        raise UserError(f"{directory}: holds no checkpoint; train it first")
-    average = checkpoint.read(found, "ema")
-    missing = stage.model.load_state_dict(average, strict=False)
-    if missing.unexpected_keys:
-        raise UserError(f"{found}: holds {missing.unexpected_keys[:3]}, which the model of the recipe has not")
-    return stage.model.eval()
-
-
-def export(recipe: Recipe, directory: RunDirectory) -> None:
-    """Write `pretrained/` of the run: temporary name first, replaced as a whole."""
-    import shutil
-
-    stage = stages.build(recipe)
-    assert stage.export is not None
-    target, temporary = directory.path / "pretrained", directory.path / ".pretrained.tmp"
-    for leftover in (temporary, target):
-        shutil.rmtree(leftover, ignore_errors=True)
-    stage.export(averaged_model(recipe, directory.path), temporary)
-    temporary.rename(target)

@@ -1,0 +1,77 @@
+"""SIGKILL at seeded moments, some of them inside a save: the run goes on and its curve is bit-equal.
+
+One run is killed again and again: after each start it is let run to a seeded number of logged steps
+and for a seeded while beyond (or until a save has begun), then killed without warning.
+`SPAR_KILLS=20` makes it twenty kills, three of them inside a save; the suite does fewer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+from launching import start_process
+from tiny_runs import consumed, curve, make_autoencoder, make_data, recipe_values, train_all
+
+KILLS = int(os.environ.get("SPAR_KILLS", "5"))
+IN_SAVE = max(1, 3 * KILLS // 20)
+STEPS_BETWEEN, EVERY = 3, 2
+
+
+def whole_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def saving(run_dir: Path) -> bool:
+    """Whether a save has written tensor bytes and has not yet been committed."""
+    return any(file.stat().st_size for file in run_dir.glob("checkpoints/.tmp-*/*.distcp"))
+
+
+@pytest.mark.timeout(900)
+def test_killed_at_seeded_moments_the_curve_is_bit_equal(tmp_path: Path) -> None:
+    shards, autoencoder = make_data(tmp_path / "data"), make_autoencoder(tmp_path / "autoencoder")
+    settings = {
+        "train": {"steps": STEPS_BETWEEN * (KILLS + 1), "log_every": 1},
+        "checkpoint": {"every": EVERY, "keep": 2},
+        "data__workers": 1,
+        "global_batch": 6,
+        "data__task_block": 6,
+        "parallel__micro_batch": 6,
+    }
+    whole = recipe_values(tmp_path / "whole", shards, autoencoder, **settings)
+    killed = recipe_values(tmp_path / "killed", shards, autoencoder, **settings)
+    process = start_process(train_all, 0, 1, [whole])
+    process.join(300)
+    assert process.exitcode == 0
+    reference = curve(tmp_path / "whole")
+    assert len(reference) == STEPS_BETWEEN * (KILLS + 1)
+
+    moments = random.Random(0)
+    in_save = set(moments.sample(range(KILLS), IN_SAVE))
+    caught_in_save = 0
+    log = tmp_path / "killed" / "metrics.jsonl"
+    for kill in range(KILLS):
+        process = start_process(train_all, 0, 1, [killed])
+        target, delay_s = STEPS_BETWEEN * kill + moments.randint(1, STEPS_BETWEEN), moments.uniform(0, 0.4)
+        while process.is_alive() and whole_lines(log) < target:
+            time.sleep(0.002)
+        if kill in in_save:
+            while process.is_alive() and not saving(tmp_path / "killed"):
+                pass
+            caught_in_save += saving(tmp_path / "killed")
+        else:
+            process.join(delay_s)
+        assert process.is_alive(), "the run ended before its kill"
+        process.kill()
+        process.join()
+    process = start_process(train_all, 0, 1, [killed])
+    process.join(300)
+    assert process.exitcode == 0
+    assert caught_in_save == IN_SAVE
+    assert curve(tmp_path / "killed") == reference
+    assert consumed(tmp_path / "killed") == consumed(tmp_path / "whole") == list(range(6 * len(reference)))
+    assert json.loads((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == len(reference)

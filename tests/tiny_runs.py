@@ -1,0 +1,116 @@
+"""Real training runs small enough for a test: a few scenes, a pixel autoencoder from the seed, a dozen steps.
+
+Everything goes through `spar_scale.training.trainer.train`, as on a cluster. A world of processes
+trains several recipes one after another, so its start is paid once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from launching import preload
+
+preload("deepspeed", "diffusers.models", "transformers.models.internvl.modeling_internvl")
+
+LOSS_RELATIVE, NORM_RELATIVE = 1e-5, 2e-4
+"""Bounds between any two layouts in fp32 over ten steps."""
+LOSS_FLOOR = 1e-6
+"""Absolute floor of the loss bound."""
+
+
+def make_data(folder: Path, scenes: int = 96) -> str:
+    """Write a few scenes as shards; return the glob."""
+    from spar_scale.data.shapes_world import World
+    from spar_scale.data.shards import make_world
+
+    make_world(World(size=32, seed=5, scenes=scenes, heldout=0, edits=0, per_shard=32), folder)
+    return str(folder / "scenes-*.tar")
+
+
+def make_autoencoder(folder: Path) -> Path:
+    """Write a pixel autoencoder with seeded weights in the published layout."""
+    from spar_scale.models.autoencoder import build_autoencoder
+    from spar_scale.models.initialise import initialise
+    from spar_scale.models.presets import PRESETS
+    from spar_scale.stages.bootstrap import save_autoencoder
+
+    model = build_autoencoder(PRESETS["tiny"])
+    initialise(model, 3)
+    save_autoencoder(model, folder)
+    return folder
+
+
+def recipe_values(run_dir: Path, shards: str, autoencoder: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe of phase init as nested values; `changes` are dotted keys with `__` for the dot."""
+    values: dict[str, Any] = {
+        "stage": "tokenizer",
+        "phase": "init",
+        "model": {"preset": "tiny", "pretrained": {"pixel_autoencoder": str(autoencoder)}},
+        "run_dir": str(run_dir),
+        "seed": 1,
+        "global_batch": 12,
+        "train": {"steps": 10, "log_every": 5},
+        "optimizer": {
+            "name": "adamw",
+            "lr": 1e-3,
+            "min_lr": 1e-5,
+            "warmup_steps": 3,
+            "weight_decay": 0.01,
+            "clip": 0.5,
+            "groups": {"fusion": 0.3},
+            "ema_decay": 0.9,
+        },
+        "objective": {"perceptual_weight": 0.5, "pixel_alignment_weight": 1.0},
+        "data": {"task_block": 7, "sources": [{"name": "images", "shards": shards}], "workers": 0},
+        "checkpoint": {"every": 5, "keep": 3},
+        "parallel": {"zero": 1, "micro_batch": 2},
+    }
+    for key, value in changes.items():
+        place = values
+        *parents, last = key.split("__")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return values
+
+
+def train_all(rank: int, world: int, recipes: list[dict[str, Any]]) -> int:
+    """Train recipes one after another in this process of a world."""
+    from parallel.launch import stop
+    from spar_scale.recipe import Recipe
+    from spar_scale.training.trainer import train
+
+    for values in recipes:
+        assert train(Recipe.model_validate_json(json.dumps(values))) == 0
+    stop()
+    return rank
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Every step's line."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_dir: Path) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step; the steps must be 1, 2, 3, ..."""
+    lines = metrics(run_dir)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [(line["loss"], line["grad_norm"]) for line in lines]
+
+
+def consumed(run_dir: Path) -> list[int]:
+    """All sample numbers of the surviving lineage, in the order of their steps."""
+    lines = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    return [number for line in lines for first, end in line["ranges"] for number in range(first, end)]
+
+
+def distance(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> tuple[float, float]:
+    """Largest relative difference in loss (beyond the floor) and in gradient norm; curves of one length."""
+    assert len(one) == len(other) > 0
+    losses = [max(0.0, abs(a - b) - LOSS_FLOOR) / abs(b) for (a, _), (b, _) in zip(one, other, strict=True)]
+    norms = [abs(a - b) / b for (_, a), (_, b) in zip(one, other, strict=True)]
+    assert all(map(math.isfinite, losses + norms))
+    return max(losses), max(norms)
