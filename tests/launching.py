@@ -112,6 +112,18 @@ def run_world(
             pipe.close()
 
 
+def start_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Start `function(*args)` in one process with no launcher's environment; the caller joins or kills it.
+
+    Exit code 0 when it returned, 1 when it raised (traceback on stderr).
+    """
+    _FORK_SERVER.set_forkserver_preload(_preloaded)
+    job = (function.__module__, function.__code__.co_filename, function.__qualname__, pickle.dumps(args))
+    process = _FORK_SERVER.Process(target=_work_alone, args=job)
+    process.start()
+    return process
+
+
 def _collect(pipes: list[Connection], deadline: float, timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
     open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
@@ -171,6 +183,15 @@ def _work(
             payload = pickle.dumps((False, None, text))
     pipe.send_bytes(payload)
     pipe.close()
+
+
+def _work_alone(module_name: str, file: str, qualified_name: str, pickled_args: bytes) -> None:
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+    import torch
+
+    torch.set_num_threads(1)
+    function, args = _find(module_name, file, qualified_name, pickled_args)
+    function(*args)
 
 
 def _find(module_name: str, file: str, qualified_name: str, pickled_args: bytes) -> tuple[Callable[..., Any], tuple]:
