@@ -44,8 +44,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "tracking.experiment": (),
     "init_from": (),
 }
-"""The stages that read a key. Set to another value than its default in any other stage, it is refused:
-a switch that nothing reads must not look as if it did something. A stage joins where it starts to read."""
+"""The stages that read a key; elsewhere a value other than the default is refused, since nothing would come of it."""
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
