@@ -225,9 +225,10 @@ def _malicious_tensor(path: Path, trap: Path) -> None:
 
 
 def _foreign_file(path: Path, trap: Path) -> None:
+    shutil.copy(path / DATA, path.parent / "elsewhere.distcp")
     metadata = pickle.loads((path / ".metadata").read_bytes())
     for place in metadata.storage_data.values():
-        place.relative_path = "../../../elsewhere.distcp"
+        place.relative_path = "../elsewhere.distcp"
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
@@ -328,9 +329,13 @@ def _kill_at_every_event(rank: int, size: int, root_text: str) -> list[str]:
             wrong.append(f"event {event}: found {found}")
         elif _load(found)["step"] != int(found.name[-1]):
             wrong.append(f"event {event}: content of {found}")
-        _save(root, 3, keep=1)
+        try:
+            checkpoint.verify(root)
+        except UserError as error:
+            wrong.append(f"event {event}: {error}")
+        again = _save(root, 2 if found == before else 3, keep=1)  # the resumed run
         left = sorted(path.name for path in root.iterdir())
-        if left != ["latest", "step-00000003"]:
+        if left != ["latest", again.name]:
             wrong.append(f"event {event}: left {left}")
         seen.add((code, found and found.name))
         if code == 0:
@@ -361,6 +366,30 @@ def test_killed_in_the_middle_of_a_write(root: Path) -> None:
     assert checkpoint.find(root) == before
     checkpoint.remove_leftovers(root)
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000001"]
+
+
+def _save_on_a_failing_disk(rank: int, size: int, root: str) -> str:
+    """Flip a bit of the data file after it is written, just before it is read back."""
+    hit = []
+
+    def hook(event: str, args: tuple) -> None:
+        if event == "open" and str(args[0]).endswith(DATA) and args[1] == "r" and not hit:
+            hit.append(True)
+            _flip(Path(args[0]))
+
+    sys.addaudithook(hook)
+    try:
+        _save(Path(root), 2)
+    except UserError as error:
+        return str(error)
+    return "saved"
+
+
+def test_what_the_disk_gives_back_is_compared_with_what_was_written(root: Path) -> None:
+    before = _save(root, 1)
+    (message,) = run_world(1, _save_on_a_failing_disk, str(root), initialise=False)
+    assert f".tmp-step-00000002/{DATA}: what was read back is not what was written" in message
+    assert checkpoint.find(root) == before
 
 
 def test_an_unwritable_root_is_refused(tmp_path: Path) -> None:
