@@ -6,7 +6,7 @@ instead of its zip format: 0.34 KB around each box instead of 1.56 KB: for 2 M p
 tensors 1-5 % of a rank's bytes instead of 4-21 % (ZeRO 1 to 3 on 2 to 4 ranks). And the bytes are hashed on their way
 to the disk, so the file read back can be compared with what was meant.
 
-`.metadata` is a pickle. It is read by an unpickler that knows the nine names such a file needs; the
+`.metadata` is a pickle. It is read by an unpickler that knows the few names such a file needs; the
 tensors are read by torch.load with `weights_only=True` (torch 2.13, FileSystemReader.read_data).
 """
 
