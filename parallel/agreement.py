@@ -41,7 +41,7 @@ def together(group: dist.ProcessGroup | None, function: Callable[[], T]) -> T:
     texts = list(dict.fromkeys(str(error) for meant, error in problems.values() if meant))
     if len(texts) == len(dict.fromkeys(str(error) for _, error in problems.values())):
         more = f" (and {len(texts) - 3} more)" if len(texts) > 3 else ""
-        raise UserError("; ".join(texts[:3]) + more) from failure
+        raise UserError("; ".join(texts[:3]) + more, everywhere=True) from failure
     if failure is not None:
         raise failure
     raise RuntimeError("; ".join(f"rank {rank}: {error!r}" for rank, (_, error) in problems.items()))

@@ -137,7 +137,7 @@ def find(root: Path, group: Group = None) -> Path | None:
         else:
             return path
     if problems:
-        raise UserError(f"{root}: every checkpoint is damaged: " + "; ".join(problems))
+        raise UserError(f"{root}: every checkpoint is damaged: " + "; ".join(problems), everywhere=True)
     return None
 
 
@@ -324,7 +324,7 @@ def _run_dcp(path: Path, function: Callable[[], Any]) -> Any:
         errors = [error for _, (error, _) in sorted(failed.failures.items())]
         refusals = list(dict.fromkeys(str(error) for error in errors if isinstance(error, UserError | OSError)))
         if refusals:
-            raise UserError("; ".join(refusals[:3])) from errors[0]
+            raise UserError("; ".join(refusals[:3]), everywhere=True) from errors[0]
         if all(isinstance(error, ValueError) for error in errors):
             raise ValueError(f"{path}: {errors[0]}") from errors[0]
         raise RuntimeError(f"{path}: {failed}") from errors[0]

@@ -12,7 +12,14 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A refusal: what was found (dotted key or file), the rule, and the nearest valid choice."""
+    """A refusal: what was found (dotted key or file), the rule, and the nearest valid choice.
+
+    `everywhere` says that every process of the run raises the same one, so only the first need tell.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False):
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

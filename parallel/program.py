@@ -12,7 +12,9 @@ every floating tensor that it sends (0.19.8).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +80,8 @@ def run_layer(
     """
     assert isinstance(layer, Layer)
     read = {name: live[name] for name in layer.reads}
-    written = checkpoint(layer, use_reentrant=False, **read) if recompute else layer(**read)
-    assert isinstance(written, dict)
+    run = functools.partial(layer, **read)
+    written: dict[str, Tensor] = cast(Any, checkpoint(run, use_reentrant=False)) if recompute else run()
     if set(written) != set(layer.writes):
         raise TypeError(f"{type(layer).__name__} wrote {sorted(written)}, declared {sorted(layer.writes)}")
     written = {n: t.detach() if n in layer.detached else t for n, t in written.items()}

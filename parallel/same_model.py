@@ -63,7 +63,7 @@ def require_same_model(
     if all_different:
         texts = [f"{key}: {text}" for key, text in all_different.items()]
         parts.append(f"{len(texts)} of another shape or dtype ({_few(texts)})")
-    raise UserError(f"{path}: this checkpoint is of another model: " + "; ".join(parts))
+    raise UserError(f"{path}: this checkpoint is of another model: " + "; ".join(parts), everywhere=True)
 
 
 def _few(names: list[str]) -> str:

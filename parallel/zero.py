@@ -12,7 +12,8 @@ Written against DeepSpeed 0.19.8; it reads the private attributes named in `frag
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,6 +78,11 @@ class Engine:
         self.scale = settings.micro_steps * topology.data_size / settings.global_batch
         program = Program(layers, inputs, list(terms), settings.recompute)
         self.pipelined = topology.layout.pipeline > 1
+        # DeepSpeed compiles Muon's iteration by decorator (0.19.8): on a CPU, minutes for seconds of use.
+        eager = _has_muon(groups) and device.type == "cpu"
+        self.compiling: Callable[[], AbstractContextManager[Any]] = (
+            (lambda: torch.compiler.set_stance("force_eager")) if eager else nullcontext
+        )
         if self.pipelined:
             module: Any = pipeline_module(program, topology, self._loss, len(groups))
             dummies: list[nn.Parameter] = list(module.dummies)
@@ -103,24 +109,35 @@ class Engine:
         for group in self.deepspeed.optimizer.optimizer.param_groups:
             group["lr"] = lr[group["name"]]
         self.terms.zero_()
-        if self.pipelined:
-            self.deepspeed.reset_activation_shape()
-            self.deepspeed.train_batch(pipeline_batches(batches, self.inputs, self.device))
-        else:
-            for _ in range(self.settings.micro_steps):
-                batch = next(batches)
-                slots = {name: batch[name].to(self.device, non_blocking=True) for name in self.inputs}
-                weight = batch["weight"].to(self.device, non_blocking=True)
-                loss = self._loss(self.deepspeed(slots), weight)
-                self.deepspeed.backward(loss)
-                self.deepspeed.step()
+        with self.compiling():
+            self._run(batches)
         optimizer = self.deepspeed.optimizer
         norm = torch.as_tensor(optimizer._global_grad_norm, dtype=torch.float64, device=self.device)
         return StepRecord(self.terms.clone(), norm.clone().reshape(()), bool(optimizer.overflow))
 
-    def fragments(self) -> list[Fragment]:
-        """This rank's share of every trained parameter: writable flat views of master, moments and EMA."""
-        return [*(self._fragments_zero3() if self.zero == 3 else self._fragments_zero12())]
+    def _run(self, batches: Iterator[Mapping[str, Any]]) -> None:
+        """Forward and backward over the micro-batches, then the update."""
+        if self.pipelined:
+            self.deepspeed.reset_activation_shape()
+            self.deepspeed.train_batch(pipeline_batches(batches, self.inputs, self.device))
+            return
+        for _ in range(self.settings.micro_steps):
+            batch = next(batches)
+            slots = {name: batch[name].to(self.device, non_blocking=True) for name in self.inputs}
+            weight = batch["weight"].to(self.device, non_blocking=True)
+            loss = self._loss(self.deepspeed(slots), weight)
+            self.deepspeed.backward(loss)
+            self.deepspeed.step()
+
+    def fragments(self, loading: bool = False) -> list[Fragment]:
+        """Writable flat views of what this rank keeps of every trained parameter: master, moments, EMA.
+
+        To save, each element belongs to one rank; to load, a rank asks for all it needs (Muon under
+        ZeRO 1 and 2 keeps the momentum of whole matrices on every rank that holds a part of one).
+        """
+        if self.zero == 3:
+            return list(self._fragments_zero3())
+        return [fragment for piece in self._fragments_zero12() for fragment in self._with_momentum(piece, loading)]
 
     def optimizer_steps(self) -> dict[str, int]:
         """Applied updates by parameter group (Adam's bias correction counts them)."""
@@ -178,6 +195,8 @@ class Engine:
             state = self._inner_state()[flat]
             if group.get("use_muon"):
                 state["momentum_buffer"] = torch.zeros_like(flat.data)
+                if matrices := self._whole_matrices(flat):
+                    state["momentum_buffer"] = flat.new_zeros(sum(p.numel() for p in matrices), requires_grad=False)
             else:
                 step = torch.zeros((), dtype=torch.float32, device=flat.device)
                 state.setdefault("step", 0 if "use_muon" in group else step)
@@ -185,7 +204,7 @@ class Engine:
                 state["exp_avg_sq"] = torch.zeros_like(flat.data)
             state["ema"] = flat.detach().clone()
 
-    def _fragments_zero12(self) -> Iterator[Fragment]:
+    def _fragments_zero12(self) -> Iterator[tuple[Fragment, Any, Tensor]]:
         flats = [flat for _, flat in self._flats()]
         for parameter in self._trained():
             mapping = parameter._hp_mapping
@@ -193,7 +212,7 @@ class Engine:
                 continue  # no part of it is in this rank's partition
             flat, place = flats[mapping.param_group_index], mapping.hp_fragment_address
             start = mapping.lp_fragment_address.start
-            yield self._fragment(parameter, parameter.shape, start, flat, place.start, place.numel)
+            yield self._fragment(parameter, parameter.shape, start, flat, place.start, place.numel), parameter, flat
 
     def _fragments_zero3(self) -> Iterator[Fragment]:
         wrapped = self.deepspeed.optimizer
@@ -206,12 +225,36 @@ class Engine:
             if length:
                 yield self._fragment(parameter, parameter.ds_shape, start, flats[index], offset, length)
 
+    def _whole_matrices(self, flat: Tensor) -> list[Any]:
+        """The matrices whose whole momentum lies, one after another, beside this flat partition (Muon, ZeRO 1 and 2)."""
+        held = getattr(self.deepspeed.optimizer, "params_in_partition", None)  # ZeRO 3 and its bf16 class have none
+        for index, (group, other) in enumerate(self._flats()):
+            if other is flat and group.get("use_muon") and held is not None:
+                return list(held[index])
+        return []
+
+    def _with_momentum(self, piece: tuple[Fragment, Any, Tensor], loading: bool) -> Iterator[Fragment]:
+        fragment, parameter, flat = piece
+        offset = 0
+        for matrix in self._whole_matrices(flat):
+            if matrix is parameter:
+                momentum = self._inner_state()[flat]["momentum_buffer"].narrow(0, offset, parameter.numel())
+                if loading:
+                    yield replace(fragment, start=0, tensors={"momentum_buffer": momentum})
+                else:
+                    length = fragment.tensors["model"].numel()
+                    fragment.tensors["momentum_buffer"] = momentum.narrow(0, fragment.start, length)
+            offset += matrix.numel()
+        yield fragment
+
     def _fragment(
         self, parameter: Any, shape: Sequence[int], start: int, flat: Tensor, offset: int, length: int
     ) -> Fragment:
         state = self._inner_state()[flat]
-        tensors = {kind: value for kind, value in state.items() if torch.is_tensor(value) and value.dim() == 1}
-        tensors = {"model": flat.data, **tensors}
+        alike = {kind: value for kind, value in state.items() if torch.is_tensor(value) and value.dim() == 1}
+        if self._whole_matrices(flat):
+            del alike["momentum_buffer"]  # laid out otherwise; `_with_momentum` adds it
+        tensors = {"model": flat.data, **alike}
         cut = getattr(parameter, "tensor_cut", None)
         return Fragment(
             name=parameter.global_name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -34,14 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         strangers = [word for word in rest if not _is_override(word)]
     if strangers:
         parser.error(f"unknown argument: {strangers[0]}")
+    _start_log()
     try:
         return arguments.run(arguments)
     except UserError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), error.everywhere)
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        return _refuse(f"{error.filename or 'disk'}: {error.strerror}")
+        return _refuse(f"{error.filename or 'disk'}: {error.strerror}", everywhere=False)
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -180,14 +182,24 @@ def _say(text: str) -> int:
     return 0
 
 
-def _refuse(message: str) -> int:
-    """Print a refusal: once for a launch of many processes where all found the same, else with the rank."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+def _refuse(message: str, everywhere: bool) -> int:
+    """Print a refusal: the first process in any case, another one only what it alone may have found."""
+    rank = _rank()
     if rank == "0":
         print(f"error: {message}", file=sys.stderr)
-    elif "torch.distributed" in sys.modules:  # before that point every rank reads the same files and says the same
+    elif not everywhere and "torch" in sys.modules:  # before that every process reads the same files
         print(f"error (rank {rank}): {message}", file=sys.stderr)
     return REFUSED
+
+
+def _start_log() -> None:
+    """Log lines are plain text on stderr, from the first process of a launch only."""
+    level = logging.INFO if _rank() == "0" else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
+
+
+def _rank() -> str:
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ def _muon_keeps_matrices_whole(value: Lookup) -> Iterator[Contradiction]:
     if value("optimizer.clip") != 0:
         found = show(value("optimizer.clip"))
         yield "optimizer.clip", f"found {found} with optimizer.name muon, whose update is not a gradient: must be 0"
+    if value("precision") != "fp32":
+        yield "precision", f"found {value('precision')} with optimizer.name muon, which is proven in fp32 only"
 
 
 def _rate_falls(value: Lookup) -> Iterator[Contradiction]:

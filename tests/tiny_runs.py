@@ -13,7 +13,8 @@ from typing import Any
 
 from launching import preload
 
-preload("deepspeed", "diffusers.models", "transformers.models.internvl.modeling_internvl")
+preload("deepspeed.pipe", "torch._dynamo", "torch._inductor.compile_fx")
+preload("spar_scale.stages.tokenizer", "spar_scale.training.trainer")
 
 LOSS_RELATIVE, NORM_RELATIVE = 1e-5, 2e-4
 """Bounds between any two layouts in fp32 over ten steps."""

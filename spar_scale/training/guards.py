@@ -32,7 +32,8 @@ class NonFiniteGuard:
         if self.in_a_row > self.limit:
             raise UserError(
                 f"step {step}: the loss or its gradient was not finite for {self.in_a_row} steps in a row "
-                f"(guards.max_skipped_steps is {self.limit}); lower optimizer.lr or look at the data of these steps"
+                f"(guards.max_skipped_steps is {self.limit}); lower optimizer.lr or look at the data of these steps",
+                everywhere=True,
             )
 
     def state_dict(self) -> dict[str, int]:
@@ -68,5 +69,6 @@ class BadSampleGuard:
             worst = ", ".join(f"{name} ({count})" for name, count in shards.most_common(3))
             raise UserError(
                 f"step {step}: {shards.total()} of the last {self._samples} samples could not be used, more than "
-                f"guards.max_bad_fraction = {self.max_fraction:g}; most are in {worst}; see bad_samples.jsonl"
+                f"guards.max_bad_fraction = {self.max_fraction:g}; most are in {worst}; see bad_samples.jsonl",
+                everywhere=True,
             )

@@ -65,3 +65,4 @@ class RunDirectory:
                     "Give the recipe another run_dir, or restore these values to go on"
                 )
         self._recipe.save(file)
+        checkpoint.remove_leftovers(self.checkpoints)

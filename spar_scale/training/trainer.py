@@ -217,7 +217,7 @@ class Trainer:
         if found is None:
             self._announce("starts at step 0: the run directory has no checkpoint")
             return 0, None
-        fragments = self.engine.fragments()
+        fragments = self.engine.fragments(loading=True)
         state = checkpoint.load(found, fragments, tensors={}, group=self.topology.files_group, verify=False)
         if state.get("version") != STATE_VERSION:
             raise UserError(f"{found}: state version {state.get('version')}, this program reads {STATE_VERSION}")

@@ -20,6 +20,8 @@ from tiny_runs import (
     train_all,
 )
 
+pytestmark = pytest.mark.timeout(600)
+
 CASES = {2: ("from-z2-to-z3", 3), 3: ("from-z2-to-z1", 1)}
 
 
@@ -111,7 +113,7 @@ def test_changed_shards_are_refused(runs: Path, copy: Path, tmp_path: Path) -> N
     recorded = (copy / "recipe.yaml").read_text()
     (copy / "recipe.yaml").write_text(recorded.replace(str(runs / "data"), str(tmp_path / "data")))
     shutil.rmtree(copy / "checkpoints" / "step-00000010")
-    with pytest.raises(WorldError, match="data.sources"):
+    with pytest.raises(WorldError, match=r"data\.sources"):
         values = recipe_values(copy, shards, runs / "autoencoder")
         run_world(1, train_all, [values], initialise=False, timeout_s=100)
 

@@ -18,6 +18,8 @@ from tiny_runs import (
     train_all,
 )
 
+pytestmark = pytest.mark.timeout(900)
+
 LAYOUTS = [(world, zero, 1) for world in (1, 2, 4) for zero in (1, 2, 3)] + [(2, 1, 2), (4, 1, 2)]
 """(processes, ZeRO stage, pipeline stages)"""
 
@@ -28,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards, autoencoder = make_data(folder / "data"), make_autoencoder(folder / "autoencoder")
 
     def values(name: str, **changes) -> dict:
-        return recipe_values(folder / name, shards, autoencoder, **changes)
+        return recipe_values(folder / name, shards, autoencoder, checkpoint={"every": 10}, **changes)
 
     for world in (1, 2, 4):
         recipes = [
@@ -37,9 +39,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if count == world
         ]
         if world < 4:
+            stages, micro_batch = ((1,), 7) if world == 1 else ((1, 2, 3), 4)  # a block, and half of one
             recipes += [
-                values(f"{world}-{zero}-bf16", precision="bf16", parallel__zero=zero)
-                for zero in ((1, 2, 3) if world == 2 else (1,))
+                values(f"{world}-{zero}-bf16", precision="bf16", parallel={"zero": zero, "micro_batch": micro_batch})
+                for zero in stages
             ]
         if world == 1:
             recipes.append(values("1-1-micro", parallel__micro_batch=5))
