@@ -2,7 +2,11 @@
 
 Every number that decides a parameter's shape stands here and nowhere else, so two runs that name the
 same preset have interchangeable weights. The tiny preset divides by tensor 2 and pipeline 2 (even
-heads, at least four layers where layers are cut) and costs 0.2 s per step of 64 images on one core.
+heads, at least four layers where layers are cut). Its autoencoder costs about 0.2 core-seconds per
+step of 64 images. Its vision tower takes patches of 4 pixels folded 2 x 2 by the pixel shuffle, not 8
+pixels unfolded: both give 16 tokens; with a frozen random tower the first reached 28.1 dB and the
+second 27.5 dB after 200 steps of the tokenizer's first phase (0.52 and 0.42 core-seconds a step), and
+only the first uses the shuffle that the published tower needs.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ stated reason, and said once. Layout is (B, N, H, D): batch, tokens, heads, head
 projections give it and as the flash kernels want it.
 
 On CPU in bf16 the MATH backend is taken: the backward of CPU flash attention in bf16 was 58 % of a
-training step at 76 tokens, plain products 2.3 times faster over all (torch 2.13).
+training step at 76 tokens. Measured forward and backward, batch 64, 4 heads of 32, torch 2.13: at 16
+tokens 3.8 ms against 33 ms, at 65 tokens 27 ms against 77 ms; in fp32 flash is the faster one.
 """
 
 from __future__ import annotations
