@@ -120,7 +120,7 @@ class Loader:
             for _ in self._numbers:
                 if self._batches is None or self._passes != this_pass:
                     return
-                batch = next(self._batches)
+                batch = self._next()
                 if isinstance(batch, _Failure):
                     raise UserError(batch.message)
                 yield batch
@@ -130,8 +130,24 @@ class Loader:
 
     def close(self) -> None:
         """End the workers; a second call does nothing."""
-        self._batches = None  # the last reference: torch ends the workers as it is deleted
+        # torch (2.13) ends workers when the iterator is deleted, which a traceback that holds it prevents.
+        if self._batches is not None and hasattr(self._batches, "_shutdown_workers"):
+            self._batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+        self._batches = None
         atexit.unregister(self.close)
+
+    def _next(self) -> Batch | _Failure:
+        assert self._batches is not None
+        try:
+            return next(self._batches)
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            # A lost worker shows as torch's own message, or as its tensors' connection breaking.
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise UserError(
+                f"data.workers: a worker process was lost ({error}); most often the machine has run out of memory,"
+                " and fewer workers or a smaller prefetch help"
+            ) from None
 
 
 @dataclass(frozen=True)

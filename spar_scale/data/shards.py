@@ -114,7 +114,7 @@ def _png(image: np.ndarray) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "png")
+    Image.fromarray(image).save(buffer, "png", compress_level=1)
     return buffer.getvalue()
 
 

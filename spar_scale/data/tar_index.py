@@ -235,6 +235,8 @@ def _header(shard: str, arrays: Any) -> ShardHeader:
         raise UserError(
             f"{index_path(shard)}: version {version}, this program reads {VERSION}; run `spar-scale data index {shard}`"
         )
+    if missing := {"keys", "extensions", *COLUMNS} - set(arrays.files):
+        raise ValueError(f"{', '.join(sorted(missing))} missing")
     return ShardHeader(samples, tar_bytes, _text(arrays["keys_sha256"])[0])
 
 

@@ -244,21 +244,30 @@ def test_workers_outlive_signals(tiny_world, golden):
     assert count == STEPS * GLOBAL_BATCH
 
 
-def test_a_failing_program_does_not_wait_for_its_workers(tiny_world):
-    """An exception keeps the loop's frame alive up to the exit, with workers that ignore SIGTERM."""
+@pytest.mark.parametrize(
+    ("then", "message"),
+    [
+        ('raise ValueError("meant")', "ValueError: meant"),
+        ("[os.kill(worker.pid, 9) for worker in active_children()[:1]]; list(batches)", "a worker process was lost"),
+    ],
+)
+def test_a_failing_program_does_not_wait_for_its_workers(tiny_world, then, message):
+    """An exception keeps the loop's frames alive up to the exit, with workers that ignore SIGTERM."""
     program = f"""
+        import os
+        from multiprocessing import active_children
         from spar_scale.data.loader import Loader, Source
         from spar_scale.data.spec import SampleSpec
         sources = [Source("a", "{tiny_world}/scenes-*.tar")]
         loader = Loader(sources, SampleSpec("images", 16), 0, 8, 8, 8, 0, 1, 2, 0, 99)
         batches = iter(loader)
         next(batches)
-        raise ValueError("meant")
+        {then}
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, cwd=ROOT
     )
-    assert done.returncode == 1 and "ValueError: meant" in done.stderr
+    assert done.returncode == 1 and message in done.stderr
 
 
 def test_importing_the_loader_imports_no_model_library():

@@ -94,6 +94,12 @@ def test_a_cycle_of_blocks_holds_every_source_in_its_share(weights):
     assert {order.source(b) for b in range(12)} != {0}
 
 
+def test_every_cycle_is_mixed_anew():
+    order = Order(5, sources(1, 1), 8, 8)
+    first, second = ([order.source(b) for b in range(c * 1000, (c + 1) * 1000)] for c in (0, 1))
+    assert first != second and Counter(first) == Counter(second) == {0: 500, 1: 500}
+
+
 def test_a_place_is_found_without_replaying_what_came_before():
     order = Order(2, sources(0.5, 0.3, 0.2), 30, 8)
     taken = [0, 0, 0]

@@ -139,14 +139,15 @@ def test_flipped_bytes_in_an_index_are_refused(make_shard):
     assert "not an index" in refusal(read_index, shard)
 
 
-def test_an_index_never_runs_code(make_shard):
+def test_an_index_never_runs_code(make_shard, tmp_path):
     class Trap:
         def __reduce__(self):
-            return os.abort, ()
+            return open, (str(tmp_path / "sprung"), "w")
 
     shard = make_shard({"a": {"txt": b"1"}})
     np.savez(index_path(shard), header=np.array([Trap()], dtype=object), allow_pickle=True)
     assert "not an index" in refusal(read_header, shard)
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_an_index_of_another_version_is_refused(make_shard):
@@ -156,6 +157,14 @@ def test_an_index_of_another_version_is_refused(make_shard):
     content["header"] = content["header"] + np.array([1, 0, 0])
     np.savez(index_path(shard), **content)
     assert "version 2, this program reads 1; run `spar-scale data index" in refusal(read_header, shard)
+
+
+def test_an_index_that_lacks_a_column_is_refused(make_shard):
+    shard = make_shard({"a": {"txt": b"1"}})
+    with np.load(index_path(shard)) as arrays:
+        content = {name: arrays[name] for name in arrays.files if name != "offset"}
+    np.savez(index_path(shard), **content)
+    assert "not an index (offset missing); run" in refusal(read_header, shard)
 
 
 def test_patterns_are_sorted_and_take_tars_only(tiny_world):
