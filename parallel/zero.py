@@ -12,7 +12,7 @@ Written against DeepSpeed 0.19.8; it reads the private attributes named in `frag
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from parallel.boxes import Fragment
 from parallel.launch import silenced
+from parallel.muon import muon_step
 from parallel.pipeline import pipeline_batches, pipeline_module
 from parallel.program import Layer, Program
 from parallel.topology import Topology
@@ -78,11 +79,7 @@ class Engine:
         self.scale = settings.micro_steps * topology.data_size / settings.global_batch
         program = Program(layers, inputs, list(terms), settings.recompute)
         self.pipelined = topology.layout.pipeline > 1
-        # DeepSpeed compiles Muon's iteration by decorator (0.19.8): on a CPU, minutes for seconds of use.
-        eager = _has_muon(groups) and device.type == "cpu"
-        self.compiling: Callable[[], AbstractContextManager[Any]] = (
-            (lambda: torch.compiler.set_stance("force_eager")) if eager else nullcontext
-        )
+        self.muon = any(group.get("use_muon") for group in groups)
         if self.pipelined:
             module: Any = pipeline_module(program, topology, self._loss, len(groups))
             dummies: list[nn.Parameter] = list(module.dummies)
@@ -94,7 +91,7 @@ class Engine:
             engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
-                config=deepspeed_config(self.zero, topology.data_size, settings, _has_muon(groups)),
+                config=deepspeed_config(self.zero, topology.data_size, settings, self.muon),
                 mpu=None if self.pipelined else topology.grid,
                 dist_init_required=False,
             )
@@ -109,7 +106,7 @@ class Engine:
         for group in self.deepspeed.optimizer.optimizer.param_groups:
             group["lr"] = lr[group["name"]]
         self.terms.zero_()
-        with self.compiling():
+        with muon_step(self.device) if self.muon else nullcontext():
             self._run(batches)
         optimizer = self.deepspeed.optimizer
         norm = torch.as_tensor(optimizer._global_grad_norm, dtype=torch.float64, device=self.device)
@@ -340,7 +337,3 @@ def _local_groups(
         if parameters:
             local.append({**group, "params": parameters})
     return local
-
-
-def _has_muon(groups: Sequence[Mapping[str, Any]]) -> bool:
-    return any(group.get("use_muon") for group in groups)

@@ -132,7 +132,7 @@ class ObjectiveConfig(Section):
     latent_noise: NotNegative = 0.1
     """Standard deviation of the noise on the autoencoder's latent while it trains."""
     latent_power_weight: NotNegative = 0.0
-    """Coefficient of the mean square of the autoencoder's latent, which keeps it from growing."""
+    """Coefficient of the penalty on the latent's mean square above 1, which keeps it from growing."""
     align_weight: NotNegative = 0.5
     """lambda_a, the coefficient of the alignment of the diffusion transformer."""
     align_block: Count = 6

@@ -1,0 +1,37 @@
+"""Two things that DeepSpeed 0.19.8's Muon needs from whoever uses it, held to the moment of a step.
+
+Convolution weights: its `muon_update` flattens a 4-D gradient and then selects between the flat update
+and the 4-D gradient, which fails or broadcasts to nonsense. Inside `muon_step` it sees matrices
+(out, in * kernel). Compilation: its iteration is compiled by decorator, which on a CPU is minutes for
+seconds of use; there it runs eagerly. Remove when the canaries in tests/unit/test_muon.py fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def muon_step(device: torch.device) -> Iterator[None]:
+    """A context in which DeepSpeed's Muon takes convolution weights, uncompiled on a CPU."""
+    from deepspeed.runtime.zero.muon import original_muon
+
+    original = original_muon.muon_update
+
+    def on_matrices(grad: Tensor, momentum: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if grad.dim() == 2:
+            return original(grad, momentum, *args, **kwargs)
+        return original(grad.flatten(1), momentum.flatten(1), *args, **kwargs).view_as(grad)
+
+    stance = torch.compiler.set_stance("force_eager") if device.type == "cpu" else contextlib.nullcontext()
+    original_muon.muon_update = on_matrices
+    try:
+        with stance:
+            yield
+    finally:
+        original_muon.muon_update = original

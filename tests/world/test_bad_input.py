@@ -1,0 +1,217 @@
+"""Bad input through the command line: one message, exit code 2, no traceback, nothing lost or executed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import resource
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from launching import run_world
+from tiny_runs import make_autoencoder, make_data, metrics, recipe_values
+
+pytestmark = pytest.mark.timeout(600)
+
+Case = tuple[str, list[str], int | None]
+"""Name, arguments, and the largest file in bytes that the process may write."""
+
+
+def run_cases(rank: int, world: int, cases: list[Case]) -> dict[str, tuple[int, str]]:
+    """Run command lines one after another in one process; name -> (exit code, stderr)."""
+    from spar_scale.cli import main
+
+    results = {}
+    for name, arguments, limit in cases:
+        errors, output = io.StringIO(), io.StringIO()
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
+                code = main(arguments)
+        except BaseException as error:
+            code = -1
+            errors.write(f"escaped: {error!r}")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
+        results[name] = code, errors.getvalue()
+    return results
+
+
+def damage_copy(run: Path, name: str, change: Callable[[Path], Any]) -> Path:
+    """A copy of the run whose checkpoints are changed."""
+    copy = run.parent / name
+    shutil.copytree(run, copy)
+    for path in sorted((copy / "checkpoints").glob("step-*")):
+        change(path)
+    return copy
+
+
+def flip(path: Path) -> None:
+    file = next(path.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file but those a start may touch (lock, recipe, an empty log)."""
+    touched = {"lock", "recipe.yaml", "bad_samples.jsonl"}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in touched}
+
+
+EXPECTED = {
+    "unknown key": r"train\.stepz: .*unknown key.*did you mean 'steps'",
+    "wrong type": r"train\.steps: found \"many\"",
+    "two errors at once": r"(?s)2 errors.*seed.*precision",
+    "not YAML": r"bad\.yaml",
+    "a Python tag": r"python/object",
+    "no such recipe": r"nowhere\.yaml",
+    "empty shard": r"empty-0\.tar",
+    "truncated shard": r"cut-0\.tar",
+    "not a tar": r"text-0\.tar",
+    "no index": r"spar-scale data index",
+    "stale index": r"stale-0\.tar",
+    "no shards": r"none-\*\.tar",
+    "too many bad images": r"guards\.max_bad_fraction",
+    "not an image": r"text\.png: not an image",
+    "checkpoint of another model": r"another model",
+    "checkpoint with a missing file": r"missing",
+    "checkpoint with flipped bits": r"damaged",
+    "verify flipped bits": r"sha256|damaged|content",
+    "full disk": r"File too large",
+    "run directory in the way": r"in-the-way",
+    "recipe of another run": r"optimizer\.lr",
+    "tensor parallelism": r"parallel\.tensor",
+    "layout that does not fit": r"parallel",
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("bad_input")
+    shards, autoencoder = make_data(folder / "data"), make_autoencoder(folder / "autoencoder")
+    good = Path(shards).parent / "scenes-00000.tar"
+
+    def recipe(name: str, shards: str = shards, **changes: Any) -> str:
+        path = folder / f"{name}.yaml"
+        values = recipe_values(folder / name, shards, autoencoder, train={"steps": 2}, checkpoint={"every": 1}, **changes)
+        path.write_text(yaml.safe_dump(values))
+        return str(path)
+
+    def shard(name: str, content: bytes) -> str:
+        path = folder / "shards" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        return str(path)
+
+    model = {"stage": "bootstrap", "phase": "autoencoder", "model": {"preset": "tiny"}}
+    objective = {"perceptual_weight": 0.5}
+    unlike = recipe("autoencoder_run", **model, objective=objective, optimizer__groups={})
+    good_runs: list[Case] = [("run", ["train", recipe("run")], None), ("unlike", ["train", unlike], None)]
+    made = run_world(1, run_cases, good_runs, initialise=False, timeout_s=100)[0]
+    assert {code for code, _ in made.values()} == {0}, made
+    run = folder / "run"
+    assert len(metrics(run)) == 2
+    trap = folder / "executed"
+    (folder / "bad.yaml").write_text("train: {steps: 3\n  - no")
+    (folder / "tag.yaml").write_text(f'stage: !!python/object/apply:os.mkdir ["{trap}"]\n')
+    (folder / "in-the-way").write_text("a file")
+    (folder / "text.png").write_text("no image")
+    with tarfile.open(folder / "broken.tar", "w") as tar:
+        for index in range(24):
+            info = tarfile.TarInfo(f"{index:08d}.png")
+            info.size = 8
+            tar.addfile(info, io.BytesIO(b"no image"))
+    (folder / "shards").mkdir(exist_ok=True)
+    shutil.move(folder / "broken.tar", folder / "shards" / "broken-0.tar")
+    stale = shard("stale-0.tar", good.read_bytes())
+    lost = damage_copy(run, "lost", lambda path: next(path.glob("*.distcp")).unlink())
+    flipped = damage_copy(run, "flipped", flip)
+    other = damage_copy(run, "other", shutil.rmtree)
+    for path in (folder / "autoencoder_run" / "checkpoints").glob("step-*"):
+        shutil.copytree(path, other / "checkpoints" / path.name)
+    kept = {name: snapshot(folder / name) for name in ("run", "lost", "flipped", "other")}
+    before = [
+        ("index broken", ["data", "index", str(folder / "shards" / "broken-0.tar")], None),
+        ("index stale", ["data", "index", stale], None),
+    ]
+    run_world(1, run_cases, before, initialise=False, timeout_s=100)
+    Path(stale).write_bytes(good.read_bytes() + b"\0" * 512)
+
+    def again(name: str, **changes: Any) -> list[str]:
+        """Train the copy `name` one step further than it got."""
+        copied = (folder / name / "recipe.yaml").read_text().replace(str(run), str(folder / name))
+        (folder / name / "recipe.yaml").write_text(copied)
+        return ["train", str(folder / name / "recipe.yaml"), *(f"{key}={value}" for key, value in changes.items())]
+
+    cases: list[Case] = [
+        ("unknown key", ["train", recipe("run"), "train.stepz=3"], None),
+        ("wrong type", ["train", recipe("run"), "train.steps=many"], None),
+        ("two errors at once", ["train", recipe("run"), "precision=fp64", "seed=-1"], None),
+        ("not YAML", ["train", str(folder / "bad.yaml")], None),
+        ("a Python tag", ["train", str(folder / "tag.yaml")], None),
+        ("no such recipe", ["train", str(folder / "nowhere.yaml")], None),
+        ("empty shard", ["data", "index", shard("empty-0.tar", b"")], None),
+        ("truncated shard", ["data", "index", shard("cut-0.tar", good.read_bytes()[:3000])], None),
+        ("not a tar", ["data", "index", shard("text-0.tar", b"no tar at all" * 100)], None),
+        ("no index", ["train", recipe("a", shard("plain-0.tar", good.read_bytes()))], None),
+        ("stale index", ["train", recipe("b", stale)], None),
+        ("no shards", ["train", recipe("c", str(folder / "none-*.tar"))], None),
+        (
+            "too many bad images",
+            ["train", recipe("d", str(folder / "shards" / "broken-0.tar")), "train.steps=12", "train.log_every=1"],
+            None,
+        ),
+        ("not an image", ["reconstruct", str(run), str(folder / "text.png"), "-o", str(folder / "x.png")], None),
+        ("checkpoint of another model", again("other"), None),
+        ("checkpoint with a missing file", again("lost"), None),
+        ("checkpoint with flipped bits", again("flipped"), None),
+        ("verify flipped bits", ["checkpoint", "verify", str(flipped)], None),
+        ("full disk", ["train", recipe("e")], 200_000),
+        ("run directory in the way", ["train", recipe("f"), f"run_dir={folder / 'in-the-way' / 'run'}"], None),
+        ("recipe of another run", ["train", recipe("run"), "optimizer.lr=0.5"], None),
+        ("tensor parallelism", ["train", recipe("g"), "parallel.tensor=2"], None),
+        ("layout that does not fit", ["train", recipe("g"), "parallel.pipeline=3"], None),
+    ]
+    assert [name for name, _, _ in cases] == list(EXPECTED)
+    found = run_world(1, run_cases, cases, initialise=False, timeout_s=300)[0]
+    assert lost.exists()
+    return {"found": found, "folder": folder, "kept": kept, "trap": trap}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_bad_input_is_refused_with_one_message(results: dict[str, Any], name: str) -> None:
+    import re
+
+    code, errors = results["found"][name]
+    print(f"{name}: {errors.strip()}")
+    assert code == 2
+    assert errors.count("error:") == 1
+    assert "Traceback" not in errors
+    assert re.search(EXPECTED[name], errors)
+
+
+def test_nothing_was_executed_lost_or_left_half_done(results: dict[str, Any]) -> None:
+    folder = results["folder"]
+    assert not results["trap"].exists()
+    for name, before in results["kept"].items():
+        assert snapshot(folder / name) == before
+    assert not list((folder / "e" / "checkpoints").glob("step-*"))
+    assert not list(folder.glob("*/checkpoints/.tmp-*"))
+    assert not (folder / "x.png").exists()
+    assert (folder / "in-the-way").read_text() == "a file"
+
+
+def test_bad_samples_are_listed_with_shard_and_key(results: dict[str, Any]) -> None:
+    lines = [json.loads(line) for line in (results["folder"] / "d" / "bad_samples.jsonl").read_text().splitlines()]
+    assert len(lines) >= 100
+    assert {line["shard"].rsplit("/", 1)[1] for line in lines} == {"broken-0.tar"}
+    assert lines[0]["key"].isdigit()
