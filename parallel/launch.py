@@ -53,7 +53,8 @@ def start(timeout_s: int = TIMEOUT_S) -> Launch:
         timeout = datetime.timedelta(seconds=timeout_s)
         backend = "nccl" if device.type == "cuda" else "gloo"
         if world == 1 and "MASTER_ADDR" not in os.environ:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         else:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
             dist.init_process_group(backend, timeout=timeout)

@@ -223,7 +223,7 @@ class Engine:
                 yield self._fragment(parameter, parameter.ds_shape, start, flats[index], offset, length)
 
     def _whole_matrices(self, flat: Tensor) -> list[Any]:
-        """The matrices whose whole momentum lies, one after another, beside this flat partition (Muon, ZeRO 1 and 2)."""
+        """The matrices whose whole momentum lies beside this flat partition, in order (Muon under ZeRO 1 and 2)."""
         held = getattr(self.deepspeed.optimizer, "params_in_partition", None)  # ZeRO 3 and its bf16 class have none
         for index, (group, other) in enumerate(self._flats()):
             if other is flat and group.get("use_muon") and held is not None:

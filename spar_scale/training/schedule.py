@@ -17,8 +17,5 @@ def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
     progress = (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps)
     if optimizer.schedule == "constant":
         return optimizer.lr
-    if optimizer.schedule == "linear":
-        share = 1.0 - progress
-    else:
-        share = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    share = {"linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[optimizer.schedule]
     return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * share

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import resource
 import shutil
 import tarfile
@@ -64,7 +65,8 @@ def flip(path: Path) -> None:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file but those a start may touch (lock, recipe, an empty log)."""
     touched = {"lock", "recipe.yaml", "bad_samples.jsonl"}
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in touched}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in touched]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 EXPECTED = {
@@ -102,7 +104,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     def recipe(name: str, shards: str = shards, **changes: Any) -> str:
         path = folder / f"{name}.yaml"
-        values = recipe_values(folder / name, shards, autoencoder, train={"steps": 2}, checkpoint={"every": 1}, **changes)
+        short = {"train": {"steps": 2}, "checkpoint": {"every": 1}}
+        values = recipe_values(folder / name, shards, autoencoder, **short, **changes)
         path.write_text(yaml.safe_dump(values))
         return str(path)
 
@@ -189,8 +192,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_bad_input_is_refused_with_one_message(results: dict[str, Any], name: str) -> None:
-    import re
-
     code, errors = results["found"][name]
     print(f"{name}: {errors.strip()}")
     assert code == 2
