@@ -1,7 +1,7 @@
-# The four commands of the house. VENV, OUT, SIZE and PYTHON can be given: `make demo OUT=out SIZE=smoke`.
+# The four commands of the house. VENV, OUT, SIZE and PYTHON can be given: `make demo OUT=runs/other SIZE=smoke`.
 
 VENV ?= .venv
-OUT ?= out
+OUT ?= runs/demo
 SIZE ?= demo
 CONSTRAINTS ?= constraints/cpu.txt
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \

@@ -79,6 +79,7 @@ class Engine:
         self.scale = settings.micro_steps * topology.data_size / settings.global_batch
         program = Program(layers, inputs, list(terms), settings.recompute)
         self.pipelined = topology.layout.pipeline > 1
+        # Muon's update is orthogonalised before the norm is taken: what is logged is the norm of that update.
         self.muon = any(group.get("use_muon") for group in groups)
         if self.pipelined:
             module: Any = pipeline_module(program, topology, self._loss, len(groups))

@@ -82,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
     _command(commands, "doctor", _doctor, "say what is installed here and whether it fits together")
 
     demo = _command(commands, "demo", _demo, "make the miniature world, train on it, draw reconstructions")
-    demo.add_argument("--out", type=Path, default=Path("out"), help="directory of all that it writes (default out)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="directory of all that it writes (default runs/demo)"
+    )
     demo.add_argument("--size", choices=("demo", "smoke"), default="demo", help="minutes, or seconds to see it run")
     demo.add_argument("--seed", type=int, default=0, help="seed of the runs (default 0)")
 

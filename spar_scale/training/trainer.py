@@ -25,8 +25,7 @@ from parallel.topology import Layout, Topology
 from parallel.zero import Engine, EngineSettings, StepRecord, name_parameters
 from spar_scale import stages
 from spar_scale.data.loader import Loader, Source
-from spar_scale.data.order import Blocks
-from spar_scale.data.order import Layout as Portions
+from spar_scale.data.order import micro_steps
 from spar_scale.recipe import Recipe
 from spar_scale.training.export import export
 from spar_scale.training.guards import BadSampleGuard, NonFiniteGuard
@@ -79,8 +78,9 @@ class Trainer:
         groups = parameter_groups(self.stage, recipe.optimizer)
         self.multipliers = {group["name"]: group.pop("multiplier") for group in groups}
         self.frozen = frozen_digests(self.stage.model)
-        portions = Blocks(recipe.global_batch, recipe.data.task_block)
-        self.micro_steps = Portions(portions, recipe.parallel.micro_batch, topology.data_size).per_step
+        self.micro_steps = micro_steps(
+            recipe.global_batch, recipe.data.task_block, recipe.parallel.micro_batch, topology.data_size
+        )
         self.engine = Engine(
             self.stage.layers,
             self.stage.inputs,
@@ -168,6 +168,7 @@ class Trainer:
                 "samples": pending.step * self.recipe.global_batch,
                 "loss": sum(self.stage.terms[name] * value for name, value in values.items()),
                 "grad_norm": float(norms[index]),
+                "norm_of": "update" if self.engine.muon else "gradient",
                 "lr": pending.lr,
                 "samples_per_s": round(rate, 2),
                 "terms": values,

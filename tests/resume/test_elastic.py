@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from tiny_runs import (
     recipe_values,
     train_all,
 )
+
+from parallel.manifest import read_manifest
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -119,7 +120,7 @@ def test_changed_shards_are_refused(runs: Path, copy: Path, tmp_path: Path) -> N
 
 
 def test_the_checkpoint_says_what_it_holds(runs: Path) -> None:
-    state = json.loads((runs / "whole" / "checkpoints" / "step-00000010" / "manifest.json").read_text())["state"]
+    state = read_manifest(runs / "whole" / "checkpoints" / "step-00000010").state
     assert state["step"] == 10
     assert state["samples"] == 120
     assert set(state["optimizer_steps"].values()) == {10}
