@@ -28,6 +28,7 @@ SMALL = {
         "parallel.micro_batch=4",
         "checkpoint.every=2",
         "optimizer.warmup_steps=1",
+        "data.workers=0",
     ],
 }
 
@@ -67,7 +68,7 @@ def test_the_commands_run_in_their_order(tmp_path: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(launcher, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
-    assert len(metrics(tmp_path / "runs" / "two")) == 2
+    assert len(metrics(tmp_path / "runs" / "tiny" / "two")) == 2
 
 
 def test_the_refusal_reads_as_printed() -> None:
