@@ -11,6 +11,7 @@ from parallel import checkpoint
 from parallel.errors import UserError
 from spar_scale import stages
 from spar_scale.recipe import Recipe, load_recipe
+from spar_scale.training.parent import overwrite, started_stage
 
 
 def recipe_of(run_dir: Path) -> Recipe:
@@ -31,10 +32,8 @@ def trained_model(run_dir: Path) -> tuple[nn.Module, Path]:
 
 def averaged_model(recipe: Recipe, path: Path) -> nn.Module:
     """The recipe's model in eval mode with the EMA of the checkpoint at `path` (this process alone, CPU)."""
-    model = stages.build(recipe).model
-    missing = model.load_state_dict(checkpoint.read(path, "ema"), strict=False)
-    if missing.unexpected_keys:
-        raise UserError(f"{path}: holds {missing.unexpected_keys[:3]}, which the model of the recipe has not")
+    model = started_stage(recipe).model
+    overwrite(model, checkpoint.read(path, "ema"), path)
     return model.eval()
 
 

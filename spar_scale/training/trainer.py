@@ -23,13 +23,13 @@ from parallel.errors import UserError
 from parallel.launch import Launch, read_environment, start
 from parallel.topology import Layout, Topology
 from parallel.zero import Engine, EngineSettings, StepRecord, name_parameters
-from spar_scale import stages
 from spar_scale.data.loader import Loader, Source
 from spar_scale.data.order import micro_steps
 from spar_scale.recipe import Recipe
 from spar_scale.training.export import export
 from spar_scale.training.guards import BadSampleGuard, NonFiniteGuard
 from spar_scale.training.optimizers import optimizer_factory, parameter_groups
+from spar_scale.training.parent import choose_parent, started_stage
 from spar_scale.training.progress import Progress
 from spar_scale.training.run_directory import RunDirectory
 from spar_scale.training.schedule import learning_rate
@@ -73,7 +73,8 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, launch: Launch, topology: Topology, directory: RunDirectory):
         self.recipe, self.topology, self.directory = recipe, topology, directory
-        self.stage = stages.build(recipe)
+        choose_parent(recipe, topology.files_group)
+        self.stage = started_stage(recipe)
         name_parameters(self.stage.model)
         groups = parameter_groups(self.stage, recipe.optimizer)
         self.multipliers = {group["name"]: group.pop("multiplier") for group in groups}

@@ -1,0 +1,92 @@
+"""The run a phase starts from: which of its checkpoints, held fast by its hash, and its averaged weights.
+
+The first start chooses the parent's newest whole checkpoint and notes it in `parent.json`; every later
+start reads that very one, which the parent's pruning leaves alone. The averaged weights replace those
+of the same names; what the parent did not train keeps what the stage was built with.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from parallel import checkpoint
+from parallel.agreement import first
+from parallel.errors import UserError, nearest
+from parallel.manifest import read_manifest, write_durably
+from spar_scale import stages
+from spar_scale.recipe import Recipe
+from spar_scale.stages import Stage
+
+RECORD = "parent.json"
+_log = logging.getLogger(__name__)
+
+
+def choose_parent(recipe: Recipe, group: dist.ProcessGroup | None) -> None:
+    """Note the checkpoint that `init_from` stands for, once per run; all ranks of `group` call it together.
+
+    Raises UserError when the parent holds no whole checkpoint or the run was started from another parent.
+    """
+    if recipe.init_from is None:
+        return
+    record = first(group, lambda: _recorded(recipe.run_dir))
+    if record is not None:
+        if record["run"] != recipe.init_from:
+            raise UserError(f"init_from: found {recipe.init_from}, but this run started from {record['run']}")
+        return
+    root = recipe.run_dir / recipe.init_from / "checkpoints"
+    found = checkpoint.find(root, group)
+    if found is None:
+        raise UserError(f"init_from: {root.resolve()} holds no checkpoint; train that phase first")
+    first(group, lambda: _record(recipe, found))
+
+
+def started_stage(recipe: Recipe) -> Stage:
+    """Build the recipe's stage with the weights it starts from (each process by itself)."""
+    stage = stages.build(recipe)
+    record = _recorded(recipe.run_dir) if recipe.init_from is not None else None
+    if recipe.init_from is not None and record is not None:
+        path = recipe.run_dir / recipe.init_from / "checkpoints" / record["checkpoint"]
+        if checkpoint.manifest_hash(path) != record["manifest"]:
+            raise UserError(f"{path}: is not the checkpoint that this run started from; restore it")
+        overwrite(stage.model, checkpoint.read(path, "ema"), path)
+    return stage
+
+
+def overwrite(model: nn.Module, weights: dict[str, torch.Tensor], origin: Path) -> None:
+    """Copy weights into the parameters of the same names; UserError for a name or shape the model has not."""
+    own = dict(model.named_parameters())
+    for name, tensor in weights.items():
+        if name not in own:
+            raise UserError(f"{origin}: holds {name}, which the model of this recipe has not{nearest(name, own)}")
+        if own[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
+            raise UserError(f"{origin}: {name} has another shape ({shapes}); is model.preset the same?")
+        with torch.no_grad():
+            own[name].copy_(tensor)
+
+
+def _recorded(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / RECORD
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path}: cannot be read as JSON; restore it, or start in another run_dir") from None
+
+
+def _record(recipe: Recipe, path: Path) -> None:
+    state = read_manifest(path).state
+    wanted = state["recipe"]["train"]["steps"]
+    if state["step"] < wanted:
+        _log.warning("init_from: starts from step %d of %d of %s", state["step"], wanted, recipe.init_from)
+    checkpoint.protect(path, by=str(recipe.run_dir))
+    record = {"run": recipe.init_from, "checkpoint": path.name, "manifest": checkpoint.manifest_hash(path)}
+    write_durably(recipe.run_dir / RECORD, json.dumps(record) + "\n")
