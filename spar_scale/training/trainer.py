@@ -22,7 +22,8 @@ from parallel.agreement import first
 from parallel.errors import UserError
 from parallel.launch import Launch, read_environment, start
 from parallel.topology import Layout, Topology
-from parallel.zero import Engine, EngineSettings, StepRecord, name_parameters
+from parallel.zero import Engine, StepRecord, name_parameters
+from parallel.zero_config import EngineSettings
 from spar_scale.data.loader import Loader, Source
 from spar_scale.data.order import micro_steps
 from spar_scale.recipe import Recipe
@@ -206,7 +207,7 @@ class Trainer:
         checkpoint.save(
             self.directory.checkpoints,
             self.step,
-            self.engine.fragments(),
+            self.engine.state.fragments(),
             state,
             tensors={},
             group=self.topology.files_group,
@@ -219,14 +220,14 @@ class Trainer:
         if found is None:
             self._announce("starts at step 0: the run directory has no checkpoint")
             return 0, None
-        fragments = self.engine.fragments(loading=True)
+        fragments = self.engine.state.fragments(loading=True)
         state = checkpoint.load(found, fragments, tensors={}, group=self.topology.files_group, verify=False)
         if state.get("version") != STATE_VERSION:
             raise UserError(f"{found}: state version {state.get('version')}, this program reads {STATE_VERSION}")
         for part, digest in self.frozen.items():
             if state["frozen"].get(part) != digest:
                 raise UserError(f"{found}: the frozen part '{part}' differs from the one that this run trained with")
-        self.engine.restore(state["optimizer_steps"])
+        self.engine.state.restore(state["optimizer_steps"])
         self.non_finite.load_state_dict(state["non_finite"])
         self._announce(f"goes on from {found}, step {state['step']}")
         return state["step"], state["shards"]
@@ -234,7 +235,7 @@ class Trainer:
     def _optimizer_steps(self) -> dict[str, int]:
         """Applied updates by group over all stages of a pipeline."""
         merged: dict[str, int] = {}
-        for steps in self.topology.gather(self.engine.optimizer_steps()):
+        for steps in self.topology.gather(self.engine.state.optimizer_steps()):
             merged.update(steps)
         return merged
 

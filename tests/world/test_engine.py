@@ -23,7 +23,8 @@ def engine_for(
 ) -> Any:
     from parallel.launch import start
     from parallel.topology import Layout, Topology
-    from parallel.zero import Engine, EngineSettings, name_parameters
+    from parallel.zero import Engine, name_parameters
+    from parallel.zero_config import EngineSettings
 
     launch, topology = start(), Topology(Layout(pipeline=pipeline, zero=zero))
     name_parameters(model)
@@ -52,7 +53,7 @@ def train(engine: Any, first: int, steps: int, poisoned: tuple[int, ...] = (), l
 
 def pieces(engine: Any) -> list[tuple[str, int, dict[str, torch.Tensor]]]:
     """(name, start, kind -> values) of this rank's share."""
-    found = engine.fragments()
+    found = engine.state.fragments()
     return [(f.name, f.start, {kind: t.clone() for kind, t in f.tensors.items()}) for f in found]
 
 
@@ -118,7 +119,7 @@ def skip_and_close(rank: int, world: int, zero: int, pipeline: int) -> dict[str,
     poisoned = train(engine, 0, 1, poisoned=(0,))
     after = pieces(engine)
     healthy = train(engine, 1, 1)
-    steps = engine.optimizer_steps()
+    steps = engine.state.optimizer_steps()
     engine.close()
     same = all(torch.equal(a[2][kind], b[2][kind]) for a, b in zip(before, after, strict=True) for kind in a[2])
     return {
