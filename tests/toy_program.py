@@ -17,7 +17,8 @@ from parallel.program import Layer, Program
 
 preload("deepspeed")
 
-GLOBAL_BATCH, WIDTH = 21, 16
+GLOBAL_BATCH, MICRO_BATCH, WIDTH = 21, 2, 16
+EMA_DECAY = 0.9
 TERMS = {"distance": 1.0, "size": 0.5}
 LR = {"main": 1e-2, "first": 3e-3}
 BETAS, DECAY = (0.9, 0.95), {"main": 0.01, "first": 0.0}
@@ -92,6 +93,21 @@ def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1.0, betas=BETAS, fused=True)
 
 
+def muon_groups(model: Toy) -> list[dict[str, Any]]:
+    """Matrices for Muon, the rest for its AdamW."""
+    trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.use_muon = parameter.dim() == 2
+    keys = {
+        "main": {"use_muon": True, "momentum": 0.95},
+        "first": {"use_muon": False, "betas": BETAS, "eps": 1e-8},
+    }
+    return [
+        {"name": name, "params": [p for p in trained if p.use_muon == own["use_muon"]], "weight_decay": 0.0, **own}
+        for name, own in keys.items()
+    ]
+
+
 def inputs(step: int) -> Tensor:
     """The global batch of a step (GLOBAL_BATCH, 8)."""
     return torch.randn(GLOBAL_BATCH, 8, generator=torch.Generator().manual_seed(step))
@@ -138,3 +154,36 @@ def plain_torch(
         curve.append((loss.item(), norm.item()))
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     return curve, {"model": weights, "ema": ema}
+
+
+def engine_for(
+    model: Any, zero: int, pipeline: int, clip: float, make_optimizer: Any = adamw, groups: Any = None
+) -> Any:
+    from parallel.launch import start
+    from parallel.topology import Layout, Topology
+    from parallel.zero import Engine, name_parameters
+    from parallel.zero_config import EngineSettings
+
+    launch, topology = start(), Topology(Layout(pipeline=pipeline, zero=zero))
+    name_parameters(model)
+    settings = EngineSettings(
+        precision="fp32",
+        micro_batch=MICRO_BATCH,
+        micro_steps=micro_steps(topology.data_size, MICRO_BATCH),
+        global_batch=GLOBAL_BATCH,
+        clip=clip,
+        ema_decay=EMA_DECAY,
+    )
+    groups = groups or model.groups()
+    return Engine(list(model.layers), ("x",), TERMS, groups, make_optimizer, topology, launch.device, settings)
+
+
+def train(engine: Any, first: int, steps: int, poisoned: tuple[int, ...] = (), lr: dict = LR) -> list[tuple]:
+    topology, records = engine.topology, []
+    for step in range(first, first + steps):
+        batches = micro_batches(step, topology.data_rank, topology.data_size, MICRO_BATCH, step in poisoned)
+        record = engine.step(batches, lr)
+        terms = topology.sum(record.terms if topology.speaks else torch.zeros_like(record.terms))
+        loss = sum(c * float(t) for c, t in zip(TERMS.values(), terms, strict=True))
+        records.append((loss, float(record.grad_norm), record.skipped))
+    return records

@@ -7,48 +7,15 @@ from typing import Any
 import pytest
 import torch
 from launching import run_world
-from toy_program import GLOBAL_BATCH, LR, TERMS, Toy, adamw, micro_batches, micro_steps, plain_torch
+from toy_program import EMA_DECAY, Toy, engine_for, muon_groups, plain_torch, train
 
-STEPS, EMA_DECAY, MICRO_BATCH = 8, 0.9, 2
+STEPS = 8
 CASES = [
     (world, zero, pipeline, clip)
     for world, pipeline in ((1, 1), (2, 1), (2, 2), (4, 2))
     for zero in ((1, 2, 3) if pipeline == 1 else (1,))
     for clip in (0.0, 0.05)
 ]
-
-
-def engine_for(
-    model: Any, zero: int, pipeline: int, clip: float, make_optimizer: Any = adamw, groups: Any = None
-) -> Any:
-    from parallel.launch import start
-    from parallel.topology import Layout, Topology
-    from parallel.zero import Engine, name_parameters
-    from parallel.zero_config import EngineSettings
-
-    launch, topology = start(), Topology(Layout(pipeline=pipeline, zero=zero))
-    name_parameters(model)
-    settings = EngineSettings(
-        precision="fp32",
-        micro_batch=MICRO_BATCH,
-        micro_steps=micro_steps(topology.data_size, MICRO_BATCH),
-        global_batch=GLOBAL_BATCH,
-        clip=clip,
-        ema_decay=EMA_DECAY,
-    )
-    groups = groups or model.groups()
-    return Engine(list(model.layers), ("x",), TERMS, groups, make_optimizer, topology, launch.device, settings)
-
-
-def train(engine: Any, first: int, steps: int, poisoned: tuple[int, ...] = (), lr: dict = LR) -> list[tuple]:
-    topology, records = engine.topology, []
-    for step in range(first, first + steps):
-        batches = micro_batches(step, topology.data_rank, topology.data_size, MICRO_BATCH, step in poisoned)
-        record = engine.step(batches, lr)
-        terms = topology.sum(record.terms if topology.speaks else torch.zeros_like(record.terms))
-        loss = sum(c * float(t) for c, t in zip(TERMS.values(), terms, strict=True))
-        records.append((loss, float(record.grad_norm), record.skipped))
-    return records
 
 
 def pieces(engine: Any) -> list[tuple[str, int, dict[str, torch.Tensor]]]:
@@ -150,19 +117,8 @@ def muon_curves(rank: int, world: int, stages: list[int]) -> list[tuple[list[flo
     found = []
     for zero in stages:
         model = Toy()
-        trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.use_muon = parameter.dim() == 2
-        keys = {
-            "main": {"use_muon": True, "momentum": 0.95},
-            "first": {"use_muon": False, "betas": (0.9, 0.95), "eps": 1e-8},
-        }
-        groups = [
-            {"name": name, "params": [p for p in trained if p.use_muon == own["use_muon"]], "weight_decay": 0.0, **own}
-            for name, own in keys.items()
-        ]
         factory = optimizer_factory(OptimizerConfig(name="muon", lr=1e-2, clip=0.0))
-        engine = engine_for(model, zero, 1, 0.0, factory, groups)
+        engine = engine_for(model, zero, 1, 0.0, factory, muon_groups(model))
         losses = [loss for loss, _, _ in train(engine, 0, STEPS)]
         found.append((losses, {kind for _, _, tensors in pieces(engine) for kind in tensors}))
         engine.close()
