@@ -1,0 +1,75 @@
+"""Adversarial objectives: logit maps (B, 1, h, w) in, one fp32 value per sample out (SPAR, tokenizer stage III).
+
+A logit is high where the discriminator takes a patch for real. A sample's value is the mean over its
+own patches, so the sum over a batch is the same however the batch is spread. The published code
+applies LeCam's square to means over a rank's batch instead; that value changes with the number of
+ranks, and the two agree where a batch is one sample.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """Return -mean D(fake) of each sample, (B, 1, h, w) to (B,) in fp32."""
+    return -_per_sample(fake_logits)
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Return the hinge loss (mean relu(1 - D(real)) + mean relu(1 + D(fake))) / 2 of each sample, (B,) in fp32."""
+    real, fake = F.relu(1 - real_logits.float()), F.relu(1 + fake_logits.float())
+    return (_per_sample(real) + _per_sample(fake)) / 2
+
+
+class LeCam:
+    """Regulariser of the discriminator against the running means of its own logits.
+
+    Holds the two means as 0-d fp32 tensors, so that an update waits for no device. They stand still
+    within a step: `loss` reads them, `update` moves them once per global batch, afterwards.
+    """
+
+    VERSION = 1
+
+    def __init__(self, decay: float = 0.999, device: torch.device | str = "cpu"):
+        self.decay = decay
+        self.real_mean = torch.zeros((), device=device)
+        self.fake_mean = torch.zeros((), device=device)
+
+    def loss(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """Return relu(D(real) - fake_mean)^2 + relu(real_mean - D(fake))^2 of each sample, (B,) in fp32.
+
+        D(.) is the mean over the sample's patches. Real logits are pulled down to where fakes are on
+        average, fakes up to where real ones are, which keeps the two from drifting apart on few data.
+        """
+        above = F.relu(_per_sample(real_logits) - self.fake_mean)
+        below = F.relu(self.real_mean - _per_sample(fake_logits))
+        return above.square() + below.square()
+
+    @torch.no_grad()
+    def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:
+        """Move the running means towards those of one global batch (each 0-d, the same on all ranks)."""
+        self.real_mean.lerp_(real_mean.detach().to(self.real_mean), 1 - self.decay)
+        self.fake_mean.lerp_(fake_mean.detach().to(self.fake_mean), 1 - self.decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the version and copies of the two means."""
+        return {"version": self.VERSION, "real_mean": self.real_mean.clone(), "fake_mean": self.fake_mean.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the means; raises ValueError for a state of another version."""
+        if state.get("version") != self.VERSION:
+            raise ValueError(
+                f"LeCam: state version {state.get('version')}, this program reads {self.VERSION};"
+                " load it with the program that wrote it, or start the discriminator anew"
+            )
+        self.real_mean.copy_(state["real_mean"])
+        self.fake_mean.copy_(state["fake_mean"])
+
+
+def _per_sample(values: Tensor) -> Tensor:
+    return values.float().flatten(1).mean(1)
