@@ -1,0 +1,195 @@
+"""SANA's diffusion transformer: diffusers' class, cut into pieces that a list of layers can hold.
+
+Legend: B batch, C latent channels, H x W latent positions, N = H W / patch^2 tokens, W_t width, M caption
+tokens. The model is `SanaTransformer2DModel`, so published weights fit by name and
+`Diffusion.transformer.save_pretrained` writes the published layout. Its forward is composed of
+`DiffusionInput`, the blocks (`run_block`) and `DiffusionOutput`, bit-equal to the class's own forward
+(tested). The pieces own their parameters' references and are called as modules, because ZeRO-3 gathers
+a parameter only for the module that holds it. Only cross-attention is a softmax; it goes through
+`ops/attention.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel, SanaTransformerBlock
+from torch import Tensor, nn
+
+from spar_scale.ops.attention import attention
+
+_GATES = (2, 5)  # rows of a block's scale_shift_table: gate of self-attention, gate of the feed-forward
+
+
+@dataclass(frozen=True)
+class DiffusionShape:
+    """Shape of a SANA diffusion transformer and of its alignment head.
+
+    `interpolation_scale` spaces sin-cos positions; None is the published model, whose only positions
+    come from the padding of its depthwise convolutions. On 4 x 4 latents that one drew shapes well and
+    ignored places: 0.16 of placed objects right, 0.34 with positions at scale 1 (AdamW, equal budget),
+    0.84 at scale 0.2 with open gates and Muon. `gate_offset` is added to the gates, which start near
+    zero, so that the residual branches are open; `zero_output` starts the velocity at zero. Both act on
+    a first training alone: weights loaded from disk replace them.
+    """
+
+    latent_channels: int
+    sample_size: int  # latent positions on a side
+    layers: int
+    heads: int
+    head_width: int
+    cross_heads: int
+    cross_head_width: int
+    caption_channels: int
+    align_hidden: int
+    mlp_ratio: float = 2.5
+    patch_size: int = 1
+    interpolation_scale: float | None = None
+    gate_offset: float = 0.0
+    zero_output: bool = False
+
+    @property
+    def width(self) -> int:
+        """Width of a token."""
+        return self.heads * self.head_width
+
+    def config(self) -> dict[str, Any]:
+        """Return the keyword arguments of SanaTransformer2DModel."""
+        return {
+            "in_channels": self.latent_channels,
+            "out_channels": self.latent_channels,
+            "num_attention_heads": self.heads,
+            "attention_head_dim": self.head_width,
+            "num_layers": self.layers,
+            "num_cross_attention_heads": self.cross_heads,
+            "cross_attention_head_dim": self.cross_head_width,
+            "cross_attention_dim": self.width,
+            "caption_channels": self.caption_channels,
+            "mlp_ratio": self.mlp_ratio,
+            "sample_size": self.sample_size,
+            "patch_size": self.patch_size,
+            "interpolation_scale": self.interpolation_scale,
+        }
+
+
+class CrossAttention:
+    """SANA's cross-attention through `attention`; a diffusers attention processor."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Tokens (B, N, W) attend to captions (B, M, W); mask (B, 1, M), boolean or an additive bias."""
+        q, k, v = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        q, k, v = (tensor.unflatten(-1, (attn.heads, -1)) for tensor in (q, k, v))
+        if attention_mask is not None:
+            if attention_mask.dtype != torch.bool:
+                attention_mask = attention_mask == 0  # the class's own forward discards by a bias of -10000
+            attention_mask = attention_mask[:, None]
+        return attn.to_out[0](attention(q, k, v, mask=attention_mask).flatten(2))
+
+
+class Diffusion(nn.Module):
+    """A SANA diffusion transformer of a shape; weights uninitialised."""
+
+    def __init__(self, shape: DiffusionShape):
+        super().__init__()
+        self.shape = shape
+        self.transformer = SanaTransformer2DModel(**shape.config())
+        for block in self.transformer.transformer_blocks:
+            cast(Any, block).attn2.set_processor(CrossAttention())
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, captions: Tensor, keep: Tensor, tap: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the velocity (B, C, H, W), and the tokens (B, N, W_t) after block `tap` (counted from 1).
+
+        latents (B, C, H, W); timestep (B,) = 1000 sigma; captions (B, M, caption channels), real where
+        `keep` (B, M) is nonzero. Raises ValueError for a tap that is no block.
+        """
+        if tap is not None and not 1 <= tap <= self.shape.layers:
+            raise ValueError(f"block {tap} cannot be tapped, the blocks are 1 to {self.shape.layers}")
+        tokens, context, modulation, embedded = DiffusionInput(self.transformer)(latents, timestep, captions)
+        tapped = None
+        for number, block in enumerate(self.transformer.transformer_blocks, start=1):
+            tokens = run_block(block, tokens, context, keep, modulation, self.grid(latents))
+            tapped = tokens if number == tap else tapped
+        return DiffusionOutput(self.transformer)(tokens, embedded, self.grid(latents)), tapped
+
+    def grid(self, latents: Tensor) -> tuple[int, int]:
+        """Tokens along the height and the width of latents (B, C, H, W)."""
+        return latents.shape[-2] // self.shape.patch_size, latents.shape[-1] // self.shape.patch_size
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, SanaTransformer2DModel):
+            nn.init.normal_(module.scale_shift_table, std=self.shape.width**-0.5)
+        elif isinstance(module, SanaTransformerBlock):
+            nn.init.normal_(module.scale_shift_table, std=self.shape.width**-0.5)
+            for row in _GATES:
+                module.scale_shift_table[row] += self.shape.gate_offset
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(cast(Tensor, module.weight))
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            module.reset_parameters()
+            if self.shape.zero_output and module is self.transformer.proj_out:
+                for parameter in module.parameters():
+                    nn.init.zeros_(parameter)
+
+
+class DiffusionInput(nn.Module):
+    """The parts before the blocks: patches, time, captions. Holds references to a transformer's parts."""
+
+    def __init__(self, transformer: SanaTransformer2DModel):
+        super().__init__()
+        self.patch_embed, self.time_embed = transformer.patch_embed, transformer.time_embed
+        self.caption_projection, self.caption_norm = transformer.caption_projection, transformer.caption_norm
+
+    def forward(self, latents: Tensor, timestep: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return tokens (B, N, W_t), context (B, M, W_t), modulation (B, 6 W_t) and embedded time (B, W_t).
+
+        latents (B, C, H, W) are taken in the dtype of the captions; timestep (B,) stays in fp32.
+        """
+        tokens = self.patch_embed(latents.to(captions.dtype))
+        modulation, embedded = self.time_embed(timestep, batch_size=len(tokens), hidden_dtype=tokens.dtype)
+        return tokens, self.caption_norm(self.caption_projection(captions)), modulation, embedded
+
+
+class DiffusionOutput(nn.Module):
+    """The parts after the blocks: modulated norm and projection. Holds references to a transformer's parts."""
+
+    def __init__(self, transformer: SanaTransformer2DModel):
+        super().__init__()
+        self.norm_out, self.proj_out = transformer.norm_out, transformer.proj_out
+        self.scale_shift_table = transformer.scale_shift_table
+        self.patch_size = cast(Any, transformer.config).patch_size
+
+    def forward(self, tokens: Tensor, embedded: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Map tokens (B, N, W_t) on a grid of (rows, columns) to the velocity (B, C, H, W)."""
+        patches = self.proj_out(self.norm_out(tokens, embedded, self.scale_shift_table))
+        patches = patches.unflatten(1, grid).unflatten(3, (self.patch_size, self.patch_size, -1))
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+class AlignmentHead(nn.Sequential):
+    """phi_a: Linear -> SiLU -> Linear -> SiLU -> Linear, tapped tokens (B, N, W_t) to teacher width (B, N, D_s)."""
+
+    def __init__(self, width: int, hidden: int, teacher_width: int):
+        super().__init__(
+            nn.Linear(width, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, teacher_width),
+        )
+
+
+def run_block(
+    block: nn.Module, tokens: Tensor, context: Tensor, keep: Tensor, modulation: Tensor, grid: tuple[int, int]
+) -> Tensor:
+    """One block: tokens (B, N, W_t) on a grid of (rows, columns), one block further.
+
+    context (B, M, W_t) is read where `keep` (B, M) is nonzero; modulation (B, 6 W_t).
+    """
+    return block(tokens, None, context, keep.bool()[:, None], modulation, *grid)

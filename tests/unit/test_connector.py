@@ -1,0 +1,100 @@
+"""The connector: the language model's last layers, read in both directions."""
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2Model
+
+from spar_scale.models.connector import Connector
+from spar_scale.models.initialise import initialise
+
+WIDTH, CAPTIONS = 32, 24
+CONFIG = Qwen2Config(
+    vocab_size=50, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=64,
+)  # fmt: skip
+KEEP = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 1]])
+
+
+@pytest.fixture(scope="module")
+def language_model() -> Qwen2Model:
+    model = Qwen2Model(CONFIG)
+    initialise(model, seed=0)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def connector(language_model) -> Connector:
+    connector = Connector(CONFIG, num_layers=2, caption_channels=CAPTIONS)
+    initialise(connector, seed=1)
+    connector.copy_last_layers(language_model)
+    return connector
+
+
+def tokens() -> torch.Tensor:
+    return torch.randn(3, 6, WIDTH, generator=torch.Generator().manual_seed(2))
+
+
+def test_it_starts_as_the_last_layers_and_the_final_norm(connector, language_model):
+    mine = connector.state_dict()
+    for name, weight in language_model.state_dict().items():
+        kind, *rest = name.split(".")
+        if kind == "norm":
+            assert torch.equal(mine[name], weight)
+        elif kind == "layers" and int(rest[0]) >= 2:
+            assert torch.equal(mine[".".join([kind, str(int(rest[0]) - 2), *rest[1:]])], weight), name
+    assert set(mine) == {n for n in mine if n.startswith(("layers.0.", "layers.1.", "norm.", "projection."))}
+
+
+def test_it_equals_the_library_with_the_published_additive_mask(connector):
+    """Published: eager attention, a dense mask with -1e5 on padding, positions that count real tokens."""
+    eager = Qwen2Model(CONFIG).eval()
+    eager.set_attn_implementation("eager")
+    hidden = tokens()
+    mask = ((1 - KEEP) * -1e5)[:, None, None, :].expand(-1, 1, 6, 6)
+    rotary = eager.rotary_emb(hidden, (KEEP.cumsum(1) - 1).clamp_min(0))
+    for mine, its in zip(connector.layers, eager.layers[:2], strict=True):
+        its.load_state_dict(mine.state_dict())
+        hidden = its(hidden, attention_mask=mask, position_embeddings=rotary)
+    eager.norm.load_state_dict(connector.norm.state_dict())
+    expected = connector.projection(eager.norm(hidden))
+    torch.testing.assert_close(connector(tokens(), KEEP), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_token_reads_every_real_token_and_no_padding(connector):
+    hidden = tokens().requires_grad_()
+    out = connector(hidden, KEEP)
+    assert out.shape == (3, 6, CAPTIONS)
+    for row, keep in enumerate(KEEP.bool()):
+        first = int(keep.nonzero()[0])
+        (gradient,) = torch.autograd.grad(out[row, first].square().sum(), hidden, retain_graph=True)
+        assert ((gradient[row].abs().sum(-1) > 0) == keep).all()  # also the later ones: both directions
+        assert gradient[[r for r in range(3) if r != row]].abs().sum() == 0
+
+
+def test_all_of_it_trains(connector):
+    connector(tokens(), KEEP).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in connector.parameters())
+
+
+def test_it_leaves_the_config_of_the_language_model_alone(language_model):
+    before = language_model.config._attn_implementation
+    Connector(language_model.config, 2, CAPTIONS)
+    assert language_model.config._attn_implementation == before != "spar"
+
+
+def test_a_connector_deeper_than_the_language_model_is_refused():
+    with pytest.raises(ValueError, match="a connector of 5 layers from a model of 4"):
+        Connector(CONFIG, 5, CAPTIONS)
+
+
+def test_the_published_size():
+    """Six layers of Qwen2.5-0.5B: about 90M, and the projection to 2304 channels."""
+    config = Qwen2Config(
+        vocab_size=151674, hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        intermediate_size=4864,
+    )  # fmt: skip
+    with torch.device("meta"):
+        connector = Connector(config, 6, 2304)
+    layer = 896 * 896 + 896 + 2 * (896 * 128 + 128) + 896 * 896 + 3 * 896 * 4864 + 2 * 896
+    assert sum(p.numel() for p in connector.parameters()) == 6 * layer + 896 + 896 * 2304 + 2304
+    assert 85e6 < 6 * layer < 95e6

@@ -1,0 +1,153 @@
+"""SANA in pieces: bit-equal to the class's own forward, with its tap, masks and initial weights."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0, SanaTransformer2DModel
+from torch import nn
+
+from spar_scale.models.diffusion import (
+    AlignmentHead,
+    CrossAttention,
+    Diffusion,
+    DiffusionInput,
+    DiffusionOutput,
+    DiffusionShape,
+)
+from spar_scale.models.initialise import initialise
+
+SHAPE = DiffusionShape(
+    latent_channels=4, sample_size=4, layers=3, heads=4, head_width=8, cross_heads=2, cross_head_width=16,
+    caption_channels=24, align_hidden=40, interpolation_scale=0.2, gate_offset=0.5,
+)  # fmt: skip
+KEEP = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 1]])
+
+
+def built(**changes) -> Diffusion:
+    diffusion = Diffusion(dataclasses.replace(SHAPE, **changes))
+    initialise(diffusion, seed=0)
+    return diffusion
+
+
+@pytest.fixture(scope="module")
+def diffusion() -> Diffusion:
+    return built()
+
+
+def batch(side: int = 4):
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, side, side, generator=generator)
+    return latents, torch.tensor([900.0, 37.0]), torch.randn(2, 5, 24, generator=generator)
+
+
+def own_forward(transformer: SanaTransformer2DModel, latents, timestep, captions) -> torch.Tensor:
+    return transformer(latents, captions, timestep, encoder_attention_mask=KEEP.float(), return_dict=False)[0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"patch_size": 2}, {"interpolation_scale": None}])
+def test_the_pieces_are_bit_equal_to_the_own_forward_of_the_class(changes):
+    diffusion = built(**changes)
+    velocity, tapped = diffusion(*batch(), KEEP)
+    assert tapped is None and velocity.shape == (2, 4, 4, 4)
+    assert torch.equal(velocity, own_forward(diffusion.transformer, *batch()))
+
+
+def test_the_gradients_are_those_of_the_own_forward(diffusion):
+    pieces, own = (
+        torch.autograd.grad(out.square().sum(), list(diffusion.parameters()))
+        for out in (diffusion(*batch(), KEEP)[0], own_forward(diffusion.transformer, *batch()))
+    )
+    assert all(torch.equal(one, other) for one, other in zip(pieces, own, strict=True))
+
+
+def test_our_cross_attention_equals_the_library_s(diffusion):
+    stock = SanaTransformer2DModel(**SHAPE.config())
+    processors = {type(module.processor) for module in stock.modules() if isinstance(module, Attention)}
+    assert SanaAttnProcessor2_0 in processors and CrossAttention not in processors
+    stock.load_state_dict(diffusion.transformer.state_dict(), strict=True)
+    torch.testing.assert_close(diffusion(*batch(), KEEP)[0], own_forward(stock, *batch()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_the_tap_is_the_output_of_the_block_counted_from_one(diffusion, block):
+    seen = []
+    module = diffusion.transformer.transformer_blocks[block - 1]
+    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    velocity, tapped = diffusion(*batch(), KEEP, tap=block)
+    handle.remove()
+    assert tapped is seen[0] and tapped.shape == (2, 16, 32)
+    assert torch.equal(velocity, diffusion(*batch(), KEEP)[0])
+
+
+@pytest.mark.parametrize("block", [0, 4])
+def test_a_tap_that_is_no_block_is_refused(diffusion, block):
+    with pytest.raises(ValueError, match=f"block {block} cannot be tapped, the blocks are 1 to 3"):
+        diffusion(*batch(), KEEP, tap=block)
+
+
+def test_padding_is_not_read_and_captions_are(diffusion):
+    latents, timestep, captions = batch()
+    padding, real = captions.clone(), captions.clone()
+    padding[1, 2:4] = 7.0
+    real[1, 4] = 7.0
+    velocity = diffusion(latents, timestep, captions, KEEP)[0]
+    assert torch.equal(diffusion(latents, timestep, padding, KEEP)[0], velocity)
+    assert not torch.equal(diffusion(latents, timestep, real, KEEP)[0][1], velocity[1])
+
+
+def test_positions_tell_places_apart_only_when_asked_for():
+    """With every latent alike, the tokens after the input differ exactly where there are positions."""
+    _, timestep, captions = batch()
+    for scale, apart in ((0.2, True), (None, False)):
+        diffusion = built(interpolation_scale=scale)
+        tokens = DiffusionInput(diffusion.transformer)(torch.ones(2, 4, 4, 4), timestep, captions)[0]
+        assert (tokens.std(dim=1).max().item() > 0.1) is apart
+
+
+def test_gates_start_open_and_the_output_at_zero_when_asked_for():
+    plain, opened, shut = built(gate_offset=0.0), built(), built(zero_output=True)
+    expected = torch.tensor([0, 0, 0.5, 0, 0, 0.5])[:, None].expand(3, 6, 32)
+    torch.testing.assert_close(block_tables(opened) - block_tables(plain), expected)
+    assert block_tables(plain).std().item() == pytest.approx(32**-0.5, rel=0.15)
+    assert shut(*batch(), KEEP)[0].abs().max() == 0 < plain(*batch(), KEEP)[0].abs().max()
+
+
+def block_tables(diffusion: Diffusion) -> torch.Tensor:
+    parameters = diffusion.transformer.named_parameters()
+    return torch.stack([p.detach() for name, p in parameters if name.endswith(".scale_shift_table")])
+
+
+def test_the_pieces_hold_the_parameters_they_use_themselves(diffusion):
+    """Under ZeRO-3 a parameter is there only while the module that holds it runs."""
+    pieces = [DiffusionInput(diffusion.transformer), DiffusionOutput(diffusion.transformer)]
+    held = {id(p) for piece in (*pieces, *diffusion.transformer.transformer_blocks) for p in piece.parameters()}
+    assert held == {id(p) for p in diffusion.parameters()}
+
+
+def test_the_published_layout_goes_out_and_comes_back(diffusion, tmp_path):
+    diffusion.transformer.save_pretrained(str(tmp_path))
+    loaded = SanaTransformer2DModel.from_pretrained(str(tmp_path), low_cpu_mem_usage=False)
+    assert isinstance(loaded, SanaTransformer2DModel)
+    for name, weight in diffusion.transformer.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+
+
+def test_the_alignment_head_and_its_size():
+    head = AlignmentHead(32, SHAPE.align_hidden, 16)
+    initialise(head, seed=0)
+    assert [type(module) for module in head] == [nn.Linear, nn.SiLU, nn.Linear, nn.SiLU, nn.Linear]
+    assert head(torch.zeros(2, 16, 32)).shape == (2, 16, 16)
+    assert sum(p.numel() for p in head.parameters()) == 32 * 40 + 40 + 40 * 40 + 40 + 40 * 16 + 16
+
+
+def test_the_published_size():
+    """Sana_600M_512px: 28 layers of width 1152, about 0.6e9 parameters."""
+    shape = DiffusionShape(
+        latent_channels=32, sample_size=16, layers=28, heads=36, head_width=32, cross_heads=16, cross_head_width=72,
+        caption_channels=2304, align_hidden=2048,
+    )  # fmt: skip
+    with torch.device("meta"):
+        diffusion = Diffusion(shape)
+    assert 0.58e9 < sum(p.numel() for p in diffusion.parameters()) < 0.62e9
