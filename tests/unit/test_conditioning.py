@@ -13,6 +13,7 @@ from spar_scale.models.conditioning import (
     Rotary,
     causal_masks,
     conditioned_layer,
+    final_state,
     positions,
     sampled_hidden_states,
     sequence_keep,
@@ -112,10 +113,14 @@ def test_what_stands_in_the_padding_changes_nothing(model):
 
 def test_the_prefix_comes_out_without_gradient_and_the_queries_with(model):
     prefix, queries = embeddings()
-    prefix, after = conditioned_layer(model.layers[0], Rotary(model.config), prefix, queries, keep_of("left"))
-    assert not prefix.requires_grad and after.requires_grad
-    prefixes, taps = sampled_hidden_states(model, prefix.requires_grad_(), queries, keep_of("left"), (0, LAYERS))
-    assert not prefixes.requires_grad and taps.requires_grad
+    prefix.requires_grad_()  # as it arrives from a stage that trained the embeddings
+    keep = keep_of("left")
+    pairs = [
+        conditioned_layer(model.layers[0], Rotary(model.config), prefix, queries, keep),
+        final_state(model.norm, prefix, queries),
+        sampled_hidden_states(model, prefix, queries, keep, (0, LAYERS)),
+    ]
+    assert [(before.requires_grad, after.requires_grad) for before, after in pairs] == [(False, True)] * 3
 
 
 def test_a_layer_recomputed_as_one_block_has_the_same_gradients(model):

@@ -19,6 +19,9 @@ KEEP = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 1]]
 def language_model() -> Qwen2Model:
     model = Qwen2Model(CONFIG)
     initialise(model, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.linspace(-0.1, 0.1, parameter.shape[-1]))  # norms and biases are not as they start
     return model.eval()
 
 
