@@ -26,17 +26,20 @@ RESUME_MAY_CHANGE = ("parallel", "data.workers", "checkpoint", "tracking", "trai
 """Keys (with all below them) that may differ between a run and its continuation."""
 
 _READ_BY: dict[str, tuple[str, ...]] = {
-    "model.streams": (),
-    "model.encoder": (),
-    "model.semantic_distillation": (),
-    "model.pixel_alignment": (),
+    "model.streams": ("tokenizer",),
+    "model.encoder": ("tokenizer/encoder",),
+    "model.semantic_distillation": ("tokenizer/encoder",),
+    "model.pixel_alignment": ("tokenizer/init",),
     "model.routing": (),
     "model.alignment": (),
     "objective.perceptual_weight": ("bootstrap", "tokenizer"),
     "objective.latent_noise": ("bootstrap",),
     "objective.latent_power_weight": ("bootstrap",),
-    "objective.pixel_alignment_weight": ("tokenizer",),
-    "objective.semantic_distillation_weight": (),
+    "objective.pixel_alignment_weight": ("tokenizer/init",),
+    "objective.semantic_distillation_weight": ("tokenizer/encoder",),
+    "objective.adversarial_weight": (),
+    "objective.adversarial_start": (),
+    "objective.lecam_weight": (),
     "objective.align_weight": (),
     "objective.align_block": (),
     "objective.caption_dropout": (),
@@ -44,7 +47,10 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "tracking.experiment": (),
     "init_from": (),
 }
-"""The stages that read a key; elsewhere a value other than the default is refused, since nothing would come of it."""
+"""The stages, or phases as stage/phase, that read a key.
+
+Elsewhere a value other than the default is refused, since nothing would come of it.
+"""
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -128,7 +134,13 @@ class ObjectiveConfig(Section):
     pixel_alignment_weight: NotNegative = 1.0
     """lambda_p, the coefficient of L_p."""
     semantic_distillation_weight: NotNegative = 1.0
-    """lambda_s, the coefficient of L_s (in the phases that train the encoder)."""
+    """lambda_s, the coefficient of L_s (in the phase that trains the encoder)."""
+    adversarial_weight: NotNegative = 0.0
+    """lambda_GAN, the coefficient of the generator's loss; 0 trains without a discriminator."""
+    adversarial_start: Annotated[int, Field(ge=0)] = 0
+    """Step from which the discriminator takes part."""
+    lecam_weight: NotNegative = 0.001
+    """Coefficient of the LeCam regulariser in the discriminator's loss."""
     latent_noise: NotNegative = 0.1
     """Standard deviation of the noise on the autoencoder's latent while it trains."""
     latent_power_weight: NotNegative = 0.0
@@ -285,13 +297,13 @@ def flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]
 
 
 def _read_by_this_stage(value: Lookup) -> Iterator[Contradiction]:
-    stage = value("stage")
+    stage, phase = value("stage"), f"{value('stage')}/{value('phase')}"
     for key, readers in _READ_BY.items():
         with contextlib.suppress(KeyError):
-            default = _default(key)
-            if stage not in readers and value(key) != default:
+            if not {stage, phase} & set(readers) and value(key) != _default(key):
                 only = f"only {' and '.join(readers)} would" if readers else "no stage does yet"
-                yield key, f"found {show(value(key))}, but stage {stage} does not read it ({only})"
+                reader = phase if any(reader.startswith(f"{stage}/") for reader in readers) else f"stage {stage}"
+                yield key, f"found {show(value(key))}, but {reader} does not read it ({only})"
 
 
 def _default(key: str) -> Any:

@@ -6,12 +6,17 @@
     z_f = F([z_s, z_p])                    (B, N, C)   fused latent
     I'  = D_p(z_f as a (C, g, g) grid)     (B, 3, S, S)
 
-N = g * g tokens in raster order. The pixel encoder E_p' is the frozen teacher of z_p. The whole of it
-runs in one forward here; training runs the same modules as a list of layers (stages/tokenizer.py),
-and a test holds the two bit-equal.
+N = g * g tokens in raster order. The ablation of the streams keeps one of them and takes its latent as
+it is: z_f = z_s ("semantic") or z_f = z_p ("pixel"), without F, which has nothing to fuse; the weights of
+what remains are those of the dual tokenizer of the same seed. Two frozen teachers stand beside it
+while it trains: the pixel encoder E_p' of z_p, and the initial encoder of f_v. The whole of it runs in
+one forward here; training runs the same modules as a list of layers (stages/tokenizer.py), and a test
+holds the two bit-equal.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +27,8 @@ from spar_scale.models.initialise import trunc_normal
 from spar_scale.models.layers import LatentHead, ResBlock, TransformerLayer
 from spar_scale.models.presets import Preset
 from spar_scale.models.vision import build_vision, features
+
+Streams = Literal["dual", "semantic", "pixel"]
 
 
 class SemanticStream(nn.Module):
@@ -82,25 +89,62 @@ class Fusion(nn.Module):
             nn.init.zeros_(self.linear_2.weight)
 
 
-class UnifiedTokenizer(nn.Module):
-    """The tokenizer of a preset; parameter names are the checkpoint's. Weights are uninitialised."""
+class InitialEncoder(nn.Module):
+    """A vision tower and projector of their own, to stay as the tokenizer's were before they trained."""
 
     def __init__(self, preset: Preset):
         super().__init__()
+        self.downsample_ratio = preset.vision.downsample_ratio
+        self.vision_tower, self.projector = build_vision(preset)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] to features f_v' (B, N, D)."""
+        return features(self.vision_tower, self.projector, images, self.downsample_ratio)
+
+
+class UnifiedTokenizer(nn.Module):
+    """The tokenizer of a preset; parameter names are the checkpoint's. Weights are uninitialised.
+
+    `streams` decides which of `semantic_stream`, `pixel_stream` and `fusion` exist. `pixel_encoder` and
+    `initial_encoder`, the two teachers, exist where asked for; neither is part of encoding or decoding.
+    """
+
+    semantic_stream: SemanticStream
+    pixel_stream: PixelStream
+    fusion: Fusion
+    pixel_encoder: nn.Module
+    initial_encoder: InitialEncoder
+
+    def __init__(
+        self, preset: Preset, streams: Streams = "dual", pixel_encoder: bool = True, initial_encoder: bool = False
+    ):
+        super().__init__()
         shape, channels = preset.streams, preset.autoencoder.latent_channels
         self.image_size, self.downsample_ratio = preset.image_size, preset.vision.downsample_ratio
+        self.streams: Streams = streams
         self.vision_tower, self.projector = build_vision(preset)
-        self.semantic_stream = SemanticStream(shape.width, shape.residual_blocks, channels)
-        self.pixel_stream = PixelStream(
-            shape.width, shape.pixel_layers, shape.pixel_heads, shape.residual_blocks, channels
-        )
-        self.fusion = Fusion(channels, shape.fusion_residual)
+        if streams != "pixel":
+            self.semantic_stream = SemanticStream(shape.width, shape.residual_blocks, channels)
+        if streams != "semantic":
+            self.pixel_stream = PixelStream(
+                shape.width, shape.pixel_layers, shape.pixel_heads, shape.residual_blocks, channels
+            )
+        if streams == "dual":
+            self.fusion = Fusion(channels, shape.fusion_residual)
         autoencoder = build_autoencoder(preset)
-        self.decoder, self.pixel_encoder = autoencoder.decoder, autoencoder.encoder
+        self.decoder = autoencoder.decoder
+        if pixel_encoder:
+            self.pixel_encoder = autoencoder.encoder
+        if initial_encoder:
+            self.initial_encoder = InitialEncoder(preset)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1] to the fused latent z_f (B, C, g, g)."""
+        """Images (B, 3, S, S) in [0, 1] to the latent z_f (B, C, g, g)."""
         tokens = features(self.vision_tower, self.projector, images, self.downsample_ratio)
+        if self.streams == "semantic":
+            return to_grid(self.semantic_stream(tokens))
+        if self.streams == "pixel":
+            return to_grid(self.pixel_stream(tokens))
         return to_grid(self.fusion(self.semantic_stream(tokens), self.pixel_stream(tokens)))
 
     def decode(self, latents: Tensor) -> Tensor:

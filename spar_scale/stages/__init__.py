@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 STAGES = {
     ("bootstrap", "autoencoder"): ("bootstrap", "autoencoder"),
     ("tokenizer", "init"): ("tokenizer", "init"),
+    ("tokenizer", "decoder"): ("tokenizer", "decoder"),
+    ("tokenizer", "encoder"): ("tokenizer", "encoder"),
 }
 
 

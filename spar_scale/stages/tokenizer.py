@@ -1,28 +1,37 @@
-"""Stage 1, the unified tokenizer.
+"""Stage 1, the unified tokenizer. Its phases differ in what trains and what holds it in place:
 
-Phase `init` (SPAR, tokenizer stage I): streams and fusion learn to speak the latent of the frozen
-pixel autoencoder from the features of the frozen vision tower. Loss: L_MSE + perceptual term + lambda_p
-L_p, with L_p = MSE(z_p, E_p'(I)) against the frozen pixel encoder. L_p needs no semantic loss beside it.
+    phase     trains                              losses (SPAR, tokenizer stages I, II, III)
+    init      streams, fusion                     L_MSE, perceptual, lambda_p L_p
+    decoder   streams, fusion, decoder            L_MSE, perceptual
+    encoder   vision tower, projector and those   L_MSE, perceptual, lambda_s L_s
 
-Slots (B images, N = g * g tokens, D width, C latent channels):
-    images (B, 3, S, S) in [0, 1]   hidden (B, 1 + P, W)      features f_v (B, N, D)
-    semantic_latent z_s (B, N, C)   pixel_hidden (B, N, D)    pixel_latent z_p (B, N, C)
-    teacher_latent (B, C, g, g)     latent z_f (B, C, g, g)   reconstruction (B, 3, S, S)
+L_p = MSE(z_p, E_p'(I)) against the frozen pixel encoder, L_s = MSE(f_v, f_v') against `initial_encoder`,
+the vision tower and projector as they were when the stage began: both start from the same weights, and
+the earlier phases keep theirs frozen, so a phase that starts from another finds them still equal. L_p
+needs no L_s beside it. The perceptual term is `gradient_difference`, which is no perceptual network.
+
+Switches of the ablations, the same over all phases of a study:
+    model.streams              dual: z_f = F([z_s, z_p]); semantic: z_f = z_s; pixel: z_f = z_p. What is
+                               left out has no parameters. Without z_p there is no L_p; L_s stays.
+    model.pixel_alignment      false drops L_p and its teacher.
+    model.encoder              frozen: phase encoder trains what phase decoder does; L_s, then always 0, goes.
+    model.semantic_distillation   false drops L_s and its teacher; the encoder's learning rate stays.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-from torch import Tensor, nn
 
 from parallel.program import Layer
 from spar_scale.data.spec import SampleSpec
-from spar_scale.models import vision
-from spar_scale.models.autoencoder import encode_images
 from spar_scale.models.initialise import initialise
-from spar_scale.models.tokenizer import Fusion, UnifiedTokenizer, to_grid
-from spar_scale.objectives.reconstruction import mean_squared_error
+from spar_scale.models.presets import Preset
+from spar_scale.models.tokenizer import Streams, UnifiedTokenizer
+from spar_scale.recipe import ModelConfig, ObjectiveConfig, Section
 from spar_scale.stages import Stage
 from spar_scale.stages.bootstrap import ReconstructionLoss
 from spar_scale.stages.parts import (
@@ -34,191 +43,164 @@ from spar_scale.stages.parts import (
     pretrained_directories,
 )
 from spar_scale.stages.pixel_decoder import decoder_layers
+from spar_scale.stages.tokenizer_layers import (
+    EmbedImages,
+    FuseLatents,
+    InitialFeatures,
+    OneLatent,
+    PixelAlignment,
+    PixelLatent,
+    PixelStreamLayer,
+    PixelTeacher,
+    ProjectFeatures,
+    SemanticDistillation,
+    SemanticLatent,
+    VisionBlock,
+)
+
+_log = logging.getLogger(__name__)
 
 
-class EmbedImages(Layer):
-    """`images` to the vision tower's first `hidden`; without gradient where the tower is frozen."""
+@dataclass(frozen=True)
+class Settings:
+    """What a recipe says about the tokenizer, resolved: a loss that is switched off has weight 0."""
 
-    reads = ("images",)
-    writes = ("hidden",)
+    streams: Streams
+    encoder_trains: bool  # in the phase that would train it
+    lambda_p: float
+    lambda_s: float
 
-    def __init__(self, embeddings: nn.Module, frozen: bool):
-        super().__init__()
-        self.embeddings, self.detached = embeddings, frozenset(self.writes if frozen else ())
+    @classmethod
+    def of(cls, recipe: Any) -> Settings:
+        """Read them; a key that the recipe does not carry stands at the schema's default."""
+        model, objective = _with_defaults(recipe.model, ModelConfig), _with_defaults(recipe.objective, ObjectiveConfig)
+        trains = model("encoder") == "trained"
+        aligned = model("pixel_alignment") and model("streams") != "semantic"
+        return cls(
+            streams=model("streams"),
+            encoder_trains=trains,
+            lambda_p=objective("pixel_alignment_weight") if aligned else 0.0,
+            lambda_s=objective("semantic_distillation_weight") if trains and model("semantic_distillation") else 0.0,
+        )
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Cut into patches and add positions."""
-        return {"hidden": vision.embed(self.embeddings, images)}
+    @property
+    def stream_parts(self) -> tuple[str, ...]:
+        """The streams that exist."""
+        return tuple(f"{name}_stream" for name in ("semantic", "pixel") if self.streams in ("dual", name))
 
-
-class VisionBlock(Layer):
-    """One block of the vision tower on `hidden`."""
-
-    reads = ("hidden",)
-    writes = ("hidden",)
-
-    def __init__(self, block: nn.Module, frozen: bool):
-        super().__init__()
-        self.block, self.detached = block, frozenset(self.writes if frozen else ())
-
-    def forward(self, hidden: Tensor) -> dict[str, Tensor]:
-        """Run the block."""
-        return {"hidden": self.block(hidden)}
-
-
-class ProjectFeatures(Layer):
-    """`hidden` to `features`: the tower's last norm, pixel shuffle, projector."""
-
-    reads = ("hidden",)
-    writes = ("features",)
-
-    def __init__(self, layernorm: nn.Module, projector: nn.Module, downsample_ratio: float, frozen: bool):
-        super().__init__()
-        self.layernorm, self.projector, self.downsample_ratio = layernorm, projector, downsample_ratio
-        self.detached = frozenset(self.writes if frozen else ())
-
-    def forward(self, hidden: Tensor) -> dict[str, Tensor]:
-        """Project."""
-        return {"features": vision.project(self.layernorm, self.projector, hidden, self.downsample_ratio)}
+    @property
+    def fusion_parts(self) -> tuple[str, ...]:
+        """The fusion where it exists."""
+        return ("fusion",) if self.streams == "dual" else ()
 
 
-class SemanticLatent(Layer):
-    """`features` through the semantic stream to `semantic_latent`."""
+def tokenizer_layers(model: UnifiedTokenizer, frozen_encoder: bool, teacher_side: int) -> list[Layer]:
+    """Return the tokenizer's training forward, with a loss for each teacher that the model has.
 
-    reads = ("features",)
-    writes = ("semantic_latent",)
-
-    def __init__(self, stream: nn.Module):
-        super().__init__()
-        self.stream = stream
-
-    def forward(self, features: Tensor) -> dict[str, Tensor]:
-        """Run the stream."""
-        return {"semantic_latent": self.stream(features)}
-
-
-class PixelStreamLayer(Layer):
-    """One Transformer layer of the pixel stream; the first reads `features`."""
-
-    writes = ("pixel_hidden",)
-
-    def __init__(self, layer: nn.Module, first: bool):
-        super().__init__()
-        self.reads = ("features",) if first else ("pixel_hidden",)
-        self.layer = layer
-
-    def forward(self, **slots: Tensor) -> dict[str, Tensor]:
-        """Run the layer."""
-        (hidden,) = slots.values()
-        return {"pixel_hidden": self.layer(hidden)}
-
-
-class PixelLatent(Layer):
-    """`pixel_hidden` through the pixel stream's residual blocks and head to `pixel_latent`."""
-
-    reads = ("pixel_hidden",)
-    writes = ("pixel_latent",)
-
-    def __init__(self, blocks: nn.Module, head: nn.Module):
-        super().__init__()
-        self.blocks, self.head = blocks, head
-
-    def forward(self, pixel_hidden: Tensor) -> dict[str, Tensor]:
-        """Run the blocks and the head."""
-        return {"pixel_latent": self.head(self.blocks(pixel_hidden))}
-
-
-class PixelTeacher(Layer):
-    """`images` through the frozen pixel encoder to `teacher_latent`, on the tokens' grid."""
-
-    reads = ("images",)
-    writes = ("teacher_latent",)
-    detached = frozenset(writes)
-
-    def __init__(self, encoder: nn.Module, side: int):
-        super().__init__()
-        self.encoder, self.side = encoder, side
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Encode the image at the size (`side` pixels) whose latent has the tokens' grid."""
-        return {"teacher_latent": encode_images(self.encoder, images, self.side)}
-
-
-class PixelAlignment(Layer):
-    """The term `pixel_alignment` (B,): L_p of `pixel_latent` against `teacher_latent`."""
-
-    reads = ("pixel_latent", "teacher_latent")
-    writes = ("pixel_alignment",)
-
-    def forward(self, pixel_latent: Tensor, teacher_latent: Tensor) -> dict[str, Tensor]:
-        """Compare raw latents."""
-        return {"pixel_alignment": mean_squared_error(to_grid(pixel_latent), teacher_latent)}
-
-
-class FuseLatents(Layer):
-    """`semantic_latent` and `pixel_latent` to `latent`."""
-
-    reads = ("semantic_latent", "pixel_latent")
-    writes = ("latent",)
-
-    def __init__(self, fusion: Fusion):
-        super().__init__()
-        self.fusion = fusion
-
-    def forward(self, semantic_latent: Tensor, pixel_latent: Tensor) -> dict[str, Tensor]:
-        """Fuse."""
-        return {"latent": to_grid(self.fusion(semantic_latent, pixel_latent))}
-
-
-def tokenizer_layers(model: UnifiedTokenizer, side: int, frozen_encoder: bool, pixel_alignment: bool) -> list[Layer]:
-    """Return the tokenizer's training forward; `side` is the pixel teacher's image size in pixels."""
-    tower, stream = model.vision_tower, model.pixel_stream
-    alignment = [PixelTeacher(model.pixel_encoder, side), PixelAlignment()] if pixel_alignment else []
-    return [
+    `teacher_side` is the size in pixels of the images that the pixel teacher sees.
+    """
+    tower = model.vision_tower
+    layers: list[Layer] = [InitialFeatures(model.initial_encoder)] if hasattr(model, "initial_encoder") else []
+    layers += [
         EmbedImages(tower.embeddings, frozen_encoder),
         *(VisionBlock(block, frozen_encoder) for block in tower.encoder.layer),
         ProjectFeatures(tower.layernorm, model.projector, model.downsample_ratio, frozen_encoder),
-        SemanticLatent(model.semantic_stream),
-        *(PixelStreamLayer(layer, first=i == 0) for i, layer in enumerate(stream.layers)),
-        PixelLatent(stream.blocks, stream.head),
-        *alignment,
-        FuseLatents(model.fusion),
-        *decoder_layers(model.decoder, model.image_size),
-        ReconstructionLoss(),
     ]
+    if hasattr(model, "initial_encoder"):
+        layers.append(SemanticDistillation())
+    if model.streams != "pixel":
+        layers.append(SemanticLatent(model.semantic_stream))
+    if model.streams != "semantic":
+        stream = model.pixel_stream
+        layers += [PixelStreamLayer(layer, first=i == 0) for i, layer in enumerate(stream.layers)]
+        layers.append(PixelLatent(stream.blocks, stream.head))
+    if hasattr(model, "pixel_encoder"):
+        layers += [PixelTeacher(model.pixel_encoder, teacher_side), PixelAlignment()]
+    if model.streams == "dual":
+        layers.append(FuseLatents(model.fusion))
+    else:
+        layers.append(OneLatent(f"{model.streams}_latent"))
+    return [*layers, *decoder_layers(model.decoder, model.image_size), ReconstructionLoss()]
 
 
 def init(recipe: Any) -> Stage:
-    """Build stage `tokenizer`, phase `init`.
+    """Build phase `init`: groups `main` (streams) and `fusion`.
 
-    Reads from the recipe: model.preset, model.pretrained.{pixel_autoencoder, mllm}, seed,
-    objective.{perceptual_weight, pixel_alignment_weight}. The pixel autoencoder is required. Without
-    `mllm` the frozen vision tower and projector are initialised from the seed, which is logged.
+    Reads from the recipe, as all phases do, model.preset, model.pretrained.{pixel_autoencoder, mllm},
+    seed, objective.perceptual_weight and model.streams; and model.pixel_alignment,
+    objective.pixel_alignment_weight. The pixel autoencoder is required. Without `mllm` the vision tower
+    and projector are initialised from the seed, which is logged.
     """
+    settings = Settings.of(recipe)
+    groups = {"main": settings.stream_parts, "fusion": settings.fusion_parts}
+    return _phase(recipe, settings, groups, lambda_p=settings.lambda_p)
+
+
+def decoder(recipe: Any) -> Stage:
+    """Build phase `decoder`: one group, `main` (streams, fusion, decoder)."""
+    settings = Settings.of(recipe)
+    return _phase(recipe, settings, {"main": (*settings.stream_parts, *settings.fusion_parts, "decoder")})
+
+
+def encoder(recipe: Any) -> Stage:
+    """Build phase `encoder`: groups `main` (streams, fusion, decoder) and `encoder` (vision tower, projector).
+
+    Reads also model.{encoder, semantic_distillation} and objective.semantic_distillation_weight. A
+    frozen encoder leaves the group `encoder` empty, so that a recipe may go on naming its multiplier.
+    """
+    settings = Settings.of(recipe)
+    groups = {
+        "main": (*settings.stream_parts, *settings.fusion_parts, "decoder"),
+        "encoder": ("vision_tower", "projector") if settings.encoder_trains else (),
+    }
+    return _phase(recipe, settings, groups, lambda_s=settings.lambda_s)
+
+
+def _phase(
+    recipe: Any, settings: Settings, groups: dict[str, tuple[str, ...]], lambda_p: float = 0, lambda_s: float = 0
+) -> Stage:
+    """Build a phase; a loss of weight 0 is left out together with its teacher."""
     directories = pretrained_directories(recipe, ("pixel_autoencoder", "mllm"), ("pixel_autoencoder",))
-    preset, objective = preset_of(recipe), recipe.objective
-    model = UnifiedTokenizer(preset)
+    preset = preset_of(recipe)
+    model = UnifiedTokenizer(preset, settings.streams, pixel_encoder=lambda_p > 0, initial_encoder=lambda_s > 0)
+    trains_encoder = "vision_tower" in groups.get("encoder", ())
     initialise(model, recipe.seed)
+    _load_pretrained(model, directories, preset)
+    if "mllm" not in directories and trains_encoder:
+        _log.warning(
+            "model.pretrained.mllm is not given: the part is initialised from seed %d, and this phase trains it",
+            recipe.seed,
+        )
+    elif "mllm" not in directories:
+        note_random_part("mllm", recipe.seed)
+    terms = {"mean_squared_error": 1.0, "gradient_difference": recipe.objective.perceptual_weight}
+    optional = {"pixel_alignment": lambda_p, "semantic_distillation": lambda_s}
+    teacher_side = preset.vision.grid * preset.autoencoder.compression
+    return Stage(
+        model=model,
+        layers=tokenizer_layers(model, not trains_encoder, teacher_side),
+        inputs=("images",),
+        terms=terms | {name: weight for name, weight in optional.items() if weight > 0},
+        groups=groups,
+        sample=SampleSpec(task="images", image_size=preset.image_size),
+        references=directories,
+    )
+
+
+def _load_pretrained(model: UnifiedTokenizer, directories: dict[str, Path], preset: Preset) -> None:
+    """Copy the pretrained parts into the model, and the encoder it then has into the initial encoder."""
     autoencoder = load_autoencoder(directories["pixel_autoencoder"], preset)
     copy_weights(model.decoder, autoencoder.decoder)
-    copy_weights(model.pixel_encoder, autoencoder.encoder)
+    if hasattr(model, "pixel_encoder"):
+        copy_weights(model.pixel_encoder, autoencoder.encoder)
     if "mllm" in directories:
         tower, projector = load_vision(directories["mllm"], preset)
         copy_weights(model.vision_tower, tower)
         copy_weights(model.projector, projector)
-    else:
-        note_random_part("mllm", recipe.seed)
-    aligned = objective.pixel_alignment_weight > 0
-    terms = {"mean_squared_error": 1.0, "gradient_difference": objective.perceptual_weight}
-    if aligned:
-        terms["pixel_alignment"] = objective.pixel_alignment_weight
-    side = preset.vision.grid * preset.autoencoder.compression
-    return Stage(
-        model=model,
-        layers=tokenizer_layers(model, side, frozen_encoder=True, pixel_alignment=aligned),
-        inputs=("images",),
-        terms=terms,
-        groups={"main": ("semantic_stream", "pixel_stream"), "fusion": ("fusion",)},
-        sample=SampleSpec(task="images", image_size=preset.image_size),
-        references=directories,
-    )
+    if hasattr(model, "initial_encoder"):
+        copy_weights(model.initial_encoder.vision_tower, model.vision_tower)
+        copy_weights(model.initial_encoder.projector, model.projector)
+
+
+def _with_defaults(section: Any, schema: type[Section]) -> Callable[[str], Any]:
+    return lambda key: getattr(section, key, schema.model_fields[key].default)
