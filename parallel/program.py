@@ -32,12 +32,13 @@ class Layer(nn.Module):
     Subclasses set `reads` and `writes`, and `forward(**slots) -> dict` takes exactly the read slots
     by name and returns exactly the written ones. Slots named in `detached` are written without
     gradient (teachers, frozen encoders). A loss layer writes a slot of shape (B,), fp32, one value
-    per sample. Parameters belong to the stage's model: a layer holds references to its parts.
+    per sample. A layer whose forward has effects of its own sets `recomputes` to False. Parameters belong to the stage's model: a layer holds references to its parts.
     """
 
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     detached: frozenset[str] = frozenset()
+    recomputes: bool = True
 
     def forward(self, **slots: Tensor) -> dict[str, Tensor]:
         """Compute the written slots from the read ones."""
@@ -81,7 +82,9 @@ def run_layer(
     assert isinstance(layer, Layer)
     read = {name: live[name] for name in layer.reads}
     run = functools.partial(layer, **read)
-    written: dict[str, Tensor] = cast(Any, checkpoint(run, use_reentrant=False)) if recompute else run()
+    written: dict[str, Tensor] = (
+        cast(Any, checkpoint(run, use_reentrant=False)) if recompute and layer.recomputes else run()
+    )
     if set(written) != set(layer.writes):
         raise TypeError(f"{type(layer).__name__} wrote {sorted(written)}, declared {sorted(layer.writes)}")
     written = {n: t.detach() if n in layer.detached else t for n, t in written.items()}

@@ -39,6 +39,12 @@ class Replica:
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
         return torch.func.functional_call(self.module, weights, inputs)
 
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the data ranks."""
+        total = values.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
     def step(self, lr: float, clip: float) -> Tensor:
         """Sum the accumulated gradients over data ranks, clip, update, clear; return the norm before clipping.
 

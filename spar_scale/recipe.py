@@ -37,15 +37,15 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "objective.latent_power_weight": ("bootstrap",),
     "objective.pixel_alignment_weight": ("tokenizer/init",),
     "objective.semantic_distillation_weight": ("tokenizer/encoder",),
-    "objective.adversarial_weight": (),
-    "objective.adversarial_start": (),
-    "objective.lecam_weight": (),
+    "objective.adversarial_weight": ("tokenizer/encoder",),
+    "objective.adversarial_start": ("tokenizer/encoder",),
+    "objective.lecam_weight": ("tokenizer/encoder",),
     "objective.align_weight": (),
     "objective.align_block": (),
     "objective.caption_dropout": (),
     "tracking.uri": (),
     "tracking.experiment": (),
-    "init_from": (),
+    "init_from": ("tokenizer/decoder", "tokenizer/encoder"),
 }
 """The stages, or phases as stage/phase, that read a key.
 

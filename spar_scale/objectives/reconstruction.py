@@ -7,6 +7,7 @@ the right place at several scales and knows nothing of perception.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,11 +20,17 @@ def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
+GREY_LEVEL = 1 / 255
+"""One step of an 8-bit image in [0, 1]."""
+
+
 def gradient_difference(prediction: Tensor, target: Tensor, scales: int = 3) -> Tensor:
-    """Return the mean absolute difference of image gradients over scales, (B, C, H, W) to (B,) in fp32.
+    """Return the mean smooth absolute difference of image gradients over scales, (B, C, H, W) to (B,) in fp32.
 
     At scale s both images are averaged over 2^s x 2^s pixels; the gradients are differences of
-    neighbours along x and along y; the means over both axes and all scales are averaged.
+    neighbours along x and along y; the means over both axes and all scales are averaged. Below one
+    grey level the difference counts quadratically: a plain absolute value has a gradient that flips
+    its sign on rounding in flat regions, and the curve would then depend on the order of sums.
     Raises ValueError where an image is too small for the number of scales.
     """
     difference = prediction.float() - target.float()  # averaging and differences are linear
@@ -33,9 +40,7 @@ def gradient_difference(prediction: Tensor, target: Tensor, scales: int = 3) -> 
     for scale in range(scales):
         if scale:
             difference = F.avg_pool2d(difference, 2)
-        along_x = difference.diff(dim=-1).abs().flatten(1).mean(1)
-        along_y = difference.diff(dim=-2).abs().flatten(1).mean(1)
-        values.append((along_x + along_y) / 2)
+        values.append((_smooth(difference.diff(dim=-1)) + _smooth(difference.diff(dim=-2))) / 2)
     return sum(values[1:], values[0]) / scales
 
 
@@ -45,3 +50,8 @@ def latent_power(latents: Tensor, limit: float = 1.0) -> Tensor:
     Keeps an autoencoder trained with latent noise of a fixed size from outgrowing the noise.
     """
     return (latents.float().square().flatten(1).mean(1) - limit).clamp_min(0)
+
+
+def _smooth(difference: Tensor) -> Tensor:
+    flat = difference.flatten(1)
+    return F.smooth_l1_loss(flat, torch.zeros_like(flat), beta=GREY_LEVEL, reduction="none").mean(1)

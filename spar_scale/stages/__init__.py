@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
     from parallel.program import Layer
     from spar_scale.data.spec import SampleSpec
+    from spar_scale.stages.adversary import Adversary
 
 # (stage, phase) -> module and function that build it
 STAGES = {
     ("bootstrap", "autoencoder"): ("bootstrap", "autoencoder"),
+    ("bootstrap", "mllm"): ("bootstrap_mllm", "mllm"),
     ("tokenizer", "init"): ("tokenizer", "init"),
     ("tokenizer", "decoder"): ("tokenizer", "decoder"),
     ("tokenizer", "encoder"): ("tokenizer", "encoder"),
@@ -38,7 +40,7 @@ class Stage:
     sum_b weight_b * sum_t terms[t] * value_t[b] / global_batch, with one fp32 value (B,) per term.
     `groups` maps a learning-rate group to the parameter-name prefixes that train in it; what matches no
     group is frozen. `references` are the frozen parts that were read from disk. `export` writes the
-    published layout of a bootstrap phase.
+    published layout of a bootstrap phase. `adversary` is the discriminator behind the last terms.
     """
 
     model: nn.Module
@@ -49,6 +51,7 @@ class Stage:
     sample: SampleSpec
     references: dict[str, Path] = field(default_factory=dict)
     export: Callable[[nn.Module, Path], None] | None = None
+    adversary: Adversary | None = None
 
     def group_of(self, parameter: str) -> str | None:
         """Return the learning-rate group of a parameter name, None if it is frozen.
@@ -78,6 +81,8 @@ def build(recipe: Any) -> Stage:
         )
     module, function = STAGES[recipe.stage, recipe.phase]
     stage: Stage = getattr(importlib.import_module(f"spar_scale.stages.{module}"), function)(recipe)
+    if getattr(recipe.objective, "adversarial_weight", 0) > 0:
+        importlib.import_module("spar_scale.stages.adversary").add_adversary(stage, recipe)
     for name, parameter in stage.model.named_parameters():
         parameter.requires_grad_(stage.group_of(name) is not None)
     stage.model.train()

@@ -17,6 +17,9 @@ from parallel.errors import UserError, nearest
 from spar_scale.recipe import OptimizerConfig
 from spar_scale.stages import Stage
 
+DISCRIMINATOR = "discriminator"
+"""The name of the discriminator among the learning-rate multipliers of a recipe, and in a checkpoint."""
+
 
 def parameter_groups(stage: Stage, settings: OptimizerConfig) -> list[dict[str, Any]]:
     """Return the optimizer groups of the stage's trained parameters.
@@ -24,9 +27,10 @@ def parameter_groups(stage: Stage, settings: OptimizerConfig) -> list[dict[str, 
     Each returned group has a unique `name`, its `multiplier` of the learning rate and the optimizer's
     own keys. Raises UserError for a multiplier of a group that the stage does not have.
     """
-    if unknown := sorted(set(settings.groups) - set(stage.groups)):
-        hint = nearest(unknown[0], stage.groups)
-        raise UserError(f"optimizer.groups.{unknown[0]}: this phase has the groups {sorted(stage.groups)}{hint}")
+    known = {*stage.groups, *({DISCRIMINATOR} if stage.adversary is not None else ())}
+    if unknown := sorted(set(settings.groups) - known):
+        hint = nearest(unknown[0], known)
+        raise UserError(f"optimizer.groups.{unknown[0]}: this phase has the groups {sorted(known)}{hint}")
     collected: dict[tuple[str, str], list[nn.Parameter]] = {}
     for name, parameter in stage.model.named_parameters():
         group = stage.group_of(name)

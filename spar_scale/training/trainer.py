@@ -21,6 +21,7 @@ from parallel import checkpoint
 from parallel.agreement import first
 from parallel.errors import UserError
 from parallel.launch import Launch, read_environment, start
+from parallel.replica import Replica
 from parallel.topology import Layout, Topology
 from parallel.zero import Engine, StepRecord, name_parameters
 from parallel.zero_config import EngineSettings
@@ -29,7 +30,7 @@ from spar_scale.data.order import micro_steps
 from spar_scale.recipe import Recipe
 from spar_scale.training.export import export
 from spar_scale.training.guards import BadSampleGuard, NonFiniteGuard
-from spar_scale.training.optimizers import optimizer_factory, parameter_groups
+from spar_scale.training.optimizers import DISCRIMINATOR, optimizer_factory, parameter_groups
 from spar_scale.training.parent import choose_parent, started_stage
 from spar_scale.training.progress import Progress
 from spar_scale.training.run_directory import RunDirectory
@@ -93,6 +94,10 @@ class Trainer:
             launch.device,
             self._engine_settings(),
         )
+        self.adversary = self.stage.adversary
+        if self.adversary is not None and topology.is_last_stage:
+            replica = Replica(DISCRIMINATOR, self.adversary.module, topology, launch.device, recipe.optimizer.betas)
+            self.adversary.bind(replica, launch.device)
         self.non_finite = NonFiniteGuard(recipe.guards.max_skipped_steps)
         self.bad_samples = BadSampleGuard(recipe.guards.max_bad_fraction)
         self.step, shards = self._resume()
@@ -142,10 +147,15 @@ class Trainer:
                 bad.extend(batch["errors"])
                 yield batch
 
+        if self.adversary is not None:
+            self.adversary.begin(self.step)
         feed = counted()
         record = self.engine.step(feed, {name: lr * factor for name, factor in self.multipliers.items()})
         for _ in feed:  # a stage in the middle of a pipeline takes no batches: keep its position
             pass
+        if self.adversary is not None:
+            factor = self.recipe.optimizer.groups.get(DISCRIMINATOR, 1.0)
+            self.adversary.finish(lr * factor, self.recipe.optimizer.clip)
         self.pending.append(Pending(self.step, lr, record, samples, bad))
         self.non_finite.observe(self.step, record.skipped)
 
@@ -209,7 +219,7 @@ class Trainer:
             self.step,
             self.engine.state.fragments(),
             state,
-            tensors={},
+            tensors=self._whole_tensors(),
             group=self.topology.files_group,
             keep=self.recipe.checkpoint.keep,
         )
@@ -221,7 +231,8 @@ class Trainer:
             self._announce("starts at step 0: the run directory has no checkpoint")
             return 0, None
         fragments = self.engine.state.fragments(loading=True)
-        state = checkpoint.load(found, fragments, tensors={}, group=self.topology.files_group, verify=False)
+        tensors = self._whole_tensors()
+        state = checkpoint.load(found, fragments, tensors, group=self.topology.files_group, verify=False)
         if state.get("version") != STATE_VERSION:
             raise UserError(f"{found}: state version {state.get('version')}, this program reads {STATE_VERSION}")
         for part, digest in self.frozen.items():
@@ -231,6 +242,10 @@ class Trainer:
         self.non_finite.load_state_dict(state["non_finite"])
         self._announce(f"goes on from {found}, step {state['step']}")
         return state["step"], state["shards"]
+
+    def _whole_tensors(self) -> dict[str, torch.Tensor]:
+        """Tensors of the checkpoint that no engine shards: the discriminator and its optimizer."""
+        return {} if self.adversary is None else self.adversary.tensors()
 
     def _optimizer_steps(self) -> dict[str, int]:
         """Applied updates by group over all stages of a pipeline."""

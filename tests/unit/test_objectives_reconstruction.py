@@ -13,18 +13,28 @@ def test_mean_squared_error_is_per_sample_and_a_mean_over_elements():
 
 
 def test_gradient_difference_by_hand_at_one_scale():
-    # difference image [[0, 2], [1, 1]]: along x |2|, |0| -> mean 1; along y |1|, |-1| -> mean 1
+    # difference image [[0, 2], [1, 1]]: along x |2|, |0|; along y |1|, |-1|; half a grey level off what is not 0
     prediction = torch.tensor([[[[0.0, 2.0], [1.0, 1.0]]]])
-    assert gradient_difference(prediction, torch.zeros_like(prediction), scales=1).tolist() == [1.0]
+    value = gradient_difference(prediction, torch.zeros_like(prediction), scales=1)
+    assert value.item() == pytest.approx(1 - 3 / 8 / 255, rel=1e-6)
 
 
 def test_gradient_difference_by_hand_at_two_scales():
     # one column of 4 is brighter by 1: full size, along x |0,0,1| -> 1/3, along y 0 -> 1/6.
-    # halved, the columns are 0 and 0.5: along x 0.5, along y 0 -> 1/4. Mean over scales 5/24.
+    # halved, the columns are 0 and 0.5: along x 0.5, along y 0 -> 1/4. Mean over scales 5/24, were
+    # it not for half a grey level off each of the two differences.
     prediction = torch.zeros(1, 1, 4, 4)
     prediction[..., 3] = 1.0
     value = gradient_difference(prediction, torch.zeros_like(prediction), scales=2)
-    assert value.item() == pytest.approx(5 / 24, rel=1e-6)
+    off = 0.5 / 255
+    assert value.item() == pytest.approx(((1 - off) / 6 + (0.5 - off) / 2) / 2, rel=1e-6)
+
+
+def test_gradient_difference_is_quadratic_below_a_grey_level():
+    prediction = torch.zeros(1, 1, 2, 2)
+    prediction[..., 1] = 0.1 / 255  # along x a tenth of a grey level twice, along y nothing
+    value = gradient_difference(prediction, torch.zeros_like(prediction), scales=1)
+    assert value.item() == pytest.approx(0.5 * 0.1**2 / 255 / 2, rel=1e-5)
 
 
 def test_gradient_difference_ignores_a_constant_shift_but_the_squared_error_does_not():

@@ -1,0 +1,111 @@
+"""The adversarial encoder phase: one curve under every layout, also after a resume; the discriminator's own state."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from launching import run_world
+from tiny_runs import (
+    LOSS_RELATIVE,
+    NORM_RELATIVE,
+    curve,
+    distance,
+    make_autoencoder,
+    make_data,
+    metrics,
+    recipe_values,
+    train_all,
+)
+
+pytestmark = pytest.mark.timeout(600)
+
+LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 3, 1), (2, 1, 2)]
+"""(processes, ZeRO stage, pipeline stages)"""
+START = 3
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adversary")
+    shards, autoencoder = make_data(folder / "data"), make_autoencoder(folder / "autoencoder")
+
+    def values(name: str, world: int = 1, zero: int = 1, pipeline: int = 1) -> dict:
+        return recipe_values(
+            folder / name,
+            shards,
+            autoencoder,
+            phase="encoder",
+            init_from="../parent",
+            objective={
+                "perceptual_weight": 0.5,
+                "semantic_distillation_weight": 1.0,
+                "adversarial_weight": 0.5,
+                "adversarial_start": START,
+            },
+            optimizer__groups={"encoder": 0.1, "discriminator": 0.5},
+            parallel={"zero": zero, "pipeline": pipeline, "micro_batch": 2},
+        )
+
+    parent = recipe_values(folder / "parent", shards, autoencoder, train={"steps": 2}, checkpoint={"every": 2})
+    for world in (1, 2):
+        recipes = [values("-".join(map(str, layout)), *layout) for layout in LAYOUTS if layout[0] == world]
+        run_world(world, train_all, [*([parent] if world == 1 else []), *recipes], initialise=False, timeout_s=300)
+    shutil.copytree(folder / "1-1-1", folder / "resumed")
+    shutil.rmtree(folder / "resumed" / "checkpoints" / "step-00000010")
+    shutil.copytree(folder / "1-1-1", folder / "elastic")
+    shutil.rmtree(folder / "elastic" / "checkpoints" / "step-00000010")
+    run_world(1, train_all, [values("resumed")], initialise=False, timeout_s=200)
+    run_world(2, train_all, [values("elastic", 2, 3)], initialise=False, timeout_s=200)
+    return folder
+
+
+def judged(run_dir: Path) -> list[tuple[float, float]]:
+    """(generator's term, discriminator's loss) of every step."""
+    return [(line["terms"]["adversarial"], line["terms"]["discriminator"]) for line in metrics(run_dir)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_the_adversarial_phase_is_the_same_under_every_layout(runs: Path, layout: tuple) -> None:
+    name = "-".join(map(str, layout))
+    loss, norm = distance(curve(runs / name), curve(runs / "1-1-1"))
+    print(f"{name}: loss {loss:.1e}, gradient norm {norm:.1e}")
+    assert loss <= LOSS_RELATIVE
+    assert norm <= NORM_RELATIVE
+    for found, wanted in zip(judged(runs / name), judged(runs / "1-1-1"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_the_discriminator_begins_at_its_step_and_learns(runs: Path) -> None:
+    values = judged(runs / "1-1-1")
+    assert values[:START] == [(0.0, 0.0)] * START
+    assert all(judge > 0 for _, judge in values[START:])
+    assert values[-1][1] < values[START][1]
+
+
+def test_a_resumed_run_goes_on_bit_equal_with_its_discriminator(runs: Path) -> None:
+    assert curve(runs / "resumed") == curve(runs / "1-1-1")
+    assert judged(runs / "resumed") == judged(runs / "1-1-1")
+
+
+def test_a_resume_at_another_layout_keeps_the_discriminator(runs: Path) -> None:
+    loss, norm = distance(curve(runs / "elastic"), curve(runs / "1-1-1"))
+    assert loss <= LOSS_RELATIVE
+    assert norm <= NORM_RELATIVE
+    for found, wanted in zip(judged(runs / "elastic"), judged(runs / "1-1-1"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_the_phase_began_with_the_averaged_weights_of_its_parent(runs: Path) -> None:
+    from parallel import checkpoint
+    from parallel.manifest import references
+    from spar_scale.training.export import recipe_of
+    from spar_scale.training.parent import started_stage
+
+    stage = started_stage(recipe_of(runs / "1-1-1"))
+    average = checkpoint.read(runs / "parent" / "checkpoints" / "step-00000002", "ema")
+    weights = dict(stage.model.named_parameters())
+    assert average
+    assert all(weights[name].equal(tensor) for name, tensor in average.items())
+    assert references(runs / "parent" / "checkpoints" / "step-00000002")
