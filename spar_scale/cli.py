@@ -1,4 +1,4 @@
-"""The command line: `spar-scale train | data | checkpoint | doctor | demo | reconstruct`.
+"""The command line: `spar-scale train | data | checkpoint | doctor | demo | reconstruct | ask`.
 
 Nothing heavy is imported until a command needs it, so `--help` and a refused recipe take a fraction
 of a second where importing torch alone takes one. A refusal (`UserError`) is one message on stderr
@@ -92,6 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("run_dir", type=Path, help="run directory of a tokenizer phase")
     reconstruct.add_argument("image", type=Path, help="image file")
     reconstruct.add_argument("-o", "--out", type=Path, required=True, metavar="PNG", help="where to write it")
+
+    ask = _command(commands, "ask", _ask, "answer a question about an image")
+    ask.add_argument("run_dir", type=Path, help="run directory of the bootstrap phase mllm")
+    ask.add_argument("image", type=Path, help="image file")
+    ask.add_argument("question", help='the question, in one word of the shell: "what color is the circle?"')
     return parser
 
 
@@ -156,6 +161,12 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     from spar_scale.inference.commands import reconstruct
 
     return _say(reconstruct(arguments.run_dir, arguments.image, arguments.out))
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    from spar_scale.inference.ask import ask
+
+    return _say(ask(arguments.run_dir, arguments.image, arguments.question))
 
 
 def _command(parent: argparse._SubParsersAction, name: str, run: Command, what: str) -> argparse.ArgumentParser:

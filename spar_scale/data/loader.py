@@ -33,7 +33,7 @@ from spar_scale.data.order import PADDING, Blocks, Layout, Order, SourceShape, d
 from spar_scale.data.spec import Draw, SampleSpec
 from spar_scale.data.storage import ShardReader, expand_shards
 from spar_scale.data.tar_index import ShardIndex, check_fresh, digest, read_header, read_index
-from spar_scale.data.tasks import Members, find_task
+from spar_scale.data.tasks import Members, find_task, source_task
 
 Batch = dict[str, Any]
 OPEN_SHARDS = 32  # files and indexes that a worker keeps at hand
@@ -41,12 +41,11 @@ OPEN_SHARDS = 32  # files and indexes that a worker keeps at hand
 
 @dataclass(frozen=True)
 class Source:
-    """A set of shards with its share of the mixture. `task`: the task it serves, where not the stage's."""
+    """A set of shards with its share of the mixture. Where the stage mixes tasks, `name` is its task."""
 
     name: str
     shards: str | Sequence[str]
     weight: float = 1.0
-    task: str | None = None
 
 
 class Loader:
@@ -165,7 +164,8 @@ class _MicroBatches(Dataset):
     ):
         self.order, self.layout, self.shards, self.spec = order, layout, shards, spec
         self.seed, self.dp_rank = seed, dp_rank
-        self.task = find_task(spec.task)
+        self.slots = find_task(spec.task).slots(spec)
+        self.tasks = [source_task(spec.task, source.name) for source in order.sources]
         self.opened: OrderedDict[str, tuple[ShardReader, ShardIndex]] = OrderedDict()
 
     def __getitem__(self, micro_step: int) -> Batch | _Failure:
@@ -176,8 +176,7 @@ class _MicroBatches(Dataset):
 
     def load(self, micro_step: int) -> Batch:
         numbers = self.layout.samples(micro_step, self.dp_rank)
-        slots = self.task.slots(self.spec)
-        arrays = {name: np.zeros((len(numbers), *shape), dtype) for name, (shape, dtype) in slots.items()}
+        arrays = {name: np.zeros((len(numbers), *shape), dtype) for name, (shape, dtype) in self.slots.items()}
         arrays |= {name: np.zeros((len(numbers), *d.shape), np.float32) for name, d in self.spec.draws.items()}
         weight = np.zeros(len(numbers), np.float32)
         errors = []
@@ -202,7 +201,8 @@ class _MicroBatches(Dataset):
         table = index.members(place.member)
         members = Members(tuple(table), lambda extension: reader.read_member(*table[extension]))
         try:
-            values = self.task.fill(members, self.spec, lambda purpose: draw_generator(self.seed, purpose, number))
+            task = self.tasks[place.source]
+            values = task.fill(members, self.spec, lambda purpose: draw_generator(self.seed, purpose, number))
         except BadSample as error:
             source, key = self.order.sources[place.source].name, index.keys[place.member]
             return {"sample": number, "source": source, "shard": shard, "key": key, "reason": str(error)}

@@ -23,12 +23,16 @@ class Draw:
 class SampleSpec:
     """The sample a stage trains on.
 
-    `task` names the decoder; `image_size` is the side in pixels of the square image; `crop` and
-    `flip` are the augmentations; `draws` maps a slot name to the random tensor it carries, fp32.
+    `task` names the decoder, or a mixture of decoders, one for each source; `image_size` is the side in
+    pixels of the square image; `crop` and `flip` are the augmentations; `num_tokens` is the length of
+    the text, `image_tokens` how many of them stand for the picture; `draws` maps a slot name to the
+    random tensor it carries, fp32.
     """
 
     task: str
     image_size: int
     crop: Literal["random", "center"] = "random"
     flip: bool = True
+    num_tokens: int = 0
+    image_tokens: int = 0
     draws: Mapping[str, Draw] = field(default_factory=dict)

@@ -2,17 +2,21 @@
 
 A task lists the tensors of one sample and fills them from the members of the tar. Its random draws
 come from `draws(purpose)`, keyed by (seed, purpose, sample number), never from a worker's state.
+A mixture is a set of tasks that fill the same tensors: each source is decoded by the task of its name.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from parallel.errors import UserError, nearest
 from spar_scale.data.images import EXTENSIONS, BadSample, decode, square
+from spar_scale.data.prompts import Prompt, caption_prompt, edit_prompt, question_prompt, text_prompt
 from spar_scale.data.spec import SampleSpec
 
 Draws = Callable[[str], np.random.Generator]
@@ -44,10 +48,28 @@ class Task:
 
 
 def find_task(name: str) -> Task:
-    """Return the task of a name; an unknown one raises UserError."""
+    """Return the task of a name, of a mixture the first of its tasks; an unknown name raises UserError."""
+    if name in MIXTURES:
+        return TASKS[MIXTURES[name][0]]
     if name not in TASKS:
-        raise UserError(f"sample.task is '{name}'; known: {', '.join(TASKS)}{nearest(name, TASKS)}")
+        known = (*TASKS, *MIXTURES)
+        raise UserError(f"sample.task is '{name}'; known: {', '.join(known)}{nearest(name, known)}")
     return TASKS[name]
+
+
+def source_task(name: str, source: str) -> Task:
+    """Return the task that decodes a source: in a mixture the one it is named after, else `name`'s.
+
+    Raises UserError for a source whose name is no task of the mixture.
+    """
+    if name not in MIXTURES:
+        return find_task(name)
+    if source not in MIXTURES[name]:
+        known = MIXTURES[name]
+        raise UserError(
+            f"data.sources: '{source}' is no task of this phase ({', '.join(known)}){nearest(source, known)}"
+        )
+    return TASKS[source]
 
 
 def _image_slots(spec: SampleSpec) -> Slots:
@@ -62,4 +84,52 @@ def _image(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.nda
     return {"images": square(picture, spec.image_size, along, mirrored)}
 
 
-TASKS = {"images": Task(_image_slots, _image)}
+def _language_slots(spec: SampleSpec) -> Slots:
+    """`counts` is 1 where a token is to be predicted; `tokens` is padded on the right with 0."""
+    return {**_image_slots(spec), "tokens": ((spec.num_tokens,), np.int64), "counts": ((spec.num_tokens,), np.uint8)}
+
+
+def _language(picture: str | None, make: Callable[[Mapping[str, Any], np.random.Generator, int], Prompt]) -> Task:
+    """The task of a prompt and the member with its picture (its name before the extension; None: no picture).
+
+    The picture is the middle square, never mirrored: the words name its sides.
+    """
+
+    def fill(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
+        said = _said(members)
+        try:
+            prompt = make(said, draws("words"), spec.image_tokens)
+        except (KeyError, IndexError, TypeError, ValueError, UserError) as error:
+            raise BadSample(f"its json says nothing to train on ({type(error).__name__}: {error})") from None
+        length = len(prompt.tokens)
+        if length > spec.num_tokens:
+            raise BadSample(f"{length} tokens; at most {spec.num_tokens} are read")
+        slots = _language_slots(spec)
+        arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in slots.items()}
+        arrays["tokens"][:length], arrays["counts"][:length] = prompt.tokens, prompt.counts
+        if picture is not None:
+            image = decode(members.first(f"{picture}{extension}" for extension in EXTENSIONS))
+            arrays["images"] = square(image, spec.image_size, along=0.5, mirrored=False)
+        return arrays
+
+    return Task(_language_slots, fill)
+
+
+def _said(members: Members) -> Mapping[str, Any]:
+    try:
+        said = json.loads(members.first(["json"]))
+    except ValueError as error:
+        raise BadSample(f"its json cannot be read ({error})") from None
+    if not isinstance(said, dict):
+        raise BadSample(f"its json holds {type(said).__name__}, not an object")
+    return said
+
+
+TASKS = {
+    "images": Task(_image_slots, _image),
+    "captions": _language("", caption_prompt),
+    "questions": _language("", question_prompt),
+    "edits": _language("input.", edit_prompt),
+    "texts": _language(None, text_prompt),
+}
+MIXTURES = {"language": ("captions", "questions", "edits", "texts")}

@@ -97,6 +97,20 @@ class StreamShape:
 
 
 @dataclass(frozen=True)
+class LanguageShape:
+    """The Qwen2 language model; its width is the streams'. `image_token_id` is replaced by an image feature."""
+
+    layers: int
+    heads: int
+    key_value_heads: int
+    mlp_width: int
+    vocab_size: int  # at least the tokenizer's words
+    image_token_id: int
+    max_positions: int
+    rope_theta: float = 1e6
+
+
+@dataclass(frozen=True)
 class Preset:
     """One named family of shapes."""
 
@@ -105,6 +119,7 @@ class Preset:
     vision: VisionShape
     autoencoder: AutoencoderShape
     streams: StreamShape
+    language: LanguageShape
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -131,6 +146,16 @@ PRESETS = {
                 multiscales=((),) * 4,
             ),
             streams=StreamShape(width=128, residual_blocks=3, pixel_layers=6, pixel_heads=4, fusion_residual=True),
+            language=LanguageShape(
+                layers=8,
+                heads=4,
+                key_value_heads=2,
+                mlp_width=512,
+                vocab_size=64,
+                image_token_id=61,
+                max_positions=128,
+                rope_theta=1e4,
+            ),
         ),
     )
 }

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
@@ -13,6 +14,7 @@ from transformers import InternVLForConditionalGeneration, Qwen2Config
 
 from parallel.errors import UserError
 from parallel.program import Program, pack, run_layer, unpack
+from spar_scale.data.tasks import find_task
 from spar_scale.inference.pipeline import reconstruct
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import PRESETS
@@ -57,7 +59,14 @@ def tokenizer_of(stage) -> UnifiedTokenizer:
 
 def batch_of(stage, size=2):
     generator = torch.Generator().manual_seed(0)
-    batch = {"images": torch.rand(size, 3, 32, 32, generator=generator)}
+    batch = {}
+    for name, (shape, dtype) in find_task(stage.sample.task).slots(stage.sample).items():
+        if dtype is np.float32:
+            batch[name] = torch.rand(size, *shape, generator=generator)
+        else:  # tokens, or flags
+            high = 62 if dtype is np.int64 else 2
+            kind = torch.int64 if dtype is np.int64 else torch.uint8
+            batch[name] = torch.randint(high, (size, *shape), generator=generator, dtype=kind)
     for name, draw in stage.sample.draws.items():
         batch[name] = torch.randn(size, *draw.shape, generator=generator)
     return batch
@@ -65,7 +74,7 @@ def batch_of(stage, size=2):
 
 def test_every_stage_is_a_consistent_program_that_reads_what_its_sample_carries(stage):
     program = Program(stage.layers, stage.inputs, list(stage.terms))
-    assert set(stage.inputs) <= {"images", *stage.sample.draws}
+    assert set(stage.inputs) <= batch_of(stage).keys()
     assert program(batch_of(stage)).shape == (2, len(stage.terms))
 
 

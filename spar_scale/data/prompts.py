@@ -1,0 +1,128 @@
+"""What the language model reads: the words it knows, and a sample as tokens with the ones that count.
+
+A prompt is `<bos>`, for a picture `<img>`, one `<IMG_CONTEXT>` per image token and `</img>` (the structure
+of InternVL's, without its chat turns), then words. The tokenizer is one of whole words, separated by
+spaces: a miniature world of some sixty words needs no more, and in return a word outside it is no guess
+but an error that names it. Words ask, answers count: the loss is taken where `counts` is 1.
+
+Four tasks make one language model: `captions`, `questions`, `edits` (describe what an instruction will
+make of the picture) and `texts` (the same words without a picture).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from parallel.errors import UserError, nearest
+from spar_scale.data.shapes_language import VOCABULARY
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+IMAGE_START, IMAGE_END, IMAGE = "<img>", "</img>", "<IMG_CONTEXT>"
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+TOKENS: dict[str, int] = {word: i for i, word in enumerate((*VOCABULARY, IMAGE_START, IMAGE_END, IMAGE))}
+WORDS = tuple(word for word in TOKENS if not word.startswith("<"))
+QUESTIONS_PER_IMAGE = 3
+
+
+@dataclass
+class Prompt:
+    """Tokens in the making, and for each whether it counts."""
+
+    tokens: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+    def ask(self, text: str) -> Prompt:
+        """Append words that are given."""
+        return self._append(text, 0)
+
+    def answer(self, text: str) -> Prompt:
+        """Append words that are to be predicted."""
+        return self._append(text, 1)
+
+    def _append(self, text: str, counts: int) -> Prompt:
+        added = encode(text)
+        self.tokens += added
+        self.counts += [counts] * len(added)
+        return self
+
+
+def encode(text: str) -> list[int]:
+    """Return the tokens of words separated by spaces. UserError lists the unknown ones, each with its nearest."""
+    words = text.split()
+    if unknown := list(dict.fromkeys(word for word in words if word not in TOKENS)):
+        named = ", ".join(f"'{word}'{nearest(word, WORDS)}" for word in unknown)
+        raise UserError(f"unknown words: {named}; known are {' '.join(WORDS)}")
+    return [TOKENS[word] for word in words]
+
+
+def decode(tokens: Sequence[int]) -> str:
+    """Return the words of tokens; padding is left out."""
+    words = tuple(TOKENS)
+    return " ".join(words[token] for token in tokens if token != TOKENS[PAD])
+
+
+def opening(image_tokens: int) -> Prompt:
+    """The start of a prompt about a picture of `image_tokens` tokens; without a picture where that is 0."""
+    picture = [IMAGE_START, *[IMAGE] * image_tokens, IMAGE_END] if image_tokens else []
+    return Prompt().ask(" ".join([BOS, *picture]))
+
+
+def caption_prompt(said: Mapping[str, Any], draws: np.random.Generator, image_tokens: int) -> Prompt:
+    """The picture, then `describe : CAPTION <eos>`."""
+    return opening(image_tokens).ask("describe :").answer(f"{_full(said['captions'], draws)} {EOS}")
+
+
+def question_prompt(said: Mapping[str, Any], draws: np.random.Generator, image_tokens: int) -> Prompt:
+    """The picture, then up to three times `question : Q answer : A .`, of different types where it can be."""
+    return _ask(opening(image_tokens), said, draws, QUESTIONS_PER_IMAGE)
+
+
+def edit_prompt(said: Mapping[str, Any], draws: np.random.Generator, image_tokens: int) -> Prompt:
+    """The picture as it is, then `edit : INSTRUCTION describe : CAPTION OF THE RESULT <eos>`."""
+    asked = opening(image_tokens).ask(f"edit : {said['instruction']} describe :")
+    return asked.answer(f"{_full(said['output_captions'], draws)} {EOS}")
+
+
+def text_prompt(said: Mapping[str, Any], draws: np.random.Generator, image_tokens: int) -> Prompt:
+    """No picture: `draw : CAPTION`, two questions about it, then `describe :` and a caption of the same scene."""
+    told = opening(0).ask(f"draw : {_full(said['captions'], draws)}")
+    return _ask(told, said, draws, 2).ask("describe :").answer(f"{_full(said['captions'], draws)} {EOS}")
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the same words as a tokenizer of transformers, to be saved beside the model."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel(dict(TOKENS), unk_token="<unk>"))  # which is no word: an unknown one is an error
+    words.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        additional_special_tokens=[IMAGE_START, IMAGE_END, IMAGE],
+    )
+
+
+def _ask(prompt: Prompt, said: Mapping[str, Any], draws: np.random.Generator, number: int) -> Prompt:
+    listed = said["questions"]
+    shuffled = [listed[i] for i in draws.permutation(len(listed))]
+    types = [asked["type"] for asked in shuffled]
+    first_of_type = sorted(range(len(shuffled)), key=lambda i: types[:i].count(types[i]))
+    for asked in (shuffled[i] for i in first_of_type[:number]):
+        prompt.ask(f"question : {asked['question']} answer :").answer(f"{asked['answer']} .")
+    return prompt
+
+
+def _full(captions: Sequence[str], draws: np.random.Generator) -> str:
+    """One of the captions that say most: they stand in the first half."""
+    return captions[int(draws.integers(-(-len(captions) // 2)))]

@@ -1,0 +1,128 @@
+"""Stage 0, phase `mllm`, for the miniature only: the vision tower and the language model, from scratch.
+
+Everything trains, on the cross-entropy of the next token where an answer stands (`data/prompts.py`): captions,
+answers, descriptions of what an edit will make. That is what stages 1 to 3 take from InternVL3.
+
+Slots (B samples, T tokens, N image tokens, W and D widths):
+    images (B, 3, S, S) in [0, 1]   tokens (B, T) int64   counts (B, T) uint8, 1 where a token is predicted
+    hidden (B, 1 + P, W)            features (B, N, D)    states (B, T, D)    next_token (B,), the term
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import InternVLForConditionalGeneration, Qwen2Config
+
+from parallel.program import Layer
+from spar_scale.data.prompts import build_tokenizer
+from spar_scale.data.spec import SampleSpec
+from spar_scale.models.initialise import initialise
+from spar_scale.models.mllm import build_mllm, causal_mask, merge, next_token_loss, rotary
+from spar_scale.stages import Stage
+from spar_scale.stages.parts import preset_of, pretrained_directories
+from spar_scale.stages.tokenizer_layers import EmbedImages, ProjectFeatures, VisionBlock
+
+NUM_TOKENS = 60  # the longest prompt: a picture of 16 tokens and three questions
+
+
+class EmbedTokens(Layer):
+    """`tokens` to the first `states`, with `features` in the places of the picture."""
+
+    reads = ("tokens", "features")
+    writes = ("states",)
+
+    def __init__(self, embedding: nn.Module, image_token_id: int):
+        super().__init__()
+        self.embedding, self.image_token_id = embedding, image_token_id
+
+    def forward(self, tokens: Tensor, features: Tensor) -> dict[str, Tensor]:
+        """Embed and merge."""
+        return {"states": merge(self.embedding(tokens), features, tokens == self.image_token_id)}
+
+
+class DecoderLayer(Layer):
+    """One causal layer of the language model on `states`."""
+
+    reads = ("states",)
+    writes = ("states",)
+
+    def __init__(self, layer: nn.Module, config: Qwen2Config):
+        super().__init__()
+        rope: dict[str, Any] = dict(config.rope_parameters or {})
+        if rope["rope_type"] != "default":
+            raise NotImplementedError(f"rotary positions of type {rope['rope_type']}")
+        self.layer, self.theta = layer, float(rope["rope_theta"])
+        self.head_width = config.hidden_size // config.num_attention_heads
+
+    def forward(self, states: Tensor) -> dict[str, Tensor]:
+        """Run the layer under an explicit causal mask."""
+        length, device = states.shape[1], states.device
+        cos, sin = rotary(length, self.head_width, self.theta, device)
+        positions = (cos.to(states.dtype), sin.to(states.dtype))
+        mask = causal_mask(length, device)
+        return {"states": self.layer(states, attention_mask=mask, position_embeddings=positions)}
+
+
+class NextTokenLoss(Layer):
+    """The term `next_token` (B,): `states` through the last norm and the head, against `tokens`."""
+
+    reads = ("states", "tokens", "counts")
+    writes = ("next_token",)
+
+    def __init__(self, norm: nn.Module, head: nn.Module):
+        super().__init__()
+        self.norm, self.head = norm, head
+
+    def forward(self, states: Tensor, tokens: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        """Score the answers."""
+        return {"next_token": next_token_loss(self.head(self.norm(states)), tokens, counts)}
+
+
+def mllm(recipe: Any) -> Stage:
+    """Build stage `bootstrap`, phase `mllm`.
+
+    Reads from the recipe: model.preset, seed, and the sources' names, which are their tasks (captions,
+    questions, edits, texts). Exports the published layout of InternVL with its tokenizer.
+    """
+    pretrained_directories(recipe, allowed=(), required=())
+    preset = preset_of(recipe)
+    model = build_mllm(preset)
+    initialise(model, recipe.seed)
+    return Stage(
+        model=model,
+        layers=mllm_layers(model),
+        inputs=("images", "tokens", "counts"),
+        terms={"next_token": 1.0},
+        groups={"main": ("model", "lm_head")},
+        sample=SampleSpec(
+            task="language",
+            image_size=preset.image_size,
+            num_tokens=NUM_TOKENS,
+            image_tokens=preset.vision.grid**2,
+        ),
+        export=save_mllm,
+    )
+
+
+def mllm_layers(model: InternVLForConditionalGeneration) -> list[Layer]:
+    """Return the model's training forward, from `images` and `tokens` to the term `next_token`."""
+    tower, language, config = model.model.vision_tower, model.model.language_model, model.config
+    return [
+        EmbedImages(tower.embeddings, frozen=False),
+        *(VisionBlock(block, frozen=False) for block in tower.encoder.layer),
+        ProjectFeatures(tower.layernorm, model.model.multi_modal_projector, config.downsample_ratio, frozen=False),
+        EmbedTokens(language.embed_tokens, config.image_token_id),
+        *(DecoderLayer(layer, language.config) for layer in language.layers),
+        NextTokenLoss(language.norm, model.lm_head),
+    ]
+
+
+def save_mllm(model: nn.Module, directory: Path) -> None:
+    """Write InternVL in transformers' published layout: config.json, safetensors, the tokenizer's files."""
+    if not isinstance(model, InternVLForConditionalGeneration):
+        raise TypeError(f"expected InternVLForConditionalGeneration, got {type(model).__name__}")
+    model.save_pretrained(str(directory))
+    build_tokenizer().save_pretrained(str(directory))

@@ -1,0 +1,220 @@
+"""The language model: its layers against the class's own forward, the loss by hand, asking."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoTokenizer, InternVLForConditionalGeneration
+
+from parallel.errors import UserError
+from parallel.program import Program
+from spar_scale.data.prompts import TOKENS, encode, opening
+from spar_scale.inference.ask import answer, ask, spaced
+from spar_scale.models.initialise import initialise
+from spar_scale.models.mllm import build_mllm, causal_mask, greedy, merge, mllm_config, next_token_loss, rotary
+from spar_scale.models.presets import PRESETS
+from spar_scale.models.vision import normalise
+from spar_scale.stages import build
+from spar_scale.stages.bootstrap_mllm import NUM_TOKENS, NextTokenLoss
+from spar_scale.stages.parts import load_vision
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.fixture
+def stage():
+    model, objective = SimpleNamespace(preset="tiny", pretrained={}), SimpleNamespace()
+    recipe = SimpleNamespace(
+        stage="bootstrap", phase="mllm", seed=0, run_dir=Path("."), model=model, objective=objective
+    )
+    built = build(recipe)
+    with torch.no_grad():  # away from the start, where every word is about as likely
+        for parameter in built.model.parameters():
+            parameter.mul_(2)
+    return built
+
+
+def batch_of(size=3, length=NUM_TOKENS):
+    """Prompts about pictures, each with an answer of another length, padded on the right."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, counts = torch.zeros(size, length, dtype=torch.int64), torch.zeros(size, length, dtype=torch.uint8)
+    for row in range(size):
+        start = opening(16).tokens
+        end = 30 + 9 * row
+        tokens[row, : len(start)] = torch.tensor(start)
+        tokens[row, len(start) : end] = torch.randint(3, 59, (end - len(start),), generator=generator)
+        counts[row, 25:end:2] = 1
+    return {"images": torch.rand(size, 3, 32, 32, generator=generator), "tokens": tokens, "counts": counts}
+
+
+def terms_of(stage, batch):
+    return Program(stage.layers, stage.inputs, list(stage.terms))(batch)[:, 0]
+
+
+def test_the_layers_equal_the_classs_own_forward_in_loss_and_gradients(stage):
+    batch = batch_of()
+    terms = terms_of(stage, batch)
+    terms.sum().backward()
+    own = InternVLForConditionalGeneration(mllm_config(TINY))
+    own.set_attn_implementation("eager")
+    own.load_state_dict(stage.model.state_dict())
+    logits = own(
+        input_ids=batch["tokens"],
+        attention_mask=(batch["tokens"] > 0).long(),
+        pixel_values=normalise(batch["images"]),
+    ).logits
+    labels = batch["tokens"].masked_fill(batch["counts"] == 0, -100)
+    losses = [F.cross_entropy(one[:-1], label[1:]) for one, label in zip(logits, labels, strict=True)]
+    torch.testing.assert_close(terms, torch.stack(losses), rtol=1e-5, atol=1e-6)
+    torch.stack(losses).sum().backward()
+    compared = 0
+    for name, parameter in own.named_parameters():
+        assert parameter.grad is not None
+        found = stage.model.get_parameter(name).grad
+        floor = 1e-7 + 1e-5 * parameter.grad.abs().max().item()  # the keys' biases have no gradient but rounding
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=floor)
+        compared += 1
+    assert compared == len(list(stage.model.parameters()))
+
+
+def test_the_layers_logits_equal_the_classs_own(stage):
+    batch, seen = batch_of(), {}
+    (head,) = [layer for layer in stage.layers if isinstance(layer, NextTokenLoss)]
+    head.head.register_forward_hook(lambda module, given, logits: seen.update(logits=logits))
+    terms_of(stage, batch)
+    own = InternVLForConditionalGeneration(mllm_config(TINY))
+    own.set_attn_implementation("eager")
+    own.load_state_dict(stage.model.state_dict())
+    expected = own(input_ids=batch["tokens"], pixel_values=normalise(batch["images"])).logits
+    torch.testing.assert_close(seen["logits"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_samples_loss_depends_on_nothing_but_the_sample(stage):
+    batch = batch_of()
+    together = terms_of(stage, batch)
+    batch["tokens"][1] = 0  # a padded slot: no picture, nothing counts
+    batch["counts"][1] = 0
+    beside = terms_of(stage, batch)
+    alone = terms_of(stage, {name: value[2:] for name, value in batch_of().items()})
+    assert beside[1] == 0
+    torch.testing.assert_close(beside[[0, 2]], together[[0, 2]], rtol=1e-6, atol=0)
+    torch.testing.assert_close(alone, together[2:], rtol=1e-6, atol=0)
+    longer = {name: F.pad(value, (0, 7)) if name != "images" else value for name, value in batch_of().items()}
+    torch.testing.assert_close(terms_of(stage, longer), together, rtol=1e-6, atol=0)
+
+
+def test_the_picture_and_every_word_before_an_answer_matter(stage):
+    batch = batch_of(1)
+    before = terms_of(stage, batch)
+    changed = {**batch, "images": batch["images"].flip(3)}
+    assert not torch.allclose(terms_of(stage, changed), before, rtol=1e-6)
+    tokens = batch["tokens"].clone()
+    tokens[0, 20] = (tokens[0, 20] - 2) % 56 + 3
+    assert not torch.allclose(terms_of(stage, {**batch, "tokens": tokens}), before, rtol=1e-6)
+
+
+def test_next_token_loss_by_hand():
+    logits = torch.zeros(2, 3, 2, dtype=torch.bfloat16)
+    logits[0, 0, 1] = 1.0
+    logits[0, 1, 0] = 2.0
+    tokens = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    counts = torch.tensor([[1, 1, 1], [1, 0, 0]], dtype=torch.uint8)  # the first token is never predicted
+    expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-2))) / 2
+    loss = next_token_loss(logits, tokens, counts)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, torch.tensor([expected, 0.0]))
+
+
+def test_merge_puts_features_in_order_where_the_picture_stands():
+    embedded, features = torch.zeros(2, 4, 1), torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
+    is_image = torch.tensor([[False, True, True, False], [False] * 4])
+    assert merge(embedded, features, is_image)[..., 0].tolist() == [[0, 1, 2, 0], [0, 0, 0, 0]]
+
+
+def test_rotary_angles_and_mask_by_hand():
+    cos, sin = rotary(3, 4, 100.0, torch.device("cpu"))
+    angles = [[p, p / 10, p, p / 10] for p in range(3)]
+    torch.testing.assert_close(cos[0], torch.tensor([[math.cos(a) for a in row] for row in angles]))
+    torch.testing.assert_close(sin[0], torch.tensor([[math.sin(a) for a in row] for row in angles]))
+    mask = causal_mask(3, torch.device("cpu"))[0, 0]
+    assert mask.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+
+
+def test_greedy_words_are_those_of_the_librarys_generate(stage):
+    model = stage.model.eval()
+    images = batch_of(1)["images"]
+    tokens = torch.tensor([opening(16).ask("describe :").tokens])
+    found = greedy(model, images, tokens, frozenset(), limit=6)
+    expected = model.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=normalise(images), do_sample=False,
+        max_new_tokens=6, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    assert found == expected[0, tokens.shape[1] :].tolist() and len(found) == 6
+    assert greedy(model, images, tokens, frozenset(found[:1]), limit=6) == []
+
+
+def test_the_published_layout_gives_the_next_stages_their_tower_and_the_words(stage, tmp_path):
+    stage.export(stage.model, tmp_path)
+    tower, projector = load_vision(tmp_path, TINY)
+    for part, own in ((tower, stage.model.model.vision_tower), (projector, stage.model.model.multi_modal_projector)):
+        assert all(torch.equal(value, own.state_dict()[name]) for name, value in part.state_dict().items())
+    model = InternVLForConditionalGeneration.from_pretrained(tmp_path, use_safetensors=True)
+    batch = batch_of(1)
+    given = {"input_ids": batch["tokens"], "pixel_values": normalise(batch["images"])}
+    torch.testing.assert_close(model(**given).logits, stage.model(**given).logits, rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path)("describe : a cyan circle")["input_ids"] == encode(
+        "describe : a cyan circle"
+    )
+
+
+def test_an_answer_is_words_about_a_picture_of_any_size():
+    model = build_mllm(TINY)
+    initialise(model, 1)
+    said = answer(model.eval(), Image.new("RGB", (70, 41), "red"), "what color is the circle ?", TINY.image_size)
+    assert set(said.split()) <= set(TOKENS)
+
+
+QUESTIONS = {
+    "What color is the circle?": "what color is the circle ?",
+    "how many objects are there": "how many objects are there ?",
+    "  is there a RED square ?": "is there a red square ?",
+    "a, b": "a , b ?",
+}
+
+
+@pytest.mark.parametrize("typed", QUESTIONS)
+def test_a_question_is_read_as_people_type_it(typed):
+    assert spaced(typed) == QUESTIONS[typed]
+
+
+def test_an_empty_question_is_refused():
+    with pytest.raises(UserError, match=r"^the question is empty"):
+        spaced("  ")
+
+
+def write_run(folder, stage="bootstrap", phase="mllm"):
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(
+        f"stage: {stage}\nphase: {phase}\nmodel: {{preset: tiny}}\nrun_dir: x\nglobal_batch: 4\ntrain: {{steps: 1}}\n"
+        "optimizer: {lr: 1.0e-3}\ndata: {task_block: 4, sources: [{name: captions, shards: x}]}\n"
+        "checkpoint: {every: 1}\n"
+    )
+    Image.new("RGB", (40, 50), "red").save(folder / "picture.png")
+    return folder
+
+
+def test_what_cannot_be_asked_is_refused_before_anything_is_loaded(tmp_path):
+    other = write_run(tmp_path / "other", phase="autoencoder")
+    with pytest.raises(UserError, match=r"'autoencoder', which answers no questions; .* 'mllm' is needed"):
+        ask(other, other / "picture.png", "what color is the circle?")
+    run = write_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"unknown words: 'colour'; did you mean 'color'\?"):
+        ask(run, run / "picture.png", "what colour is the circle?")
+    with pytest.raises(UserError, match=r"no recipe\.yaml in it"):
+        ask(tmp_path, run / "picture.png", "what color is the circle?")
+    with pytest.raises(UserError, match="holds no checkpoint yet"):
+        ask(run, run / "picture.png", "what color is the circle?")
