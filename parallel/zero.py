@@ -57,12 +57,12 @@ class Engine:
 
         self.topology, self.device, self.settings = topology, device, settings
         self.zero = topology.layout.zero
-        self.inputs = tuple(inputs)
         self.coefficients = torch.tensor(list(terms.values()), dtype=torch.float32, device=device)
         self.terms = torch.zeros(len(terms), dtype=torch.float64, device=device)
         # Undo DeepSpeed's averages: over data ranks and over accumulated micro-steps.
         self.scale = settings.micro_steps * topology.data_size / settings.global_batch
         program = Program(layers, inputs, list(terms), settings.recompute)
+        self.inputs = program.boundaries[0]  # what the first stage unpacks, in its order
         self.pipelined = topology.layout.pipeline > 1
         # Muon's update is orthogonalised before the norm is taken: what is logged is the norm of that update.
         self.muon = any(group.get("use_muon") for group in groups)
