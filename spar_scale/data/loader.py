@@ -37,6 +37,7 @@ from spar_scale.data.tasks import Members, find_task, source_task
 
 Batch = dict[str, Any]
 OPEN_SHARDS = 32  # files and indexes that a worker keeps at hand
+PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # which the trainer answers, not a worker
 
 
 @dataclass(frozen=True)
@@ -101,18 +102,22 @@ class Loader:
         self.close()
         self._passes += 1
         this_pass = self._passes
-        self._batches = iter(
-            DataLoader(
-                self._dataset,
-                batch_size=None,
-                sampler=self._numbers,  # pyright: ignore[reportArgumentType]
-                num_workers=self._workers,
-                prefetch_factor=self._prefetch if self._workers else None,
-                multiprocessing_context="fork" if self._workers else None,
-                worker_init_fn=_start_worker,
-                collate_fn=_as_it_is,
-            )
+        loader = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=self._numbers,  # pyright: ignore[reportArgumentType]
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch if self._workers else None,
+            multiprocessing_context="fork" if self._workers else None,
+            worker_init_fn=_start_worker,
+            collate_fn=_as_it_is,
         )
+        # A worker inherits the block, so no signal reaches it between its start and `_start_worker`.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+        try:
+            self._batches = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         # Workers ignore SIGTERM, so multiprocessing's own exit would wait for them without end.
         atexit.register(self.close)
         try:
@@ -238,7 +243,7 @@ def _draw(generator: np.random.Generator, wanted: Draw) -> np.ndarray:
 def _start_worker(_: int) -> None:
     """The parent alone answers signals; a worker ends with it, even when it is killed (locks it inherited go too)."""
     torch.set_num_threads(1)
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for name in PARENTS_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
     if sys.platform == "linux":
         set_parent_death_signal = 1  # prctl's PR_SET_PDEATHSIG

@@ -284,3 +284,17 @@ def test_importing_the_loader_imports_no_model_library():
 
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_a_signal_before_a_worker_is_ready_does_not_end_it(tiny_world, monkeypatch):
+    from spar_scale.data import loader
+
+    ready = loader._start_worker
+
+    def signalled(worker: int) -> None:
+        for name in loader.PARENTS_SIGNALS:
+            os.kill(os.getpid(), name)
+        ready(worker)
+
+    monkeypatch.setattr(loader, "_start_worker", signalled)
+    assert sum(int(batch["weight"].sum()) for batch in load(tiny_world, workers=1, steps=1)) == GLOBAL_BATCH
