@@ -126,7 +126,9 @@ TRAINED = [
 ]
 
 
-@pytest.mark.parametrize(("phase", "changes", "trained"), TRAINED, ids=str)
+@pytest.mark.parametrize(
+    ("phase", "changes", "trained"), TRAINED, ids=[f"{phase}-{changes}" for phase, changes, _ in TRAINED]
+)
 def test_two_steps_move_what_trains_and_not_a_bit_of_what_is_frozen(stage_of, phase, changes, trained):
     stage = stage_of(phase, **changes)
     before = copy.deepcopy(stage.model.state_dict())
