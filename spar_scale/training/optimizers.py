@@ -1,8 +1,7 @@
 """Optimizers by name, and the parameter groups they work on.
 
 A group is a learning-rate group of the stage split by weight decay (none for vectors: norms, biases,
-scales) and, for Muon, by matrix. Fused kernels of other packages are detected by importing the
-symbol itself, because package names lie: the registry's `apex` is another project.
+scales) and, for Muon, by matrix.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from parallel.errors import UserError, nearest
+from parallel.fused_adam import apex_fused_adam, deepspeed_fused_adam
 from spar_scale.recipe import OptimizerConfig
 from spar_scale.stages import Stage
 
@@ -48,7 +48,7 @@ def optimizer_factory(settings: OptimizerConfig) -> Callable[[list[dict[str, Any
         return lambda groups: torch.optim.AdamW(groups, lr=settings.lr, fused=True)
     if settings.name == "muon":
         return _muon
-    fused = _apex_fused_adam() if settings.name == "apex_adam" else _deepspeed_fused_adam()
+    fused = apex_fused_adam() if settings.name == "apex_adam" else deepspeed_fused_adam()
     return lambda groups: fused(groups, lr=settings.lr, adam_w_mode=True)
 
 
@@ -78,24 +78,3 @@ def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     return MuonWithAuxAdam(groups)  # without an Adam of its own it uses its inline one, which needs no compiler
-
-
-def _apex_fused_adam() -> Any:
-    try:
-        from amp_C import multi_tensor_adam  # noqa: F401  # pyright: ignore  (proves a CUDA build)
-        from apex.optimizers import FusedAdam  # pyright: ignore
-    except Exception as error:
-        raise UserError(
-            f"optimizer.name: found 'apex_adam', but NVIDIA apex with CUDA kernels cannot be imported ({error}); "
-            "build it from its source repository at a release tag (a package called 'apex' is another project), "
-            "or use 'adamw'"
-        ) from None
-    return FusedAdam
-
-
-def _deepspeed_fused_adam() -> Any:
-    if not torch.cuda.is_available():
-        raise UserError("optimizer.name: found 'deepspeed_adam', whose kernel needs a CUDA device; use 'adamw'")
-    from deepspeed.ops.adam import FusedAdam
-
-    return FusedAdam

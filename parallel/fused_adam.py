@@ -1,0 +1,35 @@
+"""Fused Adam kernels of other packages, detected by importing the symbol itself.
+
+Package names lie: the registry's `apex` is another project than NVIDIA's, and its presence proves nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from parallel.errors import UserError
+
+
+def apex_fused_adam() -> Any:
+    """NVIDIA apex's FusedAdam; raises UserError where it is not built for CUDA."""
+    try:
+        from amp_C import multi_tensor_adam  # noqa: F401  # pyright: ignore  (proves a CUDA build)
+        from apex.optimizers import FusedAdam  # pyright: ignore
+    except Exception as error:
+        raise UserError(
+            f"optimizer.name: found 'apex_adam', but NVIDIA apex with CUDA kernels cannot be imported ({error}); "
+            "build it from its source repository at a release tag (a package called 'apex' is another project), "
+            "or use 'adamw'"
+        ) from None
+    return FusedAdam
+
+
+def deepspeed_fused_adam() -> Any:
+    """DeepSpeed's FusedAdam; raises UserError without a CUDA device (its kernel is compiled for one)."""
+    if not torch.cuda.is_available():
+        raise UserError("optimizer.name: found 'deepspeed_adam', whose kernel needs a CUDA device; use 'adamw'")
+    from deepspeed.ops.adam import FusedAdam
+
+    return FusedAdam
