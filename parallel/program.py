@@ -32,7 +32,8 @@ class Layer(nn.Module):
     Subclasses set `reads` and `writes`, and `forward(**slots) -> dict` takes exactly the read slots
     by name and returns exactly the written ones. Slots named in `detached` are written without
     gradient (teachers, frozen encoders). A loss layer writes a slot of shape (B,), fp32, one value
-    per sample. A layer whose forward has effects of its own sets `recomputes` to False. Parameters belong to the stage's model: a layer holds references to its parts.
+    per sample. A layer whose forward has effects of its own sets `recomputes` to False. Parameters
+    belong to the stage's model: a layer holds references to its parts.
     """
 
     reads: tuple[str, ...] = ()
