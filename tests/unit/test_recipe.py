@@ -82,7 +82,7 @@ OVERRIDES = [
     (["model.routing=uniform"], ['model.routing: found "uniform", but stage tokenizer does not read it']),
     (["tracking.uri=somewhere"], ["tracking.uri: found", "no stage does yet"]),
     (["init_from=../x"], ["init_from: found", "no stage does yet"]),
-    (["objective.latent_noise=0.5"], ["objective.latent_noise: found 0.5", "only bootstrap would"]),
+    (["objective.latent_noise=0.5"], ["objective.latent_noise: found 0.5", "only bootstrap/autoencoder would"]),
     (["train.steps"], ["override: found 'train.steps', must be dotted.key=value"]),
     (["train..steps=1"], ["override: found 'train..steps=1', must be dotted.key=value"]),
     (["train.steps.x=1"], ["override train.steps.x: train.steps is 10, which has no entry 'x'"]),
