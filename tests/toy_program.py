@@ -145,7 +145,8 @@ def plain_torch(
     ema = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     curve = []
     for step in range(steps):
-        loss = (program({"x": inputs(step), "a": inputs(step).flip(1)}) * torch.tensor(list(TERMS.values()))).sum() / GLOBAL_BATCH
+        terms = program({"x": inputs(step), "a": inputs(step).flip(1)})
+        loss = (terms * torch.tensor(list(TERMS.values()))).sum() / GLOBAL_BATCH
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trained, clip or float("inf"))
         optimizer.step()
