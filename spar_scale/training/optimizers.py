@@ -1,7 +1,7 @@
 """Optimizers by name, and the parameter groups they work on.
 
 A group is a learning-rate group of the stage split by weight decay (none for vectors: norms, biases,
-scales) and, for Muon, by matrix.
+scales) and, for Muon, by hidden matrix (convolutions count, embeddings and the language head do not).
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def optimizer_factory(settings: OptimizerConfig) -> Callable[[list[dict[str, Any
 
 
 def _kind(name: str, parameter: nn.Parameter, settings: OptimizerConfig) -> str:
-    if settings.name == "muon" and parameter.dim() in (2, 4) and "embed" not in name:
+    hidden = parameter.dim() in (2, 4) and "embed" not in name and "lm_head" not in name
+    if settings.name == "muon" and hidden:
         parameter.use_muon = True  # type: ignore[attr-defined]  # DeepSpeed reads it
         return "muon"
     if settings.name == "muon":

@@ -49,7 +49,7 @@ def run_in(rank: int, world: int, folder: str, commands: list[list[str]]) -> lis
 def small(command: str) -> list[str]:
     """The command's words after the program, with overrides that make it quick."""
     words = shlex.split(command)
-    kind = "make" if "make" in words else "train" if "train" in words else ""
+    kind = next((kind for kind in SMALL if kind in words), "")
     return [*words[1:], *SMALL.get(kind, [])]
 
 

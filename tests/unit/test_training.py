@@ -119,6 +119,15 @@ def test_muon_takes_the_matrices_at_its_own_rate() -> None:
     assert not groups["main.plain"]["use_muon"]
 
 
+def test_muon_leaves_embeddings_and_the_language_head_to_adamw() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "layer": nn.Conv2d(2, 2, 3), "lm_head": nn.Linear(2, 4)})
+    built = Stage(model, [], (), {}, {"main": ("embed", "layer", "lm_head")}, SampleSpec(task="images", image_size=32))
+    settings = OptimizerConfig(name="muon", lr=1e-3, clip=0.0)
+    groups = {group["name"]: group for group in parameter_groups(built, settings)}
+    assert [p.dim() for p in groups["main.muon"]["params"]] == [4]
+    assert [p.dim() for p in groups["main.decay"]["params"]] == [2, 2]
+
+
 def test_a_multiplier_of_no_group_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"optimizer\.groups\.encodr.*did you mean 'encoder'"):
         parameter_groups(stage(), OptimizerConfig(lr=1e-3, groups={"encodr": 0.1}))
