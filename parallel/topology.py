@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -78,10 +77,6 @@ class Topology:
         total = values.clone()
         dist.all_reduce(total, group=self.agreement_group)
         return total
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on at least one process."""
-        return bool(self.sum(torch.tensor([int(flag)]))[0])
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's (small, picklable) value, in rank order, on every process."""

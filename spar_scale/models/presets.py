@@ -121,11 +121,6 @@ class Preset:
     streams: StreamShape
     language: LanguageShape
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Shape of one image's latent (C, H, W) as the tokenizer makes it."""
-        return (self.autoencoder.latent_channels, self.vision.grid, self.vision.grid)
-
 
 PRESETS = {
     preset.name: preset
