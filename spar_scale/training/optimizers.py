@@ -1,7 +1,7 @@
 """Optimizers by name, and the parameter groups they work on.
 
 A group is a learning-rate group of the stage split by weight decay (none for vectors: norms, biases,
-scales) and, for Muon, by hidden matrix (convolutions count, embeddings and the language head do not).
+scales) and, for Muon, by hidden matrix.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ def parameter_groups(stage: Stage, settings: OptimizerConfig) -> list[dict[str, 
     """Return the optimizer groups of the stage's trained parameters.
 
     Each returned group has a unique `name`, its `multiplier` of the learning rate and the optimizer's
-    own keys. Raises UserError for a multiplier of a group that the stage does not have.
+    own keys. Muon's matrices are the weights of linear layers and of full convolutions, embeddings and
+    the language head left out. Raises UserError for a multiplier of a group that the stage does not have.
     """
     known = {*stage.groups, *({DISCRIMINATOR} if stage.adversary is not None else ())}
     if unknown := sorted(set(settings.groups) - known):
         hint = nearest(unknown[0], known)
         raise UserError(f"optimizer.groups.{unknown[0]}: this phase has the groups {sorted(known)}{hint}")
+    hidden = _hidden_matrices(stage.model) if settings.name == "muon" else None
     collected: dict[tuple[str, str], list[nn.Parameter]] = {}
     for name, parameter in stage.model.named_parameters():
         group = stage.group_of(name)
         if group is not None:
-            collected.setdefault((group, _kind(name, parameter, settings)), []).append(parameter)
+            collected.setdefault((group, _kind(name, parameter, hidden)), []).append(parameter)
     return [
         {"name": f"{group}.{kind}", "params": parameters, **_keys(group, kind, settings)}
         for (group, kind), parameters in collected.items()
@@ -52,13 +54,21 @@ def optimizer_factory(settings: OptimizerConfig) -> Callable[[list[dict[str, Any
     return lambda groups: fused(groups, lr=settings.lr, adam_w_mode=True)
 
 
-def _kind(name: str, parameter: nn.Parameter, settings: OptimizerConfig) -> str:
-    hidden = parameter.dim() in (2, 4) and "embed" not in name and "lm_head" not in name
-    if settings.name == "muon" and hidden:
-        parameter.use_muon = True  # type: ignore[attr-defined]  # DeepSpeed reads it
-        return "muon"
-    if settings.name == "muon":
-        parameter.use_muon = False  # type: ignore[attr-defined]
+def _hidden_matrices(model: nn.Module) -> set[str]:
+    """Names of the weights that Muon takes: a depthwise convolution has rows but no matrix, a table neither."""
+    names: set[str] = set()
+    for name, module in model.named_modules():
+        matrix = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        if matrix and "patch_embed" not in name and "lm_head" not in name:
+            names.add(f"{name}.weight")
+    return names
+
+
+def _kind(name: str, parameter: nn.Parameter, hidden: set[str] | None) -> str:
+    if hidden is not None:
+        parameter.use_muon = name in hidden  # type: ignore[attr-defined]  # DeepSpeed reads it
+        if name in hidden:
+            return "muon"
     return "decay" if parameter.dim() > 1 else "plain"
 
 

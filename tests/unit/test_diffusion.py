@@ -14,9 +14,9 @@ from spar_scale.models.diffusion import (
     Diffusion,
     DiffusionInput,
     DiffusionOutput,
-    DiffusionShape,
 )
 from spar_scale.models.initialise import initialise
+from spar_scale.models.presets import DiffusionShape
 
 SHAPE = DiffusionShape(
     latent_channels=4, sample_size=4, layers=3, heads=4, head_width=8, cross_heads=2, cross_head_width=16,
