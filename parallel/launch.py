@@ -41,7 +41,7 @@ def start(timeout_s: int = TIMEOUT_S) -> Launch:
     """Join the world; raises UserError when the environment is half set or CUDA devices are too few."""
     rank, world, local_rank = read_environment()
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if device_type() == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"LOCAL_RANK: found {local_rank}, but this node shows {torch.cuda.device_count()} GPU(s); "
@@ -61,6 +61,11 @@ def start(timeout_s: int = TIMEOUT_S) -> Launch:
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed's PipelineModule reads it (0.19.8)
     _start_deepspeed(device)
     return Launch(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def device_type() -> str:
+    """The kind of device that `start` gives to this process: "cuda" where torch sees a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def read_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:

@@ -135,7 +135,7 @@ def _attention() -> Iterator[Finding]:
     try:
         import torch
 
-        from spar_scale.ops.attention import resolve
+        from spar_scale.ops.attention import BACKENDS, resolve, why_not
     except Exception as error:
         yield Finding("bad", "attention", f"{type(error).__name__}: {error}")
         return
@@ -143,6 +143,13 @@ def _attention() -> Iterator[Finding]:
     for dtype in (torch.float32, torch.bfloat16):
         backend, reason = resolve(device, dtype)
         yield Finding("ok", "attention", f"{str(dtype).removeprefix('torch.')} on {device}: {backend} ({reason})")
+    refusals = {name: why_not(name, device, torch.bfloat16) for name in BACKENDS}
+    absent: dict[str, list[str]] = {}
+    for name, refusal in refusals.items():
+        if refusal:
+            absent.setdefault(": ".join(refusal), []).append(name)
+    text = "".join(f"; not {', '.join(names)} ({refusal})" for refusal, names in absent.items())
+    yield Finding("ok", "attention", f"at hand: {', '.join(name for name in BACKENDS if not refusals[name])}{text}")
 
 
 def _has_cuda() -> bool:

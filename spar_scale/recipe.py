@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from spar_scale.rules import RULES
 from spar_scale.settings import Contradiction, Lookup, load, show
 
-RESUME_MAY_CHANGE = ("parallel", "data.workers", "checkpoint", "tracking", "train.log_every", "guards")
+RESUME_MAY_CHANGE = ("parallel", "data.workers", "checkpoint", "tracking", "train.log_every", "guards", "attention")
 """Keys (with all below them) that may differ between a run and its continuation."""
 
 _READ_BY: dict[str, tuple[str, ...]] = {
@@ -233,6 +233,8 @@ class Recipe(Section):
     """The one seed: initial weights, order of the data and every draw follow from it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: weights and activations in bf16, master weights, sums and losses in fp32."""
+    attention: Literal["auto", "math", "sdpa", "flash", "flash_attn_2", "flash_attn_3", "flash_attn_4"] = "auto"
+    """Who computes softmax attention; what is named and not there is refused (`spar-scale doctor` lists them)."""
     global_batch: Count
     """Samples per optimizer step, over all ranks."""
     train: TrainConfig

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
 
-import spar_scale.models.vision  # noqa: F401  registers the attention that is named "spar"
 from spar_scale.models.conditioning import Rotary, positions
+from spar_scale.ops.transformers_attention import IMPLEMENTATION
 
 
 class Connector(nn.Module):
@@ -32,7 +32,7 @@ class Connector(nn.Module):
         if not 1 <= num_layers <= config.num_hidden_layers:
             raise ValueError(f"a connector of {num_layers} layers from a model of {config.num_hidden_layers}")
         config = copy.deepcopy(config)
-        config._attn_implementation = "spar"
+        config._attn_implementation = IMPLEMENTATION
         self.initializer_range = config.initializer_range
         self.rotary = Rotary(config)
         self.layers = nn.ModuleList(Qwen2DecoderLayer(config, index) for index in range(num_layers))

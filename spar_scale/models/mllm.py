@@ -18,25 +18,26 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionMaskInterface, InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
-from transformers.masking_utils import sdpa_mask
+from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
 
 from spar_scale.models.presets import Preset
 from spar_scale.models.vision import normalise, vision_config
-
-AttentionMaskInterface.register("spar", sdpa_mask)  # for the class's own forward: boolean masks, as `attention` takes
+from spar_scale.ops.transformers_attention import IMPLEMENTATION
 
 
 def build_mllm(preset: Preset) -> InternVLForConditionalGeneration:
     """Return the model of a preset, weights at random from the global generator (call `initialise`)."""
     model = InternVLForConditionalGeneration(mllm_config(preset))
-    model.set_attn_implementation("spar")
+    model.set_attn_implementation(IMPLEMENTATION)
     return model
 
 
 def mllm_config(preset: Preset) -> InternVLConfig:
     """Return the whole InternVL config of a preset."""
     shape, config = preset.language, vision_config(preset)
+    rope: dict[str, str | float] = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    if shape.rope_factor is not None:
+        rope |= {"rope_type": "dynamic", "factor": shape.rope_factor}
     config.text_config = Qwen2Config(
         vocab_size=shape.vocab_size,
         hidden_size=preset.streams.width,
@@ -45,7 +46,7 @@ def mllm_config(preset: Preset) -> InternVLConfig:
         num_key_value_heads=shape.key_value_heads,
         intermediate_size=shape.mlp_width,
         max_position_embeddings=shape.max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        rope_parameters=rope,
         tie_word_embeddings=False,
     )
     config.tie_word_embeddings = False  # the one that counts; a tied matrix could not stand at both ends of a pipeline

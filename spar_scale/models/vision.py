@@ -13,12 +13,12 @@ import functools
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, InternVLConfig, InternVLVisionConfig, InternVLVisionModel, Qwen2Config
+from transformers import InternVLConfig, InternVLVisionConfig, InternVLVisionModel, Qwen2Config
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
 from spar_scale.models.initialise import trunc_normal
 from spar_scale.models.presets import Preset
-from spar_scale.ops.attention import attention
+from spar_scale.ops.transformers_attention import IMPLEMENTATION
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -34,7 +34,7 @@ def build_vision(preset: Preset) -> tuple[InternVLVisionModel, VisionProjector]:
     config = vision_config(preset)
     assert isinstance(config.vision_config, InternVLVisionConfig)
     tower = InternVLVisionModel(config.vision_config)
-    tower.set_attn_implementation("spar")
+    tower.set_attn_implementation(IMPLEMENTATION)
     return tower, VisionProjector(config)
 
 
@@ -94,16 +94,3 @@ def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
         torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1),
         torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1),
     )
-
-
-def _transformers_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, is_causal: bool | None = None, **_: object,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """`attention` in the signature of transformers, whose layout is (B, H, N, D)."""
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal) and attention_mask is None
-    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return attention(q, k, v, causal=causal, mask=attention_mask, scale=scaling), None
-
-
-AttentionInterface.register("spar", _transformers_attention)

@@ -28,6 +28,7 @@ from parallel.zero_config import EngineSettings
 from spar_scale.data.loader import Loader, Source
 from spar_scale.data.order import micro_steps
 from spar_scale.recipe import Recipe
+from spar_scale.training.attention_choice import attention_of
 from spar_scale.training.export import export
 from spar_scale.training.guards import BadSampleGuard, NonFiniteGuard
 from spar_scale.training.optimizers import DISCRIMINATOR, optimizer_factory, parameter_groups
@@ -48,14 +49,15 @@ def train(recipe: Recipe) -> int:
     if layout.tensor > 1:
         raise UserError(f"parallel.tensor: found {layout.tensor}; tensor parallelism is not built yet, must be 1")
     layout.data(read_environment()[1])  # refuse before any process group exists
-    launch = start()
-    topology = Topology(layout)
-    with RunDirectory(recipe, topology) as directory:
-        trainer = Trainer(recipe, launch, topology, directory)
-        try:
-            trainer.run()
-        finally:
-            trainer.close()
+    with attention_of(recipe):  # likewise
+        launch = start()
+        topology = Topology(layout)
+        with RunDirectory(recipe, topology) as directory:
+            trainer = Trainer(recipe, launch, topology, directory)
+            try:
+                trainer.run()
+            finally:
+                trainer.close()
     return 0
 
 
