@@ -30,8 +30,8 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "model.encoder": ("tokenizer/encoder",),
     "model.semantic_distillation": ("tokenizer/encoder",),
     "model.pixel_alignment": ("tokenizer/init",),
-    "model.routing": (),
-    "model.alignment": (),
+    "model.routing": ("align", "instruct"),
+    "model.alignment": ("align/joint", "instruct"),
     "objective.perceptual_weight": ("bootstrap/autoencoder", "tokenizer"),
     "objective.latent_noise": ("bootstrap/autoencoder",),
     "objective.latent_power_weight": ("bootstrap/autoencoder",),
@@ -40,12 +40,12 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "objective.adversarial_weight": ("tokenizer/encoder",),
     "objective.adversarial_start": ("tokenizer/encoder",),
     "objective.lecam_weight": ("tokenizer/encoder",),
-    "objective.align_weight": (),
-    "objective.align_block": (),
-    "objective.caption_dropout": (),
+    "objective.align_weight": ("align/joint", "instruct"),
+    "objective.align_block": ("align/joint", "instruct"),
+    "objective.caption_dropout": ("bootstrap/diffusion", "align", "instruct"),
     "tracking.uri": (),
     "tracking.experiment": (),
-    "init_from": ("tokenizer/decoder", "tokenizer/encoder"),
+    "init_from": ("tokenizer/decoder", "tokenizer/encoder", "align/joint", "instruct"),
 }
 """The stages, or phases as stage/phase, that read a key.
 

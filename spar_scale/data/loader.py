@@ -33,7 +33,7 @@ from spar_scale.data.order import PADDING, Blocks, Layout, Order, SourceShape, d
 from spar_scale.data.spec import Draw, SampleSpec
 from spar_scale.data.storage import ShardReader, expand_shards
 from spar_scale.data.tar_index import ShardIndex, check_fresh, digest, read_header, read_index
-from spar_scale.data.tasks import Members, find_task, source_task
+from spar_scale.data.tasks import Members, source_task
 
 Batch = dict[str, Any]
 OPEN_SHARDS = 32  # files and indexes that a worker keeps at hand
@@ -169,7 +169,6 @@ class _MicroBatches(Dataset):
     ):
         self.order, self.layout, self.shards, self.spec = order, layout, shards, spec
         self.seed, self.dp_rank = seed, dp_rank
-        self.slots = find_task(spec.task).slots(spec)
         self.tasks = [source_task(spec.task, source.name) for source in order.sources]
         self.opened: OrderedDict[str, tuple[ShardReader, ShardIndex]] = OrderedDict()
 
@@ -181,7 +180,8 @@ class _MicroBatches(Dataset):
 
     def load(self, micro_step: int) -> Batch:
         numbers = self.layout.samples(micro_step, self.dp_rank)
-        arrays = {name: np.zeros((len(numbers), *shape), dtype) for name, (shape, dtype) in self.slots.items()}
+        slots = self.tasks[self.order.source(self.layout.place(micro_step)[0])].slots(self.spec)
+        arrays = {name: np.zeros((len(numbers), *shape), dtype) for name, (shape, dtype) in slots.items()}
         arrays |= {name: np.zeros((len(numbers), *d.shape), np.float32) for name, d in self.spec.draws.items()}
         weight = np.zeros(len(numbers), np.float32)
         errors = []

@@ -6,7 +6,9 @@ spaces: a miniature world of some sixty words needs no more, and in return a wor
 but an error that names it. Words ask, answers count: the loss is taken where `counts` is 1.
 
 Four tasks make one language model: `captions`, `questions`, `edits` (describe what an instruction will
-make of the picture) and `texts` (the same words without a picture).
+make of the picture) and `texts` (the same words without a picture). Two condition the diffusion model:
+`draw : CAPTION <img>` and, after the picture, `edit : INSTRUCTION <img>`; the queries follow. Without its
+caption or instruction such a prompt is the bare instruction, the condition that guidance departs from.
 """
 
 from __future__ import annotations
@@ -93,6 +95,16 @@ def text_prompt(said: Mapping[str, Any], draws: np.random.Generator, image_token
     """No picture: `draw : CAPTION`, two questions about it, then `describe :` and a caption of the same scene."""
     told = opening(0).ask(f"draw : {_full(said['captions'], draws)}")
     return _ask(told, said, draws, 2).ask("describe :").answer(f"{_full(said['captions'], draws)} {EOS}")
+
+
+def generation_prompt(caption: str) -> Prompt:
+    """`draw : CAPTION <img>`, which the queries continue; an empty caption leaves the bare instruction."""
+    return opening(0).ask(f"draw : {caption} {IMAGE_START}")
+
+
+def editing_prompt(instruction: str, image_tokens: int) -> Prompt:
+    """The picture, then `edit : INSTRUCTION <img>`, which the queries continue; may be empty as a caption may."""
+    return opening(image_tokens).ask(f"edit : {instruction} {IMAGE_START}")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

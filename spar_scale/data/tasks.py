@@ -3,6 +3,7 @@
 A task lists the tensors of one sample and fills them from the members of the tar. Its random draws
 come from `draws(purpose)`, keyed by (seed, purpose, sample number), never from a worker's state.
 A mixture is a set of tasks that fill the same tensors: each source is decoded by the task of its name.
+Their lengths may differ between tasks, because a micro-batch holds samples of one source.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ import numpy as np
 
 from parallel.errors import UserError, nearest
 from spar_scale.data.images import EXTENSIONS, BadSample, decode, square
-from spar_scale.data.prompts import Prompt, caption_prompt, edit_prompt, question_prompt, text_prompt
+from spar_scale.data.prompts import (
+    Prompt,
+    caption_prompt,
+    edit_prompt,
+    editing_prompt,
+    generation_prompt,
+    question_prompt,
+    text_prompt,
+)
 from spar_scale.data.spec import SampleSpec
 
 Draws = Callable[[str], np.random.Generator]
@@ -97,10 +106,7 @@ def _language(picture: str | None, make: Callable[[Mapping[str, Any], np.random.
 
     def fill(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
         said = _said(members)
-        try:
-            prompt = make(said, draws("words"), spec.image_tokens)
-        except (KeyError, IndexError, TypeError, ValueError, UserError) as error:
-            raise BadSample(f"its json says nothing to train on ({type(error).__name__}: {error})") from None
+        prompt = _worded(lambda: make(said, draws("words"), spec.image_tokens))
         length = len(prompt.tokens)
         if length > spec.num_tokens:
             raise BadSample(f"{length} tokens; at most {spec.num_tokens} are read")
@@ -115,6 +121,14 @@ def _language(picture: str | None, make: Callable[[Mapping[str, Any], np.random.
     return Task(_language_slots, fill)
 
 
+def _worded(make: Callable[[], Prompt]) -> Prompt:
+    """The prompt that `make` words; whatever is wrong with what it reads is the sample's fault."""
+    try:
+        return make()
+    except (KeyError, IndexError, TypeError, ValueError, UserError) as error:
+        raise BadSample(f"its words are nothing to train on ({type(error).__name__}: {error})") from None
+
+
 def _said(members: Members) -> Mapping[str, Any]:
     try:
         said = json.loads(members.first(["json"]))
@@ -125,11 +139,72 @@ def _said(members: Members) -> Mapping[str, Any]:
     return said
 
 
+def _generation_slots(spec: SampleSpec) -> Slots:
+    """`images` (1, 3, S, S) is the target; `keep` is 1 where a token is real, padded on the right."""
+    return _conditioned_slots(spec, pictures=1, length=spec.num_tokens)
+
+
+def _editing_slots(spec: SampleSpec) -> Slots:
+    """`images` (2, 3, S, S) are the target and the picture to edit, whose tokens stand in the prompt."""
+    return _conditioned_slots(spec, pictures=2, length=spec.num_tokens + spec.image_tokens + 2)
+
+
+def _conditioned_slots(spec: SampleSpec, pictures: int, length: int) -> Slots:
+    return {
+        "images": ((pictures, 3, spec.image_size, spec.image_size), np.float32),
+        "tokens": ((length,), np.int64),
+        "keep": ((length,), np.uint8),
+    }
+
+
+def _generation(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
+    """Any one of the captions of the json, else the txt."""
+    listed = _said(members).get("captions") if "json" in members.extensions else None
+    said = listed or [_text(members)]
+    chosen = draws("words").random()
+    dropped = _drops(spec, draws)
+    prompt = _worded(lambda: generation_prompt("" if dropped else said[int(chosen * len(said))]))
+    return _conditioned(_generation_slots(spec), prompt, [members.first(EXTENSIONS)], spec)
+
+
+def _editing(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
+    """The txt is the instruction. The picture to edit is never dropped."""
+    instruction = "" if _drops(spec, draws) else _text(members)
+    prompt = _worded(lambda: editing_prompt(instruction, spec.image_tokens))
+    pictures = [members.first(f"{side}.{extension}" for extension in EXTENSIONS) for side in ("output", "input")]
+    return _conditioned(_editing_slots(spec), prompt, pictures, spec)
+
+
+def _conditioned(slots: Slots, prompt: Prompt, pictures: list[bytes], spec: SampleSpec) -> dict[str, np.ndarray]:
+    """The middle squares, never mirrored: the words name their sides."""
+    arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in slots.items()}
+    length, limit = len(prompt.tokens), len(arrays["tokens"])
+    if length > limit:
+        raise BadSample(f"{length} tokens; at most {limit} are read")
+    arrays["tokens"][:length], arrays["keep"][:length] = prompt.tokens, 1
+    for place, picture in enumerate(pictures):
+        arrays["images"][place] = square(decode(picture), spec.image_size, along=0.5, mirrored=False)
+    return arrays
+
+
+def _drops(spec: SampleSpec, draws: Draws) -> bool:
+    return bool(draws("caption_drop").random() < spec.caption_dropout)
+
+
+def _text(members: Members) -> str:
+    try:
+        return members.first(["txt"]).decode().strip()
+    except UnicodeDecodeError as error:
+        raise BadSample(f"its txt is no UTF-8 ({error})") from None
+
+
 TASKS = {
     "images": Task(_image_slots, _image),
     "captions": _language("", caption_prompt),
     "questions": _language("", question_prompt),
     "edits": _language("input.", edit_prompt),
     "texts": _language(None, text_prompt),
+    "generation": Task(_generation_slots, _generation),
+    "editing": Task(_editing_slots, _editing),
 }
-MIXTURES = {"language": ("captions", "questions", "edits", "texts")}
+MIXTURES = {"language": ("captions", "questions", "edits", "texts"), "conditioned": ("generation", "editing")}

@@ -8,6 +8,9 @@ keeps the pieces bit-equal to the class's own forward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from torch import Tensor, nn
@@ -18,6 +21,16 @@ from spar_scale.models.presets import Preset
 def build_autoencoder(preset: Preset) -> AutoencoderDC:
     """Return the pixel autoencoder of a preset, weights uninitialised."""
     return AutoencoderDC(**preset.autoencoder.config())  # pyright: ignore[reportArgumentType]
+
+
+@torch.no_grad()
+def latent_scale(encode: Callable[[Tensor], Tensor], images: Tensor, batch: int = 64) -> float:
+    """Return 1 / deviation of the latents of images (n, 3, S, S), over all their elements and images together.
+
+    Flow matching mixes latents with noise of deviation 1, so it works on latents times this scale.
+    """
+    latents = torch.cat([encode(part).flatten(1).float() for part in images.split(batch)])
+    return 1 / float(latents.std())
 
 
 def dtype_of(module: nn.Module):

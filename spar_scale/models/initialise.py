@@ -9,7 +9,7 @@ one stream cannot be reproduced number by number, only in distribution.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ Initialiser = Callable[[nn.Module], None]
 _UNIT_NORMS = ("RMSNorm",)  # diffusers' class has no reset of its own: weight 1, bias 0
 
 
-def initialise(model: nn.Module, seed: int) -> None:
+def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> None:
     """Initialise every parameter of `model` in place, on CPU; the global generator is left as it was.
+
+    The top-level parts named in `loaded` keep the weights that they were read with.
 
     A module is initialised by `_init_weights` of the nearest module around it that has one (that is
     transformers' hook; our parts define it too), else by its own `reset_parameters`. Raises
@@ -29,6 +31,8 @@ def initialise(model: nn.Module, seed: int) -> None:
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for name, module, initialiser in _owners(model):
+            if name.split(".")[0] in loaded:
+                continue
             own = dict(module.named_parameters(recurse=False))
             for parameter in own.values():
                 if parameter.device.type != "cpu":

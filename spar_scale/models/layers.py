@@ -1,4 +1,4 @@
-"""The small modules that SPAR's streams are made of.
+"""The small modules that SPAR's streams are made of, and the base of the models that hold frozen parts.
 
 Shapes: B images, N tokens, D width. Projections of the attention are separate nn.Linear modules and
 the head width (not their number) is stored, so that a column-parallel cut needs no change here.
@@ -10,6 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spar_scale.ops.attention import attention
+
+
+class Composition(nn.Module):
+    """A model made of parts, some of them frozen."""
+
+    def train(self, mode: bool = True) -> Composition:
+        """Set the mode; a part whose parameters are all frozen stays in eval mode."""
+        super().train(mode)
+        for part in self.children():
+            part.train(mode and any(parameter.requires_grad for parameter in part.parameters()))
+        return self
 
 
 class ResBlock(nn.Module):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from spar_scale.models.autoencoder import build_autoencoder, decode_latents, resize
 from spar_scale.models.initialise import trunc_normal
-from spar_scale.models.layers import LatentHead, ResBlock, TransformerLayer
+from spar_scale.models.layers import Composition, LatentHead, ResBlock, TransformerLayer
 from spar_scale.models.presets import Preset
 from spar_scale.models.vision import build_vision, features
 
@@ -102,7 +102,7 @@ class InitialEncoder(nn.Module):
         return features(self.vision_tower, self.projector, images, self.downsample_ratio)
 
 
-class UnifiedTokenizer(nn.Module):
+class UnifiedTokenizer(Composition):
     """The tokenizer of a preset; parameter names are the checkpoint's. Weights are uninitialised.
 
     `streams` decides which of `semantic_stream`, `pixel_stream` and `fusion` exist. `pixel_encoder` and
@@ -121,7 +121,7 @@ class UnifiedTokenizer(nn.Module):
         super().__init__()
         shape, channels = preset.streams, preset.autoencoder.latent_channels
         self.image_size, self.downsample_ratio = preset.image_size, preset.vision.downsample_ratio
-        self.streams: Streams = streams
+        self.preset, self.streams = preset.name, streams
         self.vision_tower, self.projector = build_vision(preset)
         if streams != "pixel":
             self.semantic_stream = SemanticStream(shape.width, shape.residual_blocks, channels)
@@ -138,9 +138,13 @@ class UnifiedTokenizer(nn.Module):
         if initial_encoder:
             self.initial_encoder = InitialEncoder(preset)
 
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] to the features f_v (B, N, D)."""
+        return features(self.vision_tower, self.projector, images, self.downsample_ratio)
+
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] to the latent z_f (B, C, g, g)."""
-        tokens = features(self.vision_tower, self.projector, images, self.downsample_ratio)
+        tokens = self.features(images)
         if self.streams == "semantic":
             return to_grid(self.semantic_stream(tokens))
         if self.streams == "pixel":
@@ -155,13 +159,6 @@ class UnifiedTokenizer(nn.Module):
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] through the latent and back, clamped to [0, 1]."""
         return self.decode(self.encode(images)).clamp(0, 1)
-
-    def train(self, mode: bool = True) -> UnifiedTokenizer:
-        """Set the mode; a part whose parameters are all frozen stays in eval mode."""
-        super().train(mode)
-        for part in self.children():
-            part.train(mode and any(parameter.requires_grad for parameter in part.parameters()))
-        return self
 
 
 def to_grid(tokens: Tensor) -> Tensor:

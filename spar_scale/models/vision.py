@@ -62,8 +62,8 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def embed(embeddings: nn.Module, images: Tensor) -> Tensor:
-    """Images (B, 3, S, S) in [0, 1] to the tower's first hidden states (B, 1 + P, W)."""
-    return embeddings(normalise(images))
+    """Images (..., 3, S, S) in [0, 1] to the tower's first hidden states (B, 1 + P, W), B over all leading dims."""
+    return embeddings(normalise(images).flatten(0, -4))
 
 
 def project(layernorm: nn.Module, projector: nn.Module, hidden: Tensor, downsample_ratio: float) -> Tensor:

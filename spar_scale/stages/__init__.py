@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from parallel.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from parallel.program import Layer
     from spar_scale.data.spec import SampleSpec
@@ -25,10 +25,26 @@ if TYPE_CHECKING:
 STAGES = {
     ("bootstrap", "autoencoder"): ("bootstrap", "autoencoder"),
     ("bootstrap", "mllm"): ("bootstrap_mllm", "mllm"),
+    ("bootstrap", "diffusion"): ("bootstrap_diffusion", "diffusion"),
     ("tokenizer", "init"): ("tokenizer", "init"),
     ("tokenizer", "decoder"): ("tokenizer", "decoder"),
     ("tokenizer", "encoder"): ("tokenizer", "encoder"),
+    ("align", "connector"): ("align", "connector"),
+    ("align", "joint"): ("align", "joint"),
+    ("instruct", "joint"): ("align", "joint"),
 }
+
+
+@dataclass(frozen=True)
+class Export:
+    """How a finished run hands its model on: `write(model, directory, images)` in a published layout.
+
+    `calibrated` asks for images (n, 3, S, S) of the run's own data, on which the scale of the latents is
+    measured; else `images` is None.
+    """
+
+    write: Callable[[nn.Module, Path, Tensor | None], None]
+    calibrated: bool = False
 
 
 @dataclass
@@ -39,8 +55,8 @@ class Stage:
     in order, over references to parts of `model`; it reads the batch slots `inputs`. The loss is
     sum_b weight_b * sum_t terms[t] * value_t[b] / global_batch, with one fp32 value (B,) per term.
     `groups` maps a learning-rate group to the parameter-name prefixes that train in it; what matches no
-    group is frozen. `references` are the frozen parts that were read from disk. `export` writes the
-    published layout of a bootstrap phase. `adversary` is the discriminator behind the last terms.
+    group is frozen. `references` are the frozen parts that were read from disk. `export` writes what
+    later stages load. `adversary` is the discriminator behind the last terms.
     """
 
     model: nn.Module
@@ -50,7 +66,7 @@ class Stage:
     groups: dict[str, tuple[str, ...]]
     sample: SampleSpec
     references: dict[str, Path] = field(default_factory=dict)
-    export: Callable[[nn.Module, Path], None] | None = None
+    export: Export | None = None
     adversary: Adversary | None = None
 
     def group_of(self, parameter: str) -> str | None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from parallel.program import Layer
 from spar_scale.data.spec import Draw, SampleSpec
-from spar_scale.models.autoencoder import build_autoencoder, encode_images
+from spar_scale.models.autoencoder import build_autoencoder, encode_images, latent_scale
 from spar_scale.models.initialise import initialise
 from spar_scale.objectives.reconstruction import gradient_difference, latent_power, mean_squared_error
-from spar_scale.stages import Stage
+from spar_scale.stages import Export, Stage
 from spar_scale.stages.parts import preset_of, pretrained_directories
 from spar_scale.stages.pixel_decoder import decoder_layers
 
@@ -99,12 +99,17 @@ def autoencoder(recipe: Any) -> Stage:
             image_size=preset.image_size,
             draws={"latent_noise": Draw((preset.autoencoder.latent_channels, side, side), "normal")},
         ),
-        export=save_autoencoder,
+        export=Export(save_autoencoder, calibrated=True),
     )
 
 
-def save_autoencoder(model: nn.Module, directory: Path) -> None:
-    """Write an AutoencoderDC in diffusers' published layout (config.json, safetensors)."""
+def save_autoencoder(model: nn.Module, directory: Path, images: Tensor | None = None) -> None:
+    """Write an AutoencoderDC in diffusers' published layout (config.json, safetensors).
+
+    Its scaling factor becomes the inverse of the latents' deviation over images (n, 3, S, S), where given.
+    """
     if not isinstance(model, AutoencoderDC):
         raise TypeError(f"expected AutoencoderDC, got {type(model).__name__}")
+    if images is not None:
+        model.register_to_config(scaling_factor=latent_scale(lambda part: encode_images(model.encoder, part), images))
     model.save_pretrained(str(directory), safe_serialization=True)

@@ -21,7 +21,7 @@ from spar_scale.data.prompts import build_tokenizer
 from spar_scale.data.spec import SampleSpec
 from spar_scale.models.initialise import initialise
 from spar_scale.models.mllm import build_mllm, causal_mask, merge, next_token_loss, rotary
-from spar_scale.stages import Stage
+from spar_scale.stages import Export, Stage
 from spar_scale.stages.parts import preset_of, pretrained_directories
 from spar_scale.stages.tokenizer_layers import EmbedImages, ProjectFeatures, VisionBlock
 
@@ -103,7 +103,7 @@ def mllm(recipe: Any) -> Stage:
             num_tokens=NUM_TOKENS,
             image_tokens=preset.vision.grid**2,
         ),
-        export=save_mllm,
+        export=Export(save_mllm),
     )
 
 
@@ -120,7 +120,7 @@ def mllm_layers(model: InternVLForConditionalGeneration) -> list[Layer]:
     ]
 
 
-def save_mllm(model: nn.Module, directory: Path) -> None:
+def save_mllm(model: nn.Module, directory: Path, images: Tensor | None = None) -> None:
     """Write InternVL in transformers' published layout: config.json, safetensors, the tokenizer's files."""
     if not isinstance(model, InternVLForConditionalGeneration):
         raise TypeError(f"expected InternVLForConditionalGeneration, got {type(model).__name__}")

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import InternVLForConditionalGeneration, InternVLVisionConfig
+from transformers import InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
 from parallel.errors import UserError, nearest
+from spar_scale.models.mllm import mllm_config
 from spar_scale.models.presets import PRESETS, Preset
 from spar_scale.models.vision import vision_config
 
@@ -57,17 +59,47 @@ def pretrained_directories(recipe: Any, allowed: tuple[str, ...], required: tupl
     return directories
 
 
-def load_autoencoder(directory: Path, preset: Preset) -> AutoencoderDC:
-    """Load AutoencoderDC strictly from its published layout, fp32, and check it against the preset."""
+def load_autoencoder(directory: Path, preset: Preset) -> tuple[AutoencoderDC, float]:
+    """Load AutoencoderDC strictly from its published layout, fp32; return it and its scaling factor."""
     part = "pixel_autoencoder"
-    _check_config(part, directory, preset, _config(part, directory), preset.autoencoder.config())
-    return _strictly(part, directory, AutoencoderDC, low_cpu_mem_usage=False)
+    wanted = preset.autoencoder.config()
+    del wanted["scaling_factor"]  # no shape: what was measured when the autoencoder was trained
+    _check_config(part, directory, preset, read_config(part, directory), wanted)
+    model = _strictly(part, directory, AutoencoderDC, low_cpu_mem_usage=False)
+    return model, float(model.config.scaling_factor)
 
 
-def load_vision(directory: Path, preset: Preset) -> tuple[nn.Module, nn.Module]:
+def load_mllm(directory: Path, preset: Preset) -> InternVLForConditionalGeneration:
+    """Load InternVL strictly from its published layout, fp32, checked against the preset."""
+    wanted = mllm_config(preset)
+    assert isinstance(wanted.text_config, Qwen2Config)
+    language = wanted.text_config.to_dict()
+    shape = (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+        "vocab_size",
+    )  # fmt: skip
+    text = read_config("mllm", directory).get("text_config", {})
+    _check_config("mllm", directory, preset, text, {name: language[name] for name in shape})
+    model = _load_internvl("mllm", directory, preset)
+    model.set_attn_implementation("spar")
+    return model
+
+
+def load_vision(directory: Path, preset: Preset, part: str = "mllm") -> tuple[nn.Module, nn.Module]:
     """Load InternVL strictly from its published layout and return its (vision tower, projector), fp32."""
-    part = "mllm"
-    found, wanted = _config(part, directory), vision_config(preset)
+    model = _load_internvl(part, directory, preset)
+    return model.model.vision_tower, model.model.multi_modal_projector
+
+
+def load_diffusion(directory: Path, preset: Preset) -> SanaTransformer2DModel:
+    """Load a SANA diffusion transformer strictly from its published layout, fp32, checked against the preset."""
+    part = "diffusion"
+    _check_config(part, directory, preset, read_config(part, directory), preset.diffusion.config())
+    return _strictly(part, directory, SanaTransformer2DModel, low_cpu_mem_usage=False)
+
+
+def _load_internvl(part: str, directory: Path, preset: Preset) -> InternVLForConditionalGeneration:
+    found, wanted = read_config(part, directory), vision_config(preset)
     _check_config(part, directory, preset, found, {"downsample_ratio": wanted.downsample_ratio})
     _check_config(part, directory, preset, found.get("text_config", {}), {"hidden_size": preset.streams.width})
     assert isinstance(wanted.vision_config, InternVLVisionConfig)
@@ -77,8 +109,7 @@ def load_vision(directory: Path, preset: Preset) -> tuple[nn.Module, nn.Module]:
         "attention_bias", "use_qk_norm", "norm_type", "use_mean_pooling",
     )  # fmt: skip
     _check_config(part, directory, preset, found.get("vision_config", {}), {name: tower[name] for name in shape})
-    model = _strictly(part, directory, InternVLForConditionalGeneration)
-    return model.model.vision_tower, model.model.multi_modal_projector
+    return _strictly(part, directory, InternVLForConditionalGeneration)
 
 
 def copy_weights(target: nn.Module, source: nn.Module) -> None:
@@ -91,7 +122,7 @@ def note_random_part(part: str, seed: int) -> None:
     _log.warning("model.pretrained.%s is not given: the part is initialised from seed %d and stays frozen", part, seed)
 
 
-def _config(part: str, directory: Path) -> dict[str, Any]:
+def read_config(part: str, directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text())

@@ -32,7 +32,7 @@ from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import Preset
 from spar_scale.models.tokenizer import Streams, UnifiedTokenizer
 from spar_scale.recipe import ModelConfig, ObjectiveConfig, Section
-from spar_scale.stages import Stage
+from spar_scale.stages import Export, Stage
 from spar_scale.stages.bootstrap import ReconstructionLoss
 from spar_scale.stages.parts import (
     copy_weights,
@@ -43,19 +43,14 @@ from spar_scale.stages.parts import (
     pretrained_directories,
 )
 from spar_scale.stages.pixel_decoder import decoder_layers
+from spar_scale.stages.tokenizer_files import save_tokenizer
 from spar_scale.stages.tokenizer_layers import (
-    EmbedImages,
-    FuseLatents,
     InitialFeatures,
-    OneLatent,
     PixelAlignment,
-    PixelLatent,
-    PixelStreamLayer,
     PixelTeacher,
-    ProjectFeatures,
     SemanticDistillation,
-    SemanticLatent,
-    VisionBlock,
+    encoder_layers,
+    latent_layers,
 )
 
 _log = logging.getLogger(__name__)
@@ -99,27 +94,13 @@ def tokenizer_layers(model: UnifiedTokenizer, frozen_encoder: bool, teacher_side
 
     `teacher_side` is the size in pixels of the images that the pixel teacher sees.
     """
-    tower = model.vision_tower
     layers: list[Layer] = [InitialFeatures(model.initial_encoder)] if hasattr(model, "initial_encoder") else []
-    layers += [
-        EmbedImages(tower.embeddings, frozen_encoder),
-        *(VisionBlock(block, frozen_encoder) for block in tower.encoder.layer),
-        ProjectFeatures(tower.layernorm, model.projector, model.downsample_ratio, frozen_encoder),
-    ]
+    layers += encoder_layers(model, frozen_encoder)
     if hasattr(model, "initial_encoder"):
         layers.append(SemanticDistillation())
-    if model.streams != "pixel":
-        layers.append(SemanticLatent(model.semantic_stream))
-    if model.streams != "semantic":
-        stream = model.pixel_stream
-        layers += [PixelStreamLayer(layer, first=i == 0) for i, layer in enumerate(stream.layers)]
-        layers.append(PixelLatent(stream.blocks, stream.head))
+    layers += latent_layers(model)
     if hasattr(model, "pixel_encoder"):
         layers += [PixelTeacher(model.pixel_encoder, teacher_side), PixelAlignment()]
-    if model.streams == "dual":
-        layers.append(FuseLatents(model.fusion))
-    else:
-        layers.append(OneLatent(f"{model.streams}_latent"))
     return [*layers, *decoder_layers(model.decoder, model.image_size), ReconstructionLoss()]
 
 
@@ -184,12 +165,13 @@ def _phase(
         groups=groups,
         sample=SampleSpec(task="images", image_size=preset.image_size),
         references=directories,
+        export=Export(save_tokenizer, calibrated=True),
     )
 
 
 def _load_pretrained(model: UnifiedTokenizer, directories: dict[str, Path], preset: Preset) -> None:
     """Copy the pretrained parts into the model, and the encoder it then has into the initial encoder."""
-    autoencoder = load_autoencoder(directories["pixel_autoencoder"], preset)
+    autoencoder, _ = load_autoencoder(directories["pixel_autoencoder"], preset)
     copy_weights(model.decoder, autoencoder.decoder)
     if hasattr(model, "pixel_encoder"):
         copy_weights(model.pixel_encoder, autoencoder.encoder)

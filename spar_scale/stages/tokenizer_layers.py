@@ -1,6 +1,6 @@
 """The unified tokenizer's forward as layers; which of them a phase uses is said in `stages/tokenizer.py`.
 
-Slots (B images, N = g * g tokens, D width, C latent channels):
+Slots (B images, of which `EmbedImages` takes any leading dims, N = g * g tokens, D width, C latent channels):
     images (B, 3, S, S) in [0, 1]   hidden (B, 1 + P, W)      features f_v (B, N, D)
     semantic_latent z_s (B, N, C)   pixel_hidden (B, N, D)    pixel_latent z_p (B, N, C)
     teacher_latent (B, C, g, g)     latent z_f (B, C, g, g)   reconstruction (B, 3, S, S)
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from parallel.program import Layer
 from spar_scale.models import vision
 from spar_scale.models.autoencoder import encode_images
-from spar_scale.models.tokenizer import Fusion, to_grid
+from spar_scale.models.tokenizer import Fusion, UnifiedTokenizer, to_grid
 from spar_scale.objectives.distillation import semantic_distillation
 from spar_scale.objectives.reconstruction import mean_squared_error
 
@@ -193,3 +193,25 @@ class OneLatent(Layer):
         """Lay the tokens out as a grid."""
         (tokens,) = slots.values()
         return {"latent": to_grid(tokens)}
+
+
+def encoder_layers(model: UnifiedTokenizer, frozen: bool) -> list[Layer]:
+    """Return the way from `images` to `features`."""
+    tower = model.vision_tower
+    return [
+        EmbedImages(tower.embeddings, frozen),
+        *(VisionBlock(block, frozen) for block in tower.encoder.layer),
+        ProjectFeatures(tower.layernorm, model.projector, model.downsample_ratio, frozen),
+    ]
+
+
+def latent_layers(model: UnifiedTokenizer) -> list[Layer]:
+    """Return the way from `features` to `latent`, over the streams that exist."""
+    layers: list[Layer] = []
+    if model.streams != "pixel":
+        layers.append(SemanticLatent(model.semantic_stream))
+    if model.streams != "semantic":
+        stream = model.pixel_stream
+        layers += [PixelStreamLayer(layer, first=i == 0) for i, layer in enumerate(stream.layers)]
+        layers.append(PixelLatent(stream.blocks, stream.head))
+    return [*layers, FuseLatents(model.fusion) if model.streams == "dual" else OneLatent(f"{model.streams}_latent")]

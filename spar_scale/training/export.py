@@ -5,13 +5,19 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from parallel import checkpoint
 from parallel.errors import UserError
 from spar_scale import stages
+from spar_scale.data.loader import Loader, Source
+from spar_scale.data.spec import SampleSpec
 from spar_scale.recipe import Recipe, load_recipe
 from spar_scale.training.parent import overwrite, started_stage
+
+CALIBRATION = 256
+"""Images on which the scale of a tokenizer's latents is measured."""
 
 
 def recipe_of(run_dir: Path) -> Recipe:
@@ -39,10 +45,30 @@ def averaged_model(recipe: Recipe, path: Path) -> nn.Module:
 
 def export(recipe: Recipe, path: Path, run_dir: Path) -> None:
     """Write the checkpoint's EMA as `run_dir/pretrained`: temporary name first, replaced as a whole."""
-    write = stages.build(recipe).export
-    assert write is not None
+    stage = stages.build(recipe)
+    assert stage.export is not None
     target, temporary = run_dir / "pretrained", run_dir / ".pretrained.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    write(averaged_model(recipe, path), temporary)
+    images = calibration_images(recipe, stage.sample) if stage.export.calibrated else None
+    stage.export.write(averaged_model(recipe, path), temporary, images)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
+
+
+def calibration_images(recipe: Recipe, sample: SampleSpec) -> torch.Tensor:
+    """The first CALIBRATION images (n, 3, S, S) of the run's own order, the same under every layout."""
+    loader = Loader(
+        [Source(source.name, source.shards, source.weight) for source in recipe.data.sources],
+        sample,
+        seed=recipe.seed,
+        global_batch=CALIBRATION,
+        task_block=CALIBRATION,
+        micro_batch=CALIBRATION,
+        dp_rank=0,
+        dp_size=1,
+        workers=0,
+        first_step=0,
+        steps=1,
+    )
+    (batch,) = loader
+    return batch["images"][batch["weight"] > 0]

@@ -177,7 +177,7 @@ BAD = {
     "not json": (b"{", "its json cannot be read"),
     "a list": (b"[]", "its json holds list"),
     "no captions": ({}, "KeyError: 'captions'"),
-    "empty captions": ({"captions": []}, "its json says nothing to train on"),
+    "empty captions": ({"captions": []}, "its words are nothing to train on"),
     "unknown word": ({"captions": ["a mauve circle"]}, "unknown words: 'mauve'"),
     "too long": ({"captions": ["a " * 90]}, r"112 tokens; at most 60"),
 }

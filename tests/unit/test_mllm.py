@@ -158,7 +158,7 @@ def test_greedy_words_are_those_of_the_librarys_generate(stage):
 
 
 def test_the_published_layout_gives_the_next_stages_their_tower_and_the_words(stage, tmp_path):
-    stage.export(stage.model, tmp_path)
+    stage.export.write(stage.model, tmp_path, None)
     tower, projector = load_vision(tmp_path, TINY)
     for part, own in ((tower, stage.model.model.vision_tower), (projector, stage.model.model.multi_modal_projector)):
         assert all(torch.equal(value, own.state_dict()[name]) for name, value in part.state_dict().items())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from safetensors.torch import load_file, save_file
+from tiny_parts import make_parts, parts_of
 from transformers import InternVLForConditionalGeneration, Qwen2Config
 
 from parallel.errors import UserError
@@ -28,10 +29,11 @@ TINY = PRESETS["tiny"]
 
 
 def recipe_of(stage, phase, run_dir=".", pretrained=None, preset="tiny", **objective):
-    defaults = {"perceptual_weight": 0.1, "latent_noise": 0.1, "latent_power_weight": 1e-3, "pixel_alignment_weight": 1}
+    defaults = {"perceptual_weight": 0.1, "latent_noise": 0.1, "latent_power_weight": 1e-3, "pixel_alignment_weight": 1,
+                "align_weight": 0.5, "align_block": 3, "caption_dropout": 0.1}  # fmt: skip
     return SimpleNamespace(
         stage=stage, phase=phase, seed=0, run_dir=Path(run_dir),
-        model=SimpleNamespace(preset=preset, pretrained=pretrained or {}),
+        model=SimpleNamespace(preset=preset, pretrained=pretrained or {}, routing="dynamic", alignment="self"),
         objective=SimpleNamespace(**{**defaults, **objective}),
     )  # fmt: skip
 
@@ -46,10 +48,14 @@ def published(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return make_parts(tmp_path_factory.mktemp("parts"))
+
+
 @pytest.fixture(params=sorted(STAGES), ids="-".join)
-def stage(request, published):
-    pretrained = {"pixel_autoencoder": str(published)} if request.param[0] == "tokenizer" else {}
-    return build(recipe_of(*request.param, pretrained=pretrained))
+def stage(request, parts):
+    return build(recipe_of(*request.param, pretrained=parts_of(*request.param, parts)))
 
 
 def tokenizer_of(stage) -> UnifiedTokenizer:
@@ -57,10 +63,10 @@ def tokenizer_of(stage) -> UnifiedTokenizer:
     return stage.model
 
 
-def batch_of(stage, size=2):
+def batch_of(stage, size=2, task=None):
     generator = torch.Generator().manual_seed(0)
     batch = {}
-    for name, (shape, dtype) in find_task(stage.sample.task).slots(stage.sample).items():
+    for name, (shape, dtype) in find_task(task or stage.sample.task).slots(stage.sample).items():
         if dtype is np.float32:
             batch[name] = torch.rand(size, *shape, generator=generator)
         else:  # tokens, or flags
@@ -78,10 +84,17 @@ def test_every_stage_is_a_consistent_program_that_reads_what_its_sample_carries(
     assert program(batch_of(stage)).shape == (2, len(stage.terms))
 
 
-def test_layers_hold_exactly_the_models_parameters_and_none_twice(stage):
+USED_LATER = ("lm_head", "tokenizer.decoder")
+"""Frozen parts that no layer holds: for answers, for pictures."""
+
+
+def test_layers_hold_the_models_parameters_and_none_twice(stage):
     seen = [p for layer in stage.layers for p in layer.parameters()]
     assert len({id(p) for p in seen}) == len(seen)
-    assert {id(p) for p in seen} == {id(p) for p in stage.model.parameters()}
+    own = {id(p): name for name, p in stage.model.named_parameters()}
+    assert {id(p) for p in seen} <= own.keys()
+    left = [name for key, name in own.items() if key not in {id(p) for p in seen}]
+    assert all(name.startswith(USED_LATER) and stage.group_of(name) is None for name in left), left
 
 
 def test_exactly_the_parameters_in_groups_get_a_gradient_and_frozen_parts_are_in_eval_mode(stage):
@@ -97,8 +110,11 @@ def test_exactly_the_parameters_in_groups_get_a_gradient_and_frozen_parts_are_in
                 assert not part.training, name
 
 
-def test_every_boundary_can_be_cut_and_the_gradients_are_bit_equal(stage):
-    """Each float slot at a boundary travels as integers or gets a gradient from the layers behind it."""
+def test_every_boundary_can_be_cut_and_the_gradients_stay(stage):
+    """Each float slot at a boundary travels as integers or gets a gradient from the layers behind it.
+
+    Equal to rounding: where a slot is read on both sides, a cut changes the order of the sum.
+    """
     batch = batch_of(stage)
     program = Program(stage.layers, stage.inputs, list(stage.terms))
     program(batch).sum().backward()
@@ -121,7 +137,9 @@ def test_every_boundary_can_be_cut_and_the_gradients_are_bit_equal(stage):
             torch.autograd.backward([s for _, s, _ in floats], [r.grad for _, _, r in floats])
         for name, parameter in stage.model.named_parameters():
             if name in expected:
-                assert parameter.grad is not None and torch.equal(parameter.grad, expected[name]), (cut, name)
+                assert parameter.grad is not None, (cut, name)
+                distance = (parameter.grad - expected[name]).norm()
+                assert distance <= 2e-6 * expected[name].norm(), (cut, name, distance)
 
 
 def test_the_tokenizers_layers_equal_its_own_forward(published):

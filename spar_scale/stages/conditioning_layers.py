@@ -1,0 +1,148 @@
+"""From a prompt to captions of the diffusion transformer, as layers: language model, routing, connector.
+
+Slots (B samples, M pictures of a sample: the target first, P prompt tokens, Q queries, D width, K states):
+    images (B, M, 3, S, S)   tokens (B, P) int64    keep (B, P) uint8, 1 where a token is real
+    features (B * M, N, D), then the target's (B, N, D)
+    embedded (B, P, D)       prefix (B, P, D)       queries (B, Q, D)
+    prefix_state_k (B, P, D), query_state_k (B, Q, D): sampled hidden state k
+    captions (B, P + Q, D), at the end (B, P + Q, C)
+All but the queries and what follows from them is without gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from parallel.program import Layer
+from spar_scale.models.conditioning import Rotary, conditioned_layer, final_state, sequence_keep
+from spar_scale.models.connector import connector_layer
+from spar_scale.models.mllm import merge
+from spar_scale.models.unified import SPAR, keep_references
+
+
+class EmbedPrompt(Layer):
+    """`tokens` to `embedded` and `prefix`, and the `queries`."""
+
+    reads: tuple[str, ...] = ("tokens",)
+    writes: tuple[str, ...] = ("embedded", "prefix", "queries")
+    detached = frozenset({"embedded", "prefix"})
+
+    def __init__(self, embedding: nn.Module, queries: nn.Module):
+        super().__init__()
+        self.embedding, self.queries = embedding, queries
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Embed the words."""
+        embedded = self.embedding(tokens)
+        return {"embedded": embedded, "prefix": embedded, "queries": self.queries(len(tokens))}
+
+
+class EmbedIllustratedPrompt(EmbedPrompt):
+    """The same with the features of the picture to edit in their places; of `features` the target's remain."""
+
+    reads = ("tokens", "features")
+    writes = ("embedded", "prefix", "queries", "features")
+    detached = frozenset({"embedded", "prefix", "features"})
+
+    def __init__(self, embedding: nn.Module, queries: nn.Module, image_token_id: int):
+        super().__init__(embedding, queries)
+        self.image_token_id = image_token_id
+
+    def forward(self, tokens: Tensor, features: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """Embed the words and merge the features of all pictures but the first."""
+        pictures = features.unflatten(0, (len(tokens), -1))
+        embedded = self.embedding(tokens)
+        if pictures.shape[1] > 1:
+            embedded = merge(embedded, pictures[:, 1:].flatten(1, 2), tokens == self.image_token_id)
+        queries = self.queries(len(tokens))
+        return {"embedded": embedded, "prefix": embedded, "queries": queries, "features": pictures[:, 0]}
+
+
+class ConditionedLayer(Layer):
+    """Layer number `index` (from 1) of the frozen language model; a sampled one also writes its states."""
+
+    reads = ("prefix", "queries", "keep")
+
+    def __init__(self, layer: nn.Module, rotary: Rotary, index: int, sampled: bool, norm: nn.Module | None):
+        super().__init__()
+        self.layer, self.rotary, self.index, self.norm = layer, rotary, index, norm
+        self.states = (f"prefix_state_{index}", f"query_state_{index}") if sampled else ()
+        self.writes = ("prefix", "queries", *self.states)
+        self.detached = frozenset({"prefix", *self.states[:1]})
+
+    def forward(self, prefix: Tensor, queries: Tensor, keep: Tensor) -> dict[str, Tensor]:
+        """Pass the layer; the last one's states are those after the final norm."""
+        both = conditioned_layer(self.layer, self.rotary, prefix, queries, keep)
+        states = both if self.norm is None else final_state(self.norm, *both)
+        return {"prefix": both[0], "queries": both[1], **dict(zip(self.states, states, strict=False))}
+
+
+class RouteTokens(Layer):
+    """The sampled states, routed token by token, to `captions`; the picture to edit stays as it was embedded."""
+
+    writes = ("captions",)
+
+    def __init__(self, routing: nn.Module, sampled: tuple[int, ...], image_token_id: int):
+        super().__init__()
+        self.routing, self.sampled, self.image_token_id = routing, sampled, image_token_id
+        states = (f"{part}_state_{index}" for index in sampled for part in ("prefix", "query"))
+        self.reads = (*states, "embedded", "tokens")
+
+    def forward(self, embedded: Tensor, tokens: Tensor, **states: Tensor) -> dict[str, Tensor]:
+        """Stack, route, put the picture back."""
+        stacked = [torch.cat([states[f"prefix_state_{k}"], states[f"query_state_{k}"]], dim=1) for k in self.sampled]
+        routed = self.routing(torch.stack(stacked, dim=1))
+        return {"captions": keep_references(routed, embedded, tokens == self.image_token_id)}
+
+
+class ConnectorLayer(Layer):
+    """One bidirectional layer of the connector on `captions`."""
+
+    reads = ("captions", "keep")
+    writes = ("captions",)
+
+    def __init__(self, layer: nn.Module, rotary: Rotary, num_queries: int):
+        super().__init__()
+        self.layer, self.rotary, self.num_queries = layer, rotary, num_queries
+
+    def forward(self, captions: Tensor, keep: Tensor) -> dict[str, Tensor]:
+        """Run the layer."""
+        return {"captions": connector_layer(self.layer, self.rotary, captions, sequence_keep(keep, self.num_queries))}
+
+
+class ProjectCaptions(Layer):
+    """`captions` through a norm to the caption channels."""
+
+    reads = ("captions",)
+    writes = ("captions",)
+
+    def __init__(self, norm: nn.Module, projection: nn.Module):
+        super().__init__()
+        self.norm, self.projection = norm, projection
+
+    def forward(self, captions: Tensor) -> dict[str, Tensor]:
+        """Project."""
+        return {"captions": self.projection(self.norm(captions))}
+
+
+def conditioning_layers(model: SPAR, illustrated: bool) -> list[Layer]:
+    """Return the way from `tokens` (and `features`, where prompts are `illustrated`) to `captions`."""
+    language, routing, connector = model.language_model, model.routing, model.connector
+    rotary, depth = Rotary(language.config), len(language.layers)
+    num_queries = model.queries.weight.shape[1]
+    begin = (
+        EmbedIllustratedPrompt(language.embed_tokens, model.queries, model.image_token_id)
+        if illustrated
+        else EmbedPrompt(language.embed_tokens, model.queries)
+    )
+    return [
+        begin,
+        *(
+            ConditionedLayer(layer, rotary, index, index in routing.sampled, language.norm if index == depth else None)
+            for index, layer in enumerate(language.layers, start=1)
+        ),
+        RouteTokens(routing, routing.sampled, model.image_token_id),
+        *(ConnectorLayer(layer, connector.rotary, num_queries) for layer in connector.layers),
+        ProjectCaptions(connector.norm, connector.projection),
+    ]

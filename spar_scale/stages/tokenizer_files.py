@@ -1,0 +1,66 @@
+"""The unified tokenizer on disk: what the later stages load, written at the end of each of its phases.
+
+A directory with `model.safetensors`, the weights without the teachers, and `config.json`: the preset,
+the streams, and `latent_scale`, the inverse deviation of its latents over the calibration images.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from parallel.errors import UserError
+from spar_scale.models.autoencoder import latent_scale
+from spar_scale.models.presets import Preset
+from spar_scale.models.tokenizer import UnifiedTokenizer
+from spar_scale.stages.parts import read_config
+
+KIND, WEIGHTS = "spar_scale.UnifiedTokenizer", "model.safetensors"
+TEACHERS = ("pixel_encoder", "initial_encoder")
+PART = "tokenizer"
+
+
+def save_tokenizer(model: nn.Module, directory: Path, images: Tensor | None) -> None:
+    """Write a tokenizer; its latent scale is measured on images (n, 3, S, S)."""
+    if not isinstance(model, UnifiedTokenizer) or images is None:
+        raise TypeError("a unified tokenizer and images to measure its latents on are needed")
+    config = {
+        "kind": KIND,
+        "preset": model.preset,
+        "streams": model.streams,
+        "latent_scale": latent_scale(model.encode, images),
+        "calibration_images": len(images),
+    }
+    weights = {n: t.contiguous() for n, t in model.state_dict().items() if n.split(".")[0] not in TEACHERS}
+    directory.mkdir(parents=True)
+    save_file(weights, directory / WEIGHTS)
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def load_tokenizer(directory: Path, preset: Preset) -> tuple[UnifiedTokenizer, float]:
+    """Read a tokenizer strictly, fp32, and its latent scale.
+
+    Raises UserError for a directory that holds no tokenizer, one of another preset, and weights that
+    do not fit or cannot be read.
+    """
+    config, where = read_config(PART, directory), f"model.pretrained.{PART}: {directory}"
+    if config.get("kind") != KIND:
+        raise UserError(f"{where} holds no unified tokenizer; the `pretrained` of a run of stage tokenizer is needed")
+    if config["preset"] != preset.name:
+        raise UserError(f"{where} has preset '{config['preset']}', this recipe has '{preset.name}'")
+    try:
+        weights = load_file(directory / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where}: {WEIGHTS} cannot be read ({error})") from error
+    model = UnifiedTokenizer(preset, config["streams"], pixel_encoder=False)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name in sorted(shapes.keys() | weights.keys()):
+        if name not in weights or name not in shapes or weights[name].shape != shapes[name]:
+            raise UserError(f"{where}: weight {name} is missing, unexpected or of another shape in {WEIGHTS}")
+    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in weights.items()}, strict=True)
+    return model, float(config["latent_scale"])
