@@ -14,6 +14,7 @@ after the final norm (`final_state`), all others are raw.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -27,13 +28,20 @@ _MASKED_BACKENDS = (IMPLEMENTATION, "sdpa")  # read a boolean (B, 1, N_q, N_k) m
 
 
 class Rotary:
-    """Rotary position embeddings of a Qwen2 config.
+    """Rotary position embeddings of a Qwen2 config, at positions below its `max_position_embeddings`.
 
     Not an nn.Module: a module's buffers follow the weights to bf16, and inverse frequencies in bf16 turn
-    distant positions wrongly.
+    distant positions wrongly. The dynamic scaling of the published models acts on longer sequences alone,
+    which a preset refuses, and would wait for the device at every call to learn the length: it is left
+    out, bit-equal. Raises ValueError for any other scaling.
     """
 
     def __init__(self, config: Qwen2Config):
+        rope = dict(config.rope_parameters or {})
+        if rope.get("rope_type") not in ("default", "dynamic"):
+            raise ValueError(f"rotary positions of type {rope.get('rope_type')}: default or dynamic is supported")
+        config = copy.deepcopy(config)
+        config.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
         with torch.device("cpu"):  # a value, also where the model around it is built on the meta device
             self._embedding = Qwen2RotaryEmbedding(config)
 

@@ -35,6 +35,9 @@ def build_mllm(preset: Preset) -> InternVLForConditionalGeneration:
 def mllm_config(preset: Preset) -> InternVLConfig:
     """Return the whole InternVL config of a preset."""
     shape, config = preset.language, vision_config(preset)
+    rope: dict[str, str | float] = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    if shape.rope_factor is not None:
+        rope |= {"rope_type": "dynamic", "factor": shape.rope_factor}
     config.text_config = Qwen2Config(
         vocab_size=shape.vocab_size,
         hidden_size=preset.streams.width,
@@ -43,7 +46,7 @@ def mllm_config(preset: Preset) -> InternVLConfig:
         num_key_value_heads=shape.key_value_heads,
         intermediate_size=shape.mlp_width,
         max_position_embeddings=shape.max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        rope_parameters=rope,
         tie_word_embeddings=False,
     )
     config.tie_word_embeddings = False  # the one that counts; a tied matrix could not stand at both ends of a pipeline

@@ -1,0 +1,246 @@
+"""The presets: parts of the published sizes, built on the meta device, and shapes that refuse to disagree.
+
+Every count is worked out here from the shapes, as the papers and the published classes describe the
+parts; published totals and `about` are a second, independent check.
+"""
+
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+from spar_scale.models.autoencoder import build_autoencoder
+from spar_scale.models.conditioning import QueryEmbeddings, Rotary, sampled_hidden_states
+from spar_scale.models.connector import Connector
+from spar_scale.models.diffusion import AlignmentHead, Diffusion
+from spar_scale.models.mllm import build_mllm, mllm_config
+from spar_scale.models.presets import PRESETS
+from spar_scale.models.routing import TokenRouting
+from spar_scale.models.tokenizer import UnifiedTokenizer
+
+LARGE = ("spar_1b", "spar_3b")
+QWEN_VOCABULARY = 151936  # of Qwen2.5; InternVL3 cut it to its 151674 words
+QWEN_PARAMETERS = {"spar_1b": 494_032_768, "spar_3b": 1_543_714_304}  # Qwen2.5-0.5B and 1.5B, whose head is tied
+PUBLISHED = {  # parameters of published models, and how far the count may lie from them
+    ("spar_1b", "mllm"): (938_193_024, 0),  # InternVL2.5-1B and 3-1B, the same shapes
+    ("spar_3b", "mllm"): (2.09e9, 0.005),  # InternVL3-2B
+    ("spar_1b", "autoencoder"): (312_250_275, 0),  # DC-AE of SANA
+    ("spar_3b", "autoencoder"): (312_250_275, 0),
+    ("spar_1b", "diffusion"): (590e6, 0.005),  # SANA 0.6B
+    ("spar_3b", "diffusion"): (1604e6, 0.005),  # SANA 1.6B
+    ("spar_1b", "pixel_layers"): (57.8e6, 0.02),  # from here on: estimates made before these parts were built
+    ("spar_3b", "pixel_layers"): (170e6, 0.02),
+    ("spar_1b", "residual_blocks"): (9.6e6, 0.02),
+    ("spar_3b", "residual_blocks"): (28e6, 0.02),
+    ("spar_1b", "vision"): (304e6, 0.02),
+    ("spar_3b", "vision"): (304e6, 0.02),
+    ("spar_1b", "routing"): (1.21e6, 0.02),
+    ("spar_1b", "connector"): (90e6, 0.02),
+}
+
+
+@pytest.fixture(scope="module", params=LARGE)
+def preset(request):
+    return PRESETS[request.param]
+
+
+@pytest.fixture(scope="module")
+def parts(preset) -> dict[str, Any]:
+    """Every part of the preset, on the meta device."""
+    width, shape, diffusion = preset.streams.width, preset.conditioning, preset.diffusion
+    with torch.device("meta"):
+        mllm, tokenizer = build_mllm(preset), UnifiedTokenizer(preset, initial_encoder=True)
+        language: Any = mllm.model.language_model
+        return {
+            "mllm": mllm,
+            "vision": mllm.model.vision_tower,
+            "projector": mllm.model.multi_modal_projector,
+            "language": language,
+            "head": mllm.lm_head,
+            "tokenizer": tokenizer,
+            "pixel_layers": tokenizer.pixel_stream.layers,
+            "residual_blocks": torch.nn.ModuleList([tokenizer.semantic_stream.blocks, tokenizer.pixel_stream.blocks]),
+            "latent_heads": torch.nn.ModuleList([tokenizer.semantic_stream.head, tokenizer.pixel_stream.head]),
+            "fusion": tokenizer.fusion,
+            "autoencoder": build_autoencoder(preset),
+            "queries": QueryEmbeddings(shape.num_queries, width),
+            "routing": TokenRouting(width, preset.language.layers, shape.sampled_states),
+            "connector": Connector(language.config, shape.connector_layers, diffusion.caption_channels),
+            "diffusion": Diffusion(diffusion),
+            "alignment_head": AlignmentHead(diffusion.width, diffusion.align_hidden, width),
+        }
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def linear(inputs, outputs):
+    return inputs * outputs + outputs
+
+
+def decoder_layer(preset):
+    """Qwen2: biases on queries, keys and values alone; three matrices of the SwiGLU; two RMS norms."""
+    width, shape = preset.streams.width, preset.language
+    key_value = width // shape.heads * shape.key_value_heads
+    attention = linear(width, width) + 2 * linear(width, key_value) + width * width
+    return attention + 3 * width * shape.mlp_width + 2 * width
+
+
+def expected(preset):
+    """Parameters of each part but the autoencoder, from the shapes."""
+    vision, language, diffusion = preset.vision, preset.language, preset.diffusion
+    width, channels, image = preset.streams.width, preset.autoencoder.latent_channels, vision.width
+    patches = (vision.image_size // vision.patch_size) ** 2
+    block = 4 * image + 4 * linear(image, image) + linear(image, vision.mlp_width) + linear(vision.mlp_width, image)
+    folded = image * 4  # 2 x 2 patches
+    counts = {
+        "vision": image + (patches + 1) * image + linear(3 * vision.patch_size**2, image)
+        + vision.layers * (block + 2 * image),  # the two layer scales
+        "projector": 2 * folded + linear(folded, width) + linear(width, width),
+        "language": language.vocab_size * width + language.layers * decoder_layer(preset) + width,
+        "head": language.vocab_size * width,
+        "pixel_layers": 6
+        * (4 * width + 4 * linear(width, width) + linear(width, 4 * width) + linear(4 * width, width)),
+        "residual_blocks": 6 * (2 * width + 2 * linear(width, width)),
+        "latent_heads": 2 * (2 * width + linear(width, channels) + linear(channels, channels)),
+        "fusion": 2 * 64 + linear(64, 64) + linear(64, 32),
+        "queries": 256 * width,
+        "routing": linear(width, width // 2) + linear(width // 2, 4) + 4 + 2 * width + linear(width, width),
+        "connector": 6 * decoder_layer(preset) + width + linear(width, 2304),
+        "alignment_head": linear(diffusion.width, 2048) + linear(2048, 2048) + linear(2048, width),
+    }  # fmt: skip
+    counts["mllm"] = sum(counts[part] for part in ("vision", "projector", "language", "head"))
+    wide, hidden = diffusion.width, int(2.5 * diffusion.width)
+    mix = linear(wide, 2 * hidden) + (9 + 1) * 2 * hidden + hidden * wide  # 1x1, depthwise 3x3, 1x1 without bias
+    sana = 6 * wide + 3 * wide * wide + linear(wide, wide) + 4 * linear(wide, wide) + mix
+    time = linear(256, wide) + linear(wide, wide) + linear(wide, 6 * wide)
+    captions = linear(2304, wide) + linear(wide, wide) + wide
+    counts["diffusion"] = linear(32, wide) + time + captions + diffusion.layers * sana + 2 * wide + linear(wide, 32)
+    return counts
+
+
+def test_every_part_has_as_many_parameters_as_its_shapes_say(preset, parts):
+    found = {part: count(module) for part, module in parts.items()}
+    wanted = expected(preset)
+    assert {part: found[part] for part in wanted} == wanted
+
+
+def test_the_tokenizer_holds_its_parts_and_two_teachers_once(parts):
+    encoder = count(parts["vision"]) + count(parts["projector"])
+    streams = sum(count(parts[part]) for part in ("pixel_layers", "residual_blocks", "latent_heads", "fusion"))
+    assert count(parts["tokenizer"]) == 2 * encoder + streams + count(parts["autoencoder"])
+
+
+def test_counts_agree_with_published_ones(preset, parts):
+    known = {part: PUBLISHED[name, part] for name, part in PUBLISHED if name == preset.name}
+    far = {
+        part: (count(parts[part]), published)
+        for part, (published, tolerance) in known.items()
+        if abs(count(parts[part]) - published) > tolerance * published
+    }
+    assert not far and len(known) >= 6
+
+
+def test_the_language_model_is_qwens_with_fewer_words(preset, parts):
+    missing = (QWEN_VOCABULARY - preset.language.vocab_size) * preset.streams.width
+    assert count(parts["language"]) == QWEN_PARAMETERS[preset.name] - missing
+    assert parts["head"].weight is not parts["language"].embed_tokens.weight
+
+
+def test_nothing_is_allocated(parts):
+    for module in parts.values():
+        assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {"meta"}
+
+
+def test_the_parts_read_what_the_parts_before_them_write(preset, parts):
+    """448 pixels to 16 x 16 latents, decoded at 512 pixels and resized; 1024 captions read by 256 tokens."""
+    with torch.device("meta"):
+        latents = parts["tokenizer"].encode(torch.rand(1, 3, 448, 448))
+        assert latents.shape == (1, *preset.latent_shape) == (1, 32, 16, 16)
+        assert parts["autoencoder"].decoder(latents).shape == (1, 3, 512, 512)
+        assert parts["tokenizer"].decode(latents).shape == (1, 3, 448, 448)
+        prefix, keep = torch.rand(1, preset.conditioning.max_words, preset.streams.width), torch.ones(1, 1024)
+        sampled = parts["routing"].sampled
+        before, states = sampled_hidden_states(
+            parts["language"], prefix, parts["queries"](1), keep[:, : prefix.shape[1]], sampled
+        )
+        captions = parts["connector"](parts["routing"](torch.cat([before, states], dim=2)), keep)
+        assert captions.shape == (1, 1024, 2304) and len(sampled) == 4
+        velocity, tapped = parts["diffusion"](latents, torch.rand(1), captions, keep, tap=6)
+        assert velocity.shape == latents.shape
+        assert parts["alignment_head"](tapped).shape == (1, preset.vision.tokens, preset.streams.width)
+
+
+def test_what_the_counts_cannot_see_is_as_published(preset):
+    """Head counts, spellings and scales of the published config.json files, which a loader compares."""
+    config = preset.autoencoder.config()
+    assert (config["downsample_block_type"], config["upsample_block_type"]) == ("Conv", "interpolate")
+    assert (config["attention_head_dim"], config["scaling_factor"]) == (32, 0.41407)
+    model = mllm_config(preset)
+    assert isinstance(model.text_config, Qwen2Config)
+    assert (model.image_token_id, model.image_seq_length, model.tie_word_embeddings) == (151667, 256, False)
+    heads = (model.text_config.num_attention_heads, model.text_config.num_key_value_heads)
+    assert heads == {"spar_1b": (14, 2), "spar_3b": (12, 2)}[preset.name]
+    sana = preset.diffusion.config()
+    assert (sana["num_attention_heads"], sana["num_cross_attention_heads"]) == {
+        "spar_1b": (36, 16),
+        "spar_3b": (70, 20),
+    }[preset.name]
+    assert (sana["attention_head_dim"], sana["sample_size"], sana["interpolation_scale"]) == (32, 16, None)
+
+
+def test_the_published_rotary_scaling_changes_nothing_below_its_limit():
+    """The config as InternVL3 publishes it; transformers' class at the same positions, bit for bit."""
+    scaling: Any = {"rope_theta": 1e6, "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}}
+    published = Qwen2Config(hidden_size=128, num_attention_heads=2, max_position_embeddings=2048, **scaling)
+    language = replace(PRESETS["tiny"].language, heads=2, max_positions=2048, rope_theta=1e6, rope_factor=2.0)
+    ours = mllm_config(replace(PRESETS["tiny"], language=language)).text_config
+    for config in (published, ours):
+        assert isinstance(config, Qwen2Config)
+        assert dict(config.rope_parameters or {}).items() >= {"rope_type": "dynamic", "factor": 2.0}.items()
+        hidden, whole = torch.zeros(1), torch.arange(2049)[None]
+        rotary, scaled = Rotary(config), Qwen2RotaryEmbedding(config)
+        for mine, its in zip(rotary(hidden, whole[:, :2048]), scaled(hidden, whole[:, :2048]), strict=True):
+            assert torch.equal(mine, its)
+        assert not torch.equal(rotary(hidden, whole)[0], scaled(hidden, whole)[0])  # one position more
+
+
+def test_another_rotary_scaling_is_refused():
+    config = Qwen2Config(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(ValueError, match="rotary positions of type linear: default or dynamic"):
+        Rotary(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("image_size", 224, "vision.image_size = 448 must equal image_size = 224"),
+        ("vision.image_size", 512, "vision.image_size = 512 must equal image_size = 448"),
+        ("vision.patch_size", 15, "vision.pixels_per_token = 30.0 must divide vision.image_size = 448"),
+        ("vision.heads", 15, "vision.heads = 15 must divide vision.width = 1024"),
+        ("streams.pixel_heads", 15, "streams.pixel_heads = 15 must divide streams.width = 896"),
+        ("streams.pixel_heads", 0, "streams.pixel_heads = 0 must divide streams.width = 896"),
+        ("language.heads", 12, "language.heads = 12 must divide streams.width = 896"),
+        ("language.key_value_heads", 4, "language.key_value_heads = 4 must divide language.heads = 14"),
+        ("language.image_token_id", 151674, "language.image_token_id = 151674 must be below language.vocab_size"),
+        ("language.max_positions", 1281, "longest_sequence = 1282 must be at most language.max_positions = 1281"),
+        ("conditioning.num_queries", 64, "conditioning.num_queries = 64 must equal vision.tokens = 256"),
+        ("conditioning.sampled_states", 25, "conditioning.sampled_states = 25 must be at most language.layers = 24"),
+        ("conditioning.connector_layers", 25, "conditioning.connector_layers = 25 must be at most language.layers"),
+        ("autoencoder.latent_channels", 16, "diffusion.latent_channels = 32 must equal autoencoder.latent_channels"),
+        ("diffusion.sample_size", 32, "diffusion.sample_size = 32 must equal vision.grid = 16"),
+        ("diffusion.patch_size", 3, "diffusion.patch_size = 3 must divide diffusion.sample_size = 16"),
+        ("diffusion.cross_heads", 20, "diffusion.cross_width = 1440 must equal diffusion.width = 1152"),
+    ],
+)
+def test_shapes_that_cannot_work_together_are_refused(field, value, said):
+    preset, (part, _, name) = PRESETS["spar_1b"], field.rpartition(".")
+    changed = {part: replace(attrgetter(part)(preset), **{name: value})} if part else {name: value}
+    with pytest.raises(ValueError) as refusal:
+        replace(preset, **changed)
+    assert str(refusal.value).startswith(f"preset 'spar_1b': {said}")
