@@ -4,12 +4,14 @@ Every count is worked out here from the shapes, as the papers and the published 
 parts; published totals and `about` are a second, independent check.
 """
 
+import json
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
@@ -17,17 +19,19 @@ from spar_scale.models.autoencoder import build_autoencoder
 from spar_scale.models.conditioning import QueryEmbeddings, Rotary, sampled_hidden_states
 from spar_scale.models.connector import Connector
 from spar_scale.models.diffusion import AlignmentHead, Diffusion
+from spar_scale.models.initialise import initialise
 from spar_scale.models.mllm import build_mllm, mllm_config
 from spar_scale.models.presets import PRESETS
 from spar_scale.models.routing import TokenRouting
 from spar_scale.models.tokenizer import UnifiedTokenizer
+from spar_scale.stages.parts import load_mllm
 
 LARGE = ("spar_1b", "spar_3b")
 QWEN_VOCABULARY = 151936  # of Qwen2.5; InternVL3 cut it to its 151674 words
 QWEN_PARAMETERS = {"spar_1b": 494_032_768, "spar_3b": 1_543_714_304}  # Qwen2.5-0.5B and 1.5B, whose head is tied
 PUBLISHED = {  # parameters of published models, and how far the count may lie from them
-    ("spar_1b", "mllm"): (938_193_024, 0),  # InternVL2.5-1B and 3-1B, the same shapes
-    ("spar_3b", "mllm"): (2.09e9, 0.005),  # InternVL3-2B
+    ("spar_1b", "mllm"): (938_193_024, 0),  # InternVL2.5-1B, of the same shapes as 3-1B
+    ("spar_3b", "mllm"): (2_088_957_440, 0),  # InternVL3-2B
     ("spar_1b", "autoencoder"): (312_250_275, 0),  # DC-AE of SANA
     ("spar_3b", "autoencoder"): (312_250_275, 0),
     ("spar_1b", "diffusion"): (590e6, 0.005),  # SANA 0.6B
@@ -144,6 +148,7 @@ def test_counts_agree_with_published_ones(preset, parts):
         if abs(count(parts[part]) - published) > tolerance * published
     }
     assert not far and len(known) >= 6
+    assert len(parts["autoencoder"].state_dict()) == 375  # tensors of the published file
 
 
 def test_the_language_model_is_qwens_with_fewer_words(preset, parts):
@@ -208,6 +213,28 @@ def test_the_published_rotary_scaling_changes_nothing_below_its_limit():
         for mine, its in zip(rotary(hidden, whole[:, :2048]), scaled(hidden, whole[:, :2048]), strict=True):
             assert torch.equal(mine, its)
         assert not torch.equal(rotary(hidden, whole)[0], scaled(hidden, whole)[0])  # one position more
+
+
+def test_a_directory_as_internvl_publishes_it_loads(tmp_path):
+    """The published config.json has `rope_scaling` and no word on tied embeddings; its head is its own matrix."""
+    model = build_mllm(PRESETS["tiny"])
+    initialise(model, seed=0)
+    model.save_pretrained(str(tmp_path))
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert {name.split(".")[0] for name in names} == {"vision_tower", "multi_modal_projector", "language_model"}
+    assert {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"} <= names
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tie_word_embeddings"], config["text_config"]["tie_word_embeddings"]
+    del config["text_config"]["rope_parameters"]
+    scaling = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
+    config["text_config"] |= {"rope_theta": 1e4, "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_mllm(tmp_path, PRESETS["tiny"])
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    language: Any = loaded.model.language_model
+    assert language.config.rope_parameters["rope_type"] == "dynamic"
 
 
 def test_another_rotary_scaling_is_refused():
