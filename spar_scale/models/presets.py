@@ -14,8 +14,8 @@ needs.
 shape: InternVL3-1B or 2B (an InternViT-300M at 448 pixels, Qwen2.5-0.5B or 1.5B with an untied head),
 the DC-AE f32c32 of SANA, and SANA 0.6B or 1.6B at 512 pixels. In between stand the paper's streams,
 routing, connector and alignment head. A prompt has at most 767 tokens and `<img>`, so that with the 256
-queries it has 1024; the picture to edit comes on top. Everything the training of SPAR-3B's tokenizer
-used is taken from SPAR-1B, whose settings alone are published.
+queries it has 1024; the picture to edit comes on top. SPAR-3B's own streams, routing and connector are
+not published: they keep SPAR-1B's depths and heads.
 """
 
 from __future__ import annotations
