@@ -14,7 +14,7 @@ from typing import Any
 from launching import preload
 
 preload("deepspeed.pipe", "torch._dynamo", "torch._inductor.compile_fx")
-preload("spar_scale.stages.tokenizer", "spar_scale.training.trainer")
+preload("spar_scale.stages.tokenizer", "spar_scale.stages.align", "spar_scale.training.trainer")
 
 LOSS_RELATIVE, NORM_RELATIVE = 1e-5, 2e-4
 """Bounds between any two layouts in fp32 over ten steps."""
@@ -22,12 +22,12 @@ LOSS_FLOOR = 1e-6
 """Absolute floor of the loss bound."""
 
 
-def make_data(folder: Path, scenes: int = 96) -> str:
-    """Write a few scenes as shards; return the glob."""
+def make_data(folder: Path, scenes: int = 96, edits: int = 0) -> str:
+    """Write a few scenes, and edits where asked for, as shards; return the glob of the scenes."""
     from spar_scale.data.shapes_world import World
     from spar_scale.data.shards import make_world
 
-    make_world(World(size=32, seed=5, scenes=scenes, heldout=0, edits=0, per_shard=32), folder)
+    make_world(World(size=32, seed=5, scenes=scenes, heldout=0, edits=edits, per_shard=32), folder)
     return str(folder / "scenes-*.tar")
 
 
@@ -76,6 +76,45 @@ def recipe_values(run_dir: Path, shards: str, autoencoder: Path, **changes: Any)
             place = place.setdefault(parent, {})
         place[last] = value
     return values
+
+
+SOURCES: dict[str, dict[str, str]] = {
+    "bootstrap/mllm": {"questions": "scenes", "captions": "scenes", "edits": "edits", "texts": "scenes"},
+    "align/joint": {"generation": "scenes", "editing": "edits"},
+    "instruct/joint": {"generation": "scenes", "editing": "edits"},
+}
+"""Source -> the shards it reads, where it is not `images` of the scenes."""
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "bootstrap/autoencoder": {"perceptual_weight": 0.5, "latent_power_weight": 1e-3},
+    "bootstrap/diffusion": {"caption_dropout": 0.2},
+    "tokenizer/init": {"perceptual_weight": 0.5},
+    "tokenizer/decoder": {"perceptual_weight": 0.5},
+    "tokenizer/encoder": {"perceptual_weight": 0.5},
+    "align/connector": {"caption_dropout": 0.2},
+    "align/joint": {"caption_dropout": 0.2, "align_weight": 0.5, "align_block": 3},
+    "instruct/joint": {"caption_dropout": 0.2, "align_weight": 0.5, "align_block": 3},
+}
+
+
+def phase_values(run_dir: Path, phase: str, data: Path, parts: dict[str, str], **changes: Any) -> dict[str, Any]:
+    """A recipe of any "stage/phase" on the shards under `data`, with its pretrained parts out of `parts`."""
+    from tiny_parts import parts_of
+
+    stage, name = phase.split("/")
+    sources = SOURCES.get(phase, {"images": "scenes"})
+    general: dict[str, Any] = {
+        "stage": stage,
+        "phase": name,
+        "model": {"preset": "tiny", "pretrained": parts_of(stage, name, parts)},
+        "objective": OBJECTIVES.get(phase, {}),
+        "optimizer__groups": {},
+        "data": {
+            "task_block": 7 if len(sources) == 1 else 5,
+            "sources": [{"name": source, "shards": str(data / f"{kind}-*.tar")} for source, kind in sources.items()],
+            "workers": 0,
+        },
+    }
+    return recipe_values(run_dir, "", Path(), **(general | changes))
 
 
 def train_all(rank: int, world: int, recipes: list[dict[str, Any]]) -> int:

@@ -1,0 +1,103 @@
+"""The law of the house on every other phase: one recipe and one seed give one curve under every layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from launching import run_world
+from tiny_parts import make_parts
+from tiny_runs import LOSS_RELATIVE, NORM_RELATIVE, curve, distance, make_data, metrics, phase_values, train_all
+
+pytestmark = pytest.mark.timeout(900)
+
+JOINT = [(world, zero, 1) for world in (1, 2, 4) for zero in (1, 2, 3)] + [(2, 1, 2)]
+OTHERS = [(1, 1, 1), (2, 1, 1), (4, 3, 1)]
+LAYOUTS = {
+    "align/joint": JOINT,
+    "instruct/joint": OTHERS,
+    "align/connector": OTHERS,
+    "bootstrap/diffusion": OTHERS,
+    "bootstrap/mllm": [*OTHERS, (2, 1, 2)],
+    "bootstrap/autoencoder": OTHERS,
+    "tokenizer/decoder": OTHERS,
+}
+"""Phase -> (processes, ZeRO stage, pipeline stages), the first of which the others are compared with."""
+CASES = [(phase, layout) for phase, layouts in LAYOUTS.items() for layout in layouts[1:]]
+STEPS = 10
+
+
+def run_name(phase: str, layout: tuple[int, ...]) -> str:
+    return "-".join([phase.replace("/", "-"), *map(str, layout)])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phases")
+    make_data(folder / "data", edits=64)
+    parts = make_parts(folder / "parts")
+
+    def values(name: str, phase: str, world: int = 1, zero: int = 1, pipeline: int = 1) -> dict:
+        parallel = {"zero": zero, "pipeline": pipeline, "micro_batch": 3}
+        return phase_values(folder / name, phase, folder / "data", parts, parallel=parallel)
+
+    for world in (1, 2, 4):
+        recipes = [
+            values(run_name(phase, layout), phase, *layout)
+            for phase, layouts in LAYOUTS.items()
+            for layout in layouts
+            if layout[0] == world
+        ]
+        if world == 1:
+            recipes.append(values("repeat", "align/joint"))
+        if world == 2:
+            reference = folder / run_name("align/joint", (1, 1, 1))
+            shutil.copytree(reference, folder / "elastic")
+            shutil.rmtree(folder / "elastic" / "checkpoints" / f"step-{STEPS:08d}")
+            recipes.append(values("elastic", "align/joint", 2, 3))
+        run_world(world, train_all, recipes, initialise=False, timeout_s=600)
+    return folder
+
+
+@pytest.mark.parametrize(("phase", "layout"), CASES, ids=lambda value: str(value).replace("/", "-"))
+def test_every_layout_gives_the_curve_of_one_process(runs: Path, phase: str, layout: tuple[int, ...]) -> None:
+    reference = curve(runs / run_name(phase, LAYOUTS[phase][0]))
+    loss, norm = distance(curve(runs / run_name(phase, layout)), reference)
+    print(f"{phase}, processes {layout[0]}, ZeRO {layout[1]}, pipeline {layout[2]}: loss {loss:.1e}, norm {norm:.1e}")
+    assert loss <= LOSS_RELATIVE
+    assert norm <= NORM_RELATIVE
+
+
+@pytest.mark.parametrize("phase", LAYOUTS)
+def test_the_phase_is_clipped_and_moves(runs: Path, phase: str) -> None:
+    losses, norms = zip(*curve(runs / run_name(phase, (1, 1, 1))), strict=True)
+    assert len(losses) == STEPS and len(set(losses)) == STEPS
+    assert max(norms) > 0.5
+
+
+def test_the_joint_phase_is_bit_equal_when_repeated(runs: Path) -> None:
+    assert curve(runs / "repeat") == curve(runs / run_name("align/joint", (1, 1, 1)))
+
+
+def test_the_joint_phase_goes_on_under_another_layout(runs: Path) -> None:
+    loss, norm = distance(curve(runs / "elastic"), curve(runs / run_name("align/joint", (1, 1, 1))))
+    assert loss <= LOSS_RELATIVE
+    assert norm <= NORM_RELATIVE
+
+
+def test_the_joint_phase_mixes_its_tasks_and_carries_both_terms(runs: Path) -> None:
+    lines = metrics(runs / run_name("align/joint", (1, 1, 1)))
+    assert all(set(line["terms"]) == {"flow_matching", "alignment"} for line in lines)
+    assert all(-1 <= line["terms"]["alignment"] <= 1 for line in lines)
+
+
+def test_an_autoencoder_and_a_tokenizer_hand_on_their_measured_scale(runs: Path) -> None:
+    written = json.loads((runs / "bootstrap-autoencoder-1-1-1" / "pretrained" / "config.json").read_text())
+    assert written["scaling_factor"] not in (None, 1.0)
+    for layout in OTHERS[1:]:
+        other = runs / run_name("tokenizer/decoder", layout) / "pretrained" / "config.json"
+        one = runs / run_name("tokenizer/decoder", OTHERS[0]) / "pretrained" / "config.json"
+        scales = [json.loads(path.read_text())["latent_scale"] for path in (one, other)]
+        assert scales[0] == pytest.approx(scales[1], rel=1e-5)
