@@ -19,38 +19,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from spar_scale.rules import RULES
+from spar_scale.rules import READ_BY, RULES, reads
 from spar_scale.settings import Contradiction, Lookup, load, show
 
 RESUME_MAY_CHANGE = ("parallel", "data.workers", "checkpoint", "tracking", "train.log_every", "guards", "attention")
 """Keys (with all below them) that may differ between a run and its continuation."""
-
-_READ_BY: dict[str, tuple[str, ...]] = {
-    "model.streams": ("tokenizer",),
-    "model.encoder": ("tokenizer/encoder",),
-    "model.semantic_distillation": ("tokenizer/encoder",),
-    "model.pixel_alignment": ("tokenizer/init",),
-    "model.routing": ("align", "instruct"),
-    "model.alignment": ("align/joint", "instruct"),
-    "objective.perceptual_weight": ("bootstrap/autoencoder", "tokenizer"),
-    "objective.latent_noise": ("bootstrap/autoencoder",),
-    "objective.latent_power_weight": ("bootstrap/autoencoder",),
-    "objective.pixel_alignment_weight": ("tokenizer/init",),
-    "objective.semantic_distillation_weight": ("tokenizer/encoder",),
-    "objective.adversarial_weight": ("tokenizer/encoder",),
-    "objective.adversarial_start": ("tokenizer/encoder",),
-    "objective.lecam_weight": ("tokenizer/encoder",),
-    "objective.align_weight": ("align/joint", "instruct"),
-    "objective.align_block": ("align/joint", "instruct"),
-    "objective.caption_dropout": ("bootstrap/diffusion", "align", "instruct"),
-    "tracking.uri": (),
-    "tracking.experiment": (),
-    "init_from": ("tokenizer/decoder", "tokenizer/encoder", "align/joint", "instruct"),
-}
-"""The stages, or phases as stage/phase, that read a key.
-
-Elsewhere a value other than the default is refused, since nothing would come of it.
-"""
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -299,12 +272,13 @@ def flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]
 
 
 def _read_by_this_stage(value: Lookup) -> Iterator[Contradiction]:
-    stage, phase = value("stage"), f"{value('stage')}/{value('phase')}"
-    for key, readers in _READ_BY.items():
+    stage, phase = value("stage"), value("phase")
+    for key, readers in READ_BY.items():
         with contextlib.suppress(KeyError):
-            if not {stage, phase} & set(readers) and value(key) != _default(key):
+            if not reads(key, stage, phase) and value(key) != _default(key):
                 only = f"only {' and '.join(readers)} would" if readers else "no stage does yet"
-                reader = phase if any(reader.startswith(f"{stage}/") for reader in readers) else f"stage {stage}"
+                some = any(reader.startswith(f"{stage}/") for reader in readers)
+                reader = f"{stage}/{phase}" if some else f"stage {stage}"
                 yield key, f"found {show(value(key))}, but {reader} does not read it ({only})"
 
 

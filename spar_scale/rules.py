@@ -1,4 +1,4 @@
-"""The rules between the keys of a recipe: which values do not go together, and why.
+"""The rules between the keys of a recipe: which values do not go together, who reads a key, and why.
 
 A rule looks values up by dotted key and yields a contradiction for each key that breaks it. Looking
 a key up that is itself broken raises KeyError, which ends the rule: its error is already reported.
@@ -18,6 +18,38 @@ PHASES: dict[str, tuple[str, ...]] = {
     "instruct": ("joint",),
 }
 """The phases of each stage, in their order."""
+
+READ_BY: dict[str, tuple[str, ...]] = {
+    "model.streams": ("tokenizer",),
+    "model.encoder": ("tokenizer/encoder",),
+    "model.semantic_distillation": ("tokenizer/encoder",),
+    "model.pixel_alignment": ("tokenizer/init",),
+    "model.routing": ("align", "instruct"),
+    "model.alignment": ("align/joint", "instruct"),
+    "objective.perceptual_weight": ("bootstrap/autoencoder", "tokenizer"),
+    "objective.latent_noise": ("bootstrap/autoencoder",),
+    "objective.latent_power_weight": ("bootstrap/autoencoder",),
+    "objective.pixel_alignment_weight": ("tokenizer/init",),
+    "objective.semantic_distillation_weight": ("tokenizer/encoder",),
+    "objective.adversarial_weight": ("tokenizer/encoder",),
+    "objective.adversarial_start": ("tokenizer/encoder",),
+    "objective.lecam_weight": ("tokenizer/encoder",),
+    "objective.align_weight": ("align/joint", "instruct"),
+    "objective.align_block": ("align/joint", "instruct"),
+    "objective.caption_dropout": ("bootstrap/diffusion", "align", "instruct"),
+    "tracking.uri": (),
+    "tracking.experiment": (),
+    "init_from": ("tokenizer/decoder", "tokenizer/encoder", "align/joint", "instruct"),
+}
+"""The stages, or phases as stage/phase, that read a key.
+
+Elsewhere a value other than the default is refused, since nothing would come of it.
+"""
+
+
+def reads(key: str, stage: str, phase: str) -> bool:
+    """Whether a phase reads a key: all read what READ_BY does not list."""
+    return key not in READ_BY or bool({stage, f"{stage}/{phase}"} & set(READ_BY[key]))
 
 
 def _phase_belongs_to_stage(value: Lookup) -> Iterator[Contradiction]:

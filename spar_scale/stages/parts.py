@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
+from diffusers.utils import logging as diffusers_log
 from safetensors import SafetensorError
 from torch import nn
 from transformers import InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+from transformers.utils import logging as transformers_log
 
 from parallel.errors import UserError, nearest
 from spar_scale.models.mllm import mllm_config
@@ -25,6 +28,8 @@ from spar_scale.models.presets import PRESETS, Preset
 from spar_scale.models.vision import vision_config
 
 _log = logging.getLogger(__name__)
+for _library in (diffusers_log, transformers_log):
+    _library.disable_progress_bar()  # a bar for each part of a second is noise in a log
 
 
 def preset_of(recipe: Any) -> Preset:
@@ -64,9 +69,10 @@ def load_autoencoder(directory: Path, preset: Preset) -> tuple[AutoencoderDC, fl
     part = "pixel_autoencoder"
     wanted = preset.autoencoder.config()
     del wanted["scaling_factor"]  # no shape: what was measured when the autoencoder was trained
-    _check_config(part, directory, preset, read_config(part, directory), wanted)
-    model = _strictly(part, directory, AutoencoderDC, low_cpu_mem_usage=False)
-    return model, float(model.config.scaling_factor)
+    found = read_config(part, directory)
+    _check_config(part, directory, preset, found, wanted)
+    scale = positive(part, directory, found, "scaling_factor")
+    return _strictly(part, directory, AutoencoderDC, low_cpu_mem_usage=False), scale
 
 
 def load_mllm(directory: Path, preset: Preset) -> InternVLForConditionalGeneration:
@@ -78,8 +84,10 @@ def load_mllm(directory: Path, preset: Preset) -> InternVLForConditionalGenerati
         "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
         "vocab_size",
     )  # fmt: skip
-    text = read_config("mllm", directory).get("text_config", {})
+    found = read_config("mllm", directory)
+    text = found.get("text_config", {})
     _check_config("mllm", directory, preset, text, {name: language[name] for name in shape})
+    _check_config("mllm", directory, preset, found, {"image_token_id": preset.language.image_token_id})
     model = _load_internvl("mllm", directory, preset)
     model.set_attn_implementation("spar")
     return model
@@ -123,6 +131,7 @@ def note_random_part(part: str, seed: int) -> None:
 
 
 def read_config(part: str, directory: Path) -> dict[str, Any]:
+    """Return the config.json of a part. Raises UserError where it cannot be read."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -131,6 +140,15 @@ def read_config(part: str, directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"model.pretrained.{part}: {path} holds {type(config).__name__}, not a config")
     return config
+
+
+def positive(part: str, directory: Path, config: Mapping[str, Any], name: str) -> float:
+    """Return a number above 0 of a config that was read from `directory`; UserError for anything else."""
+    value = config.get(name)
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        path = directory / "config.json"
+        raise UserError(f"model.pretrained.{part}: {path} has {name} = {value}; a number above 0 is needed")
+    return float(value)
 
 
 def _check_config(

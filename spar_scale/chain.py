@@ -1,0 +1,125 @@
+"""The phases of SPAR one after another in one process, each starting from what those before it wrote.
+
+Which phase starts from which stands in the recipes (`init_from`, `model.pretrained`), so asking for one
+phase trains whatever it needs. Switches (dotted key -> value) reach the phases that read them; a run
+directory is named after the switches that had an effect on it, so two studies share what they have in
+common, and a run that is there and finished is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+
+from parallel import checkpoint
+from parallel.errors import UserError
+from spar_scale.recipe import Recipe, load_recipe
+from spar_scale.rules import reads
+from spar_scale.training.trainer import train
+
+PHASES = (
+    "bootstrap_autoencoder",
+    "bootstrap_mllm",
+    "bootstrap_diffusion",
+    "tokenizer_init",
+    "tokenizer_decoder",
+    "tokenizer_encoder",
+    "align_connector",
+    "align_joint",
+    "instruct",
+)
+"""Names of the recipes, in their order."""
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+SIZES = {"demo": "tiny", "smoke": "smoke"}
+Switches = Mapping[str, object]
+_log = logging.getLogger(__name__)
+
+
+class Chain:
+    """The phases of one size and seed, under `out`; shards are read from `out/data`.
+
+    Stage 0 is the same for all seeds where `shared` names another directory for it. Raises UserError
+    for a size without recipes.
+    """
+
+    def __init__(self, out: Path, size: str, seed: int, shared: Path | None = None):
+        self.folder = RECIPES / SIZES[size]
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: not there; it needs a checkout of the project")
+        self.out, self.seed, self.shared = out, seed, shared or out
+        self.core_seconds: dict[str, float] = {}
+        self._trained: set[Path] = set()
+
+    def train(self, phase: str, switches: Switches | None = None) -> Path:
+        """Train a phase under switches, and before it what it starts from; return its run directory."""
+        recipe, run_dir = self._recipe(phase, switches or {}), self.run_dir(phase, switches)
+        if run_dir in self._trained:
+            return run_dir
+        for parent in _parents(recipe):
+            self.train(parent, switches)
+        if _finished(run_dir, recipe.train.steps):
+            _log.info("%s is trained already", run_dir)
+        else:
+            began = os.times()
+            train(self._placed(phase, switches or {}))
+            self.core_seconds[phase] = sum(os.times()[:4]) - sum(began[:4])
+        self._trained.add(run_dir)
+        return run_dir
+
+    def run_dir(self, phase: str, switches: Switches | None = None) -> Path:
+        """The run directory of a phase under switches."""
+        marks = [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(self._effective(phase, switches or {}))]
+        root = self.shared if phase.startswith("bootstrap") else self.out
+        return root / ",".join([phase, *marks])
+
+    def _effective(self, phase: str, switches: Switches) -> set[tuple[str, object]]:
+        """The switches that this phase reads, or one that it starts from."""
+        recipe = self._recipe(phase, {})
+        own = {(key, value) for key, value in switches.items() if reads(key, recipe.stage, recipe.phase)}
+        return own.union(*(self._effective(parent, switches) for parent in _parents(recipe)))
+
+    def _recipe(self, phase: str, switches: Switches, extra: tuple[str, ...] = ()) -> Recipe:
+        path = self.folder / f"{phase}.yaml"
+        if not switches and not extra:
+            return load_recipe(path)
+        plain = load_recipe(path)
+        own = [f"{key}={json.dumps(value)}" for key, value in switches.items() if reads(key, plain.stage, plain.phase)]
+        return load_recipe(path, [*own, *extra])
+
+    def _placed(self, phase: str, switches: Switches) -> Recipe:
+        """The recipe with its run directory, its shards and the runs that it starts from in their places."""
+        recipe, run_dir = self._recipe(phase, switches), self.run_dir(phase, switches)
+
+        def beside(reference: str) -> str:
+            parent, *inside = PurePath(reference).parts[1:]
+            return os.path.join(os.path.relpath(self.run_dir(parent, switches), run_dir), *inside)
+
+        placed = [f"run_dir={run_dir}"]
+        if not phase.startswith("bootstrap") or self.shared == self.out:
+            placed.append(f"seed={self.seed}")
+        if recipe.init_from:
+            placed.append(f"init_from={beside(recipe.init_from)}")
+        placed += [f"model.pretrained.{part}={beside(where)}" for part, where in recipe.model.pretrained.items()]
+        for index, source in enumerate(recipe.data.sources):
+            placed.append(f"data.sources.{index}.shards={self.shared / 'data' / PurePath(source.shards).name}")
+        return self._recipe(phase, switches, tuple(placed))
+
+
+def _parents(recipe: Recipe) -> list[str]:
+    """The phases that a recipe starts from: the first part of each path beside its own directory."""
+    references = [*([recipe.init_from] if recipe.init_from else []), *recipe.model.pretrained.values()]
+    return list(dict.fromkeys(PurePath(reference).parts[1] for reference in references))
+
+
+def _finished(run_dir: Path, steps: int) -> bool:
+    """Whether a run has its last checkpoint (and what it hands on, which is written after it)."""
+    root = run_dir / "checkpoints"
+    found = checkpoint.find(root) if root.is_dir() else None
+    hands_on = not run_dir.name.startswith(("align", "instruct"))
+    return (
+        found is not None and found.name == f"step-{steps:08d}" and (not hands_on or (run_dir / "pretrained").is_dir())
+    )

@@ -1,0 +1,98 @@
+"""Questions about held-out pictures: how often the language model answers them right.
+
+One question per scene, of a type drawn for it; an answer is one word and must be the model's first choice
+of all words. Beside it stands the same model asked without a picture (`blind`), which knows how often
+each answer is right, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import InternVLForConditionalGeneration
+
+from spar_scale.data.images import decode, square
+from spar_scale.data.order import draw_generator
+from spar_scale.data.prompts import TOKENS, opening
+from spar_scale.data.storage import expand_shards, read_member
+from spar_scale.data.tar_index import read_index
+from spar_scale.models.mllm import merge
+from spar_scale.models.vision import features
+
+
+@dataclass(frozen=True)
+class VisualQuestion:
+    """A picture (3, S, S) in [0, 1], a question of a type about it, and its answer of one word."""
+
+    image: Tensor
+    type: str
+    question: str
+    answer: str
+
+
+def held_out_questions(shards: str, count: int, size: int) -> list[VisualQuestion]:
+    """The first `count` scenes of the shards with one question each; types are equally likely for a scene."""
+    asked: list[VisualQuestion] = []
+    for shard in expand_shards(shards):
+        index = read_index(shard)
+        for member in range(min(len(index), count - len(asked))):
+            table, draws = index.members(member), draw_generator(0, "visual questions", len(asked))
+            said = json.loads(read_member(shard, *table["json"]))["questions"]
+            types = sorted({entry["type"] for entry in said})
+            wanted = types[int(draws.integers(len(types)))]
+            of_type = [entry for entry in said if entry["type"] == wanted]
+            chosen = of_type[int(draws.integers(len(of_type)))]
+            pixels = square(decode(read_member(shard, *table["png"])), size, along=0.5, mirrored=False)
+            asked.append(VisualQuestion(torch.from_numpy(pixels), wanted, chosen["question"], chosen["answer"]))
+    return asked
+
+
+def own_features(mllm: InternVLForConditionalGeneration) -> Callable[[Tensor], Tensor]:
+    """Images (B, 3, S, S) in [0, 1] to features by a language model's own vision tower and projector."""
+    tower, projector = mllm.model.vision_tower, mllm.model.multi_modal_projector
+    return lambda images: features(tower, projector, images, mllm.config.downsample_ratio)
+
+
+@torch.no_grad()
+def answers_right(
+    language_model: nn.Module,
+    head: nn.Module,
+    encode: Callable[[Tensor], Tensor] | None,
+    questions: Sequence[VisualQuestion],
+    batch: int = 100,
+) -> Tensor:
+    """Return for each question whether it is answered right, (n,) fp32.
+
+    `encode` maps images (B, 3, S, S) to the tokens (B, N, D) that the language model reads; None asks
+    without pictures.
+    """
+    right = []
+    for first in range(0, len(questions), batch):
+        part = questions[first : first + batch]
+        seen = None if encode is None else encode(torch.stack([asked.image for asked in part]))
+        image_tokens = 0 if seen is None else seen.shape[1]
+        prompts = [opening(image_tokens).ask(f"question : {asked.question} answer :").tokens for asked in part]
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        tokens = torch.zeros(len(part), int(ends.max()) + 1, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        embedded = language_model.get_input_embeddings()(tokens)  # type: ignore[operator]
+        if seen is not None:
+            embedded = merge(embedded, seen, tokens == TOKENS["<IMG_CONTEXT>"])
+        states = language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        chosen = head(states[torch.arange(len(part)), ends]).argmax(-1)
+        right.append((chosen == torch.tensor([TOKENS[asked.answer] for asked in part])).float())
+    return torch.cat(right)
+
+
+def by_type(questions: Sequence[VisualQuestion], right: Tensor) -> dict[str, float]:
+    """The share of right answers for each type of question, and for `all`."""
+    kinds = sorted({asked.type for asked in questions})
+    shares = {
+        kind: [float(r) for asked, r in zip(questions, right, strict=True) if asked.type == kind] for kind in kinds
+    }
+    return {kind: sum(values) / len(values) for kind, values in shares.items()} | {"all": float(right.mean())}
