@@ -87,7 +87,7 @@ def question_prompt(said: Mapping[str, Any], draws: np.random.Generator, image_t
 
 def edit_prompt(said: Mapping[str, Any], draws: np.random.Generator, image_tokens: int) -> Prompt:
     """The picture as it is, then `edit : INSTRUCTION describe : CAPTION OF THE RESULT <eos>`."""
-    asked = opening(image_tokens).ask(f"edit : {said['instruction']} describe :")
+    asked = opening(image_tokens).ask(f"edit : {_plain(said['instruction'])} describe :")
     return asked.answer(f"{_full(said['output_captions'], draws)} {EOS}")
 
 
@@ -99,12 +99,12 @@ def text_prompt(said: Mapping[str, Any], draws: np.random.Generator, image_token
 
 def generation_prompt(caption: str) -> Prompt:
     """`draw : CAPTION <img>`, which the queries continue; an empty caption leaves the bare instruction."""
-    return opening(0).ask(f"draw : {caption} {IMAGE_START}")
+    return opening(0).ask(f"draw : {_plain(caption)} {IMAGE_START}")
 
 
 def editing_prompt(instruction: str, image_tokens: int) -> Prompt:
     """The picture, then `edit : INSTRUCTION <img>`, which the queries continue; may be empty as a caption may."""
-    return opening(image_tokens).ask(f"edit : {instruction} {IMAGE_START}")
+    return opening(image_tokens).ask(f"edit : {_plain(instruction)} {IMAGE_START}")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -131,10 +131,19 @@ def _ask(prompt: Prompt, said: Mapping[str, Any], draws: np.random.Generator, nu
     types = [asked["type"] for asked in shuffled]
     first_of_type = sorted(range(len(shuffled)), key=lambda i: types[:i].count(types[i]))
     for asked in (shuffled[i] for i in first_of_type[:number]):
-        prompt.ask(f"question : {asked['question']} answer :").answer(f"{asked['answer']} .")
+        prompt.ask(f"question : {_plain(asked['question'])} answer :").answer(f"{_plain(asked['answer'])} .")
     return prompt
 
 
 def _full(captions: Sequence[str], draws: np.random.Generator) -> str:
     """One of the captions that say most: they stand in the first half."""
-    return captions[int(draws.integers(-(-len(captions) // 2)))]
+    if isinstance(captions, str):
+        raise TypeError("its captions are one text, not a list")  # of which a letter would be taken
+    return _plain(captions[int(draws.integers(-(-len(captions) // 2)))])
+
+
+def _plain(text: str) -> str:
+    """The text, in which a mark of ours (a picture's place, the end) is a word like any other: unknown."""
+    if marks := [word for word in text.split() if word in TOKENS and word not in WORDS]:
+        raise UserError(f"unknown words: '{marks[0]}'; known are {' '.join(WORDS)}")
+    return text

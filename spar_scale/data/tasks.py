@@ -132,7 +132,7 @@ def _worded(make: Callable[[], Prompt]) -> Prompt:
 def _said(members: Members) -> Mapping[str, Any]:
     try:
         said = json.loads(members.first(["json"]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSample(f"its json cannot be read ({error})") from None
     if not isinstance(said, dict):
         raise BadSample(f"its json holds {type(said).__name__}, not an object")
@@ -159,7 +159,9 @@ def _conditioned_slots(spec: SampleSpec, pictures: int, length: int) -> Slots:
 
 def _generation(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
     """Any one of the captions of the json, else the txt."""
-    listed = _said(members).get("captions") if "json" in members.extensions else None
+    listed = _said(members).get("captions", []) if "json" in members.extensions else []
+    if not isinstance(listed, list) or not all(isinstance(caption, str) for caption in listed):
+        raise BadSample("its captions are no list of texts")
     said = listed or [_text(members)]
     chosen = draws("words").random()
     dropped = _drops(spec, draws)

@@ -206,8 +206,8 @@ def test_the_digest_changes_with_the_shards(tiny_world, make_shard, picture):
     [
         (
             {"spec": SampleSpec("image", 16)},
-            "sample.task is 'image'; known: images, captions, questions, edits, texts, language;"
-            " did you mean 'images'?",
+            "sample.task is 'image'; known: images, captions, questions, edits, texts, generation, editing, language,"
+            " conditioned; did you mean 'images'?",
         ),
         ({"rank": 2, "size": 2}, "dp_rank is 2 of 2; it must be at least 0 and less than dp_size"),
         ({"micro_batch": 0}, "micro_batch is 0; it must be at least 1"),

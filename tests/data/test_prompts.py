@@ -178,6 +178,8 @@ BAD = {
     "a list": (b"[]", "its json holds list"),
     "no captions": ({}, "KeyError: 'captions'"),
     "empty captions": ({"captions": []}, "its words are nothing to train on"),
+    "one text": ({"captions": "a red circle"}, "its captions are one text"),
+    "a mark": ({"captions": ["a <eos> circle"]}, "unknown words: '<eos>'"),
     "unknown word": ({"captions": ["a mauve circle"]}, "unknown words: 'mauve'"),
     "too long": ({"captions": ["a " * 90]}, r"112 tokens; at most 60"),
 }

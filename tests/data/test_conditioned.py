@@ -1,0 +1,236 @@
+"""What conditions the diffusion model: prompt, pictures and dropped captions of the tasks generation and editing."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from parallel.errors import UserError
+from spar_scale.data.loader import Loader, Source
+from spar_scale.data.prompts import TOKENS, decode, encode
+from spar_scale.data.spec import Draw, SampleSpec
+
+SPEC = SampleSpec("conditioned", 8, num_tokens=10, image_tokens=2, draws={"noise": Draw((3,), "normal")})
+EDITING_TOKENS = 10 + 2 + 2  # words, the picture's tokens, <img> and </img>
+CAPTIONS = ["a red circle", "a blue square", "one cyan circle", "two red squares"]
+BARE = {"generation": "<bos> draw : <img>", "editing": "<bos> <img> <IMG_CONTEXT> <IMG_CONTEXT> </img> edit : <img>"}
+
+
+def columns(start: int) -> bytes:
+    """A PNG of 16 x 8 pixels whose columns are start, start + 10, start + 20, ..."""
+    row = np.arange(16, dtype=np.uint8) * 10 + start
+    buffer = io.BytesIO()
+    Image.fromarray(np.broadcast_to(row[None, :, None], (8, 16, 3)).copy()).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def middle(start: int) -> torch.Tensor:
+    """The middle square of `columns(start)`, not mirrored."""
+    return ((torch.arange(4, 12) * 10.0 + start) / 255).expand(3, 8, 8)
+
+
+def said(captions: Any = CAPTIONS) -> bytes:
+    return json.dumps({"captions": captions}).encode()
+
+
+GENERATION: dict[str, bytes] = {"png": columns(0), "txt": b"a cyan square\n", "json": said()}
+EDITING: dict[str, bytes] = {"input.png": columns(50), "output.png": columns(7), "txt": b"make the circle blue"}
+MEMBERS = {"generation": GENERATION, "editing": EDITING}
+
+
+def read(shard: str, source: str, samples: int = 1, micro_batch: int = 0, seed: int = 0, **changes: Any) -> dict:
+    """`samples` sample numbers, all of the one sample of a shard; padded slots are left out."""
+    spec = dataclasses.replace(SPEC, **changes)
+    loader = Loader([Source(source, shard)], spec, seed, samples, samples, micro_batch or samples, 0, 1, 0, 0, 1)
+    batches = list(loader)
+    tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0] if name != "errors"}
+    real = tensors["sample"] >= 0
+    errors = [error for batch in batches for error in batch["errors"]]
+    return {**{name: value[real] for name, value in tensors.items()}, "errors": errors}
+
+
+def prompts(batch: dict) -> list[str]:
+    """Each sample's kept tokens as words; what is not kept is padding behind them."""
+    for tokens, keep in zip(batch["tokens"], batch["keep"], strict=True):
+        assert torch.equal(keep, (tokens != TOKENS["<pad>"]).to(torch.uint8))
+        assert (keep.diff() != 1).all(), "padding stands before a word"  # unsigned: a rise is 1, a fall 255
+    return [decode(tokens.tolist()) for tokens in batch["tokens"]]
+
+
+def test_a_generation_sample_is_its_prompt_and_the_middle_of_its_picture(make_shard):
+    batch = read(make_shard({"a": {"png": columns(0), "txt": b" a red circle\n"}}), "generation", flip=True)
+    assert batch["tokens"].tolist() == [[1, *encode("draw : a red circle <img>"), 0, 0, 0]]
+    assert batch["keep"].tolist() == [[1] * 7 + [0] * 3] and batch["keep"].dtype == torch.uint8
+    assert batch["images"].shape == (1, 1, 3, 8, 8) and torch.equal(batch["images"][0, 0], middle(0))
+    assert batch["weight"].tolist() == [1] and batch["errors"] == []
+
+
+def test_an_editing_sample_shows_the_target_first_and_the_picture_to_edit_second(make_shard):
+    batch = read(make_shard({"a": EDITING}), "editing", flip=True)
+    words = "<img> <IMG_CONTEXT> <IMG_CONTEXT> </img> edit : make the circle blue <img>"
+    assert batch["tokens"].tolist() == [[1, *encode(words), 0, 0]]
+    assert batch["keep"].tolist() == [[1] * 12 + [0] * 2]
+    assert batch["images"].shape == (1, 2, 3, 8, 8)
+    assert torch.equal(batch["images"][0, 0], middle(7)) and torch.equal(batch["images"][0, 1], middle(50))
+
+
+@pytest.mark.parametrize("source", MEMBERS)
+def test_no_draw_moves_or_mirrors_a_picture(make_shard, source):
+    batch = read(make_shard({"a": MEMBERS[source]}), source, samples=40, flip=True, crop="random")
+    assert all(torch.equal(images, batch["images"][0]) for images in batch["images"])
+
+
+def test_any_caption_comes_up_and_which_follows_from_seed_and_number(make_shard):
+    shard = make_shard({"a": GENERATION})
+    told = prompts(read(shard, "generation", samples=80))
+    expected = {f"<bos> draw : {caption} <img>" for caption in CAPTIONS}
+    assert set(told) == expected and min(told.count(prompt) for prompt in expected) > 8
+    assert prompts(read(shard, "generation", samples=80, micro_batch=7)) == told
+    assert prompts(read(shard, "generation", samples=80, seed=1)) != told
+
+
+@pytest.mark.parametrize("members", [{}, {"json": b'{"scene": 1}'}, {"json": said([])}], ids=str)
+def test_the_txt_is_the_caption_where_no_json_lists_any(make_shard, members):
+    shard = make_shard({"a": {"png": columns(0), "txt": b"a cyan square\n", **members}})
+    assert set(prompts(read(shard, "generation", samples=5))) == {"<bos> draw : a cyan square <img>"}
+
+
+@pytest.mark.parametrize("source", MEMBERS)
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_captions_are_dropped_at_the_rate_asked_for_and_the_picture_to_edit_never(make_shard, source, rate):
+    batch = read(make_shard({"a": MEMBERS[source]}), source, samples=600, caption_dropout=rate)
+    dropped = [prompt == BARE[source] for prompt in prompts(batch)]
+    assert np.mean(dropped) == pytest.approx(rate, abs=3 * (rate * (1 - rate) / 600) ** 0.5)
+    assert batch["weight"].all() and batch["images"].flatten(2).any(2).all()
+
+
+def test_what_is_dropped_follows_from_seed_and_number_alone(make_shard):
+    shard = make_shard({"a": GENERATION})
+
+    def words(**given: Any) -> list[str]:
+        return prompts(read(shard, "generation", samples=100, **given))
+
+    def dropped(told: list[str]) -> list[bool]:
+        return [prompt == BARE["generation"] for prompt in told]
+
+    some, more = words(caption_dropout=0.3), words(caption_dropout=0.6)
+    assert words(caption_dropout=0.3, micro_batch=9) == some
+    assert dropped(words(caption_dropout=0.3, seed=1)) != dropped(some)
+    assert all(later or not sooner for sooner, later in zip(dropped(some), dropped(more), strict=True))
+    kept = [(one, other) for one, other in zip(some, words(), strict=True) if one != BARE["generation"]]
+    assert kept and all(one == other for one, other in kept)  # the draw that drops is not the one that chooses
+
+
+def without(members: dict[str, bytes], *names: str) -> dict[str, bytes]:
+    return {name: data for name, data in members.items() if name not in names}
+
+
+LONGEST = " ".join(["a"] * 6)  # with <bos>, draw, : and <img> ten tokens
+BAD = {
+    "unknown words": ("generation", {**GENERATION, "json": said(["a mauve circle"])}, "unknown words: 'mauve'"),
+    "too long": ("generation", {**GENERATION, "json": said([f"{LONGEST} a"])}, "11 tokens; at most 10 are read"),
+    "captions are one text": (
+        "generation",
+        {**GENERATION, "json": said("a red circle")},
+        "captions are no list of texts",
+    ),
+    "a caption is no text": ("generation", {**GENERATION, "json": said([["a"]])}, "captions are no list of texts"),
+    "a caption of marks": ("generation", {**GENERATION, "json": said(["a <IMG_CONTEXT>"])}, "words: '<IMG_CONTEXT>'"),
+    "no words": ("generation", {"png": columns(0)}, "no member txt; the sample has png"),
+    "no picture": ("generation", without(GENERATION, "png"), "no member png|jpg|jpeg|webp; the sample has json, txt"),
+    "json": ("generation", {**GENERATION, "json": b"{"}, "its json cannot be read"),
+    "json that nests without end": ("generation", {**GENERATION, "json": b"[" * 10**5}, "its json cannot be read"),
+    "json of other bytes": ("generation", {**GENERATION, "json": b'{"a": "\xff"}'}, "its json cannot be read"),
+    "txt of other bytes": ("generation", {"png": columns(0), "txt": b"a \xff"}, "its txt is no UTF-8"),
+    "edit: unknown words": ("editing", {**EDITING, "txt": b"make it mauve"}, "unknown words: 'it'"),
+    "edit: too long": ("editing", {**EDITING, "txt": f"{LONGEST} a".encode()}, "15 tokens; at most 14 are read"),
+    "edit: a mark": ("editing", {**EDITING, "txt": b"make <IMG_CONTEXT> blue"}, "unknown words: '<IMG_CONTEXT>'"),
+    "edit: no target": ("editing", without(EDITING, "output.png"), "no member output.png|output.jpg|"),
+    "edit: no picture": ("editing", without(EDITING, "input.png"), "no member input.png|input.jpg|"),
+    "edit: no instruction": ("editing", without(EDITING, "txt"), "no member txt; the sample has"),
+    "edit: txt of other bytes": ("editing", {**EDITING, "txt": b"\xff"}, "its txt is no UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_sample_weighs_nothing_and_says_why(make_shard, case):
+    source, members, reason = BAD[case]
+    batch = read(make_shard({"a": members}), source)
+    assert batch["weight"].tolist() == [0] and batch["sample"].tolist() == [0]
+    assert not batch["tokens"].any() and not batch["keep"].any() and not batch["images"].any()
+    assert [error["key"] for error in batch["errors"]] == ["a"] and reason in batch["errors"][0]["reason"]
+
+
+@pytest.mark.parametrize("source", MEMBERS)
+def test_the_longest_prompt_is_read_whole(make_shard, source):
+    members = {**without(MEMBERS[source], "json"), "txt": LONGEST.encode()}
+    batch = read(make_shard({"a": members}), source)
+    assert batch["keep"].all() and batch["tokens"].shape[1] == (10 if source == "generation" else EDITING_TOKENS)
+
+
+def test_a_source_that_neither_draws_nor_edits_is_refused(make_shard):
+    with pytest.raises(UserError, match=r"'images' is no task of this phase \(generation, editing\)"):
+        read(make_shard({"a": GENERATION}), "images")
+
+
+def test_one_task_alone_takes_a_source_of_any_name(make_shard):
+    batch = read(make_shard({"a": GENERATION}), "images", task="generation")
+    assert batch["weight"].tolist() == [1] and batch["images"].shape[1] == 1
+
+
+STEPS, GLOBAL_BATCH, TASK_BLOCK = 4, 22, 5  # blocks of 5, 5, 5, 5 and 2
+WORLD = dataclasses.replace(SPEC, num_tokens=14, image_tokens=4, caption_dropout=0.2)
+SHAPES = {"generation": ((1, 3, 8, 8), 14), "editing": ((2, 3, 8, 8), 20)}
+
+
+def stream(world: Path, micro_batch=TASK_BLOCK, size=1, workers=0, first_step=0) -> dict[int, dict[str, torch.Tensor]]:
+    """Sample number -> its tensors, over all ranks; each micro-batch has the shapes of its own task."""
+    sources = [
+        Source("generation", str(world / "scenes-*.tar"), 0.6),
+        Source("editing", str(world / "edits-*.tar"), 0.4),
+    ]
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for rank in range(size):
+        batches = (GLOBAL_BATCH, TASK_BLOCK, micro_batch)
+        loader = Loader(sources, WORLD, 0, *batches, rank, size, workers, first_step, STEPS - first_step)
+        for batch in loader:
+            assert batch["errors"] == []
+            for slot, number in enumerate(batch["sample"].tolist()):
+                values = {name: value[slot] for name, value in batch.items() if name not in ("sample", "errors")}
+                if number < 0:
+                    assert not any(value.any() for value in values.values())
+                    continue
+                task = loader.order.sources[loader.order.locate(number).source].name
+                assert (values["images"].shape, len(values["tokens"])) == SHAPES[task]
+                assert len(values["keep"]) == len(values["tokens"])
+                assert number not in found and values["weight"] == 1
+                found[number] = values
+    return found
+
+
+@pytest.fixture(scope="module")
+def golden(tiny_world):
+    whole = stream(tiny_world)
+    assert sorted(whole) == list(range(STEPS * GLOBAL_BATCH))
+    assert {len(values["images"]) for values in whole.values()} == {1, 2}
+    return whole
+
+
+LAYOUTS = [(1, 2, 0, 0), (2, 2, 0, 0), (3, 1, 0, 0), (2, 3, 2, 0), (1, 5, 2, 2), (3, 2, 0, 1), (2, 4, 0, 3)]
+
+
+@pytest.mark.parametrize(("size", "micro_batch", "workers", "first_step"), LAYOUTS)
+def test_the_mixture_is_one_stream_under_every_layout(tiny_world, golden, size, micro_batch, workers, first_step):
+    found = stream(tiny_world, micro_batch, size, workers, first_step)
+    assert sorted(found) == list(range(first_step * GLOBAL_BATCH, STEPS * GLOBAL_BATCH))
+    for number, values in found.items():
+        assert values.keys() == golden[number].keys()
+        assert all(torch.equal(value, golden[number][name]) for name, value in values.items())
