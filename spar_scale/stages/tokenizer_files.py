@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from parallel.errors import UserError
 from spar_scale.models.autoencoder import latent_scale
 from spar_scale.models.presets import Preset
-from spar_scale.models.tokenizer import UnifiedTokenizer
-from spar_scale.stages.parts import read_config
+from spar_scale.models.tokenizer import Streams, UnifiedTokenizer
+from spar_scale.stages.parts import positive, read_config
 
 KIND, WEIGHTS = "spar_scale.UnifiedTokenizer", "model.safetensors"
 TEACHERS = ("pixel_encoder", "initial_encoder")
@@ -51,8 +52,12 @@ def load_tokenizer(directory: Path, preset: Preset) -> tuple[UnifiedTokenizer, f
     config, where = read_config(PART, directory), f"model.pretrained.{PART}: {directory}"
     if config.get("kind") != KIND:
         raise UserError(f"{where} holds no unified tokenizer; the `pretrained` of a run of stage tokenizer is needed")
-    if config["preset"] != preset.name:
-        raise UserError(f"{where} has preset '{config['preset']}', this recipe has '{preset.name}'")
+    if config.get("preset") != preset.name:
+        raise UserError(f"{where} has preset '{config.get('preset')}', this recipe has '{preset.name}'")
+    if config.get("streams") not in get_args(Streams):
+        allowed = ", ".join(get_args(Streams))
+        raise UserError(f"{where}/config.json has streams = {config.get('streams')}, not one of {allowed}")
+    scale = positive(PART, directory, config, "latent_scale")
     try:
         weights = load_file(directory / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -63,4 +68,4 @@ def load_tokenizer(directory: Path, preset: Preset) -> tuple[UnifiedTokenizer, f
         if name not in weights or name not in shapes or weights[name].shape != shapes[name]:
             raise UserError(f"{where}: weight {name} is missing, unexpected or of another shape in {WEIGHTS}")
     model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in weights.items()}, strict=True)
-    return model, float(config["latent_scale"])
+    return model, scale
