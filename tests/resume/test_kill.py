@@ -2,7 +2,8 @@
 
 One run is killed again and again: after each start it is let run to a seeded number of logged steps
 and for a seeded while beyond (or until a save has begun), then killed without warning.
-`SPAR_KILLS=20` makes it twenty kills, three of them inside a save; the suite does fewer.
+`SPAR_KILLS=20` makes it twenty kills, three of them inside a save; the suite does fewer. The joint phase
+(two tasks, conditioning, alignment) and the adversarial one (a discriminator of its own) take part.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from pathlib import Path
 
 import pytest
 from launching import start_process
-from tiny_runs import consumed, curve, make_autoencoder, make_data, recipe_values, train_all
+from tiny_parts import make_parts
+from tiny_runs import consumed, curve, make_data, phase_values, train_all
 
 KILLS = int(os.environ.get("SPAR_KILLS", "3"))
-IN_SAVE = max(1, 3 * KILLS // 20)
 STEPS_BETWEEN, DELAY_S, EVERY = 3, 0.2, 4
-STEPS = 8 * KILLS + 10
-"""Enough that no kill comes after the end, however fast a step is."""
+ADVERSARIAL = {"perceptual_weight": 0.5, "adversarial_weight": 0.5, "adversarial_start": 3}
+PHASES = {
+    "tokenizer/init": (KILLS, {}),
+    "tokenizer/encoder": (max(2, KILLS // 4), {"objective": ADVERSARIAL}),
+    "align/joint": (max(2, KILLS // 4), {}),
+}
+"""Phase -> kills, changes of its recipe."""
 
 
 def whole_lines(file: Path) -> int:
@@ -37,26 +43,33 @@ def saving(run_dir: Path) -> bool:
 
 
 @pytest.mark.timeout(900)
-def test_killed_at_seeded_moments_the_curve_is_bit_equal(tmp_path: Path) -> None:
-    shards, autoencoder = make_data(tmp_path / "data"), make_autoencoder(tmp_path / "autoencoder")
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_at_seeded_moments_the_curve_is_bit_equal(tmp_path: Path, phase: str) -> None:
+    make_data(tmp_path / "data", edits=64)
+    parts = make_parts(tmp_path / "parts")
+    kills, changes = PHASES[phase]
+    steps = 8 * kills + 10  # enough that no kill comes after the end, however fast a step is
     settings = {
-        "train": {"steps": STEPS, "log_every": 1},
+        **changes,
+        "train": {"steps": steps, "log_every": 1},
         "checkpoint": {"every": EVERY, "keep": 2},
         "data__workers": 1,
         "global_batch": 6,
-        "data__task_block": 6,
-        "parallel__micro_batch": 6,
+        "data__task_block": 3,
+        "parallel__micro_batch": 3,
     }
-    whole = recipe_values(tmp_path / "whole", shards, autoencoder, **settings)
-    killed = recipe_values(tmp_path / "killed", shards, autoencoder, **settings)
+    whole, killed = (
+        phase_values(tmp_path / name, phase, tmp_path / "data", parts, **settings) for name in ("whole", "killed")
+    )
     process = start_process(train_all, 0, 1, [whole])
     process.join(300)
     assert process.exitcode == 0
     reference = curve(tmp_path / "whole")
-    assert len(reference) == STEPS
+    assert len(reference) == steps
 
     moments = random.Random(0)
-    plan = [kill < IN_SAVE for kill in range(KILLS)]
+    in_saves = max(1, 3 * kills // 20)
+    plan = [kill < in_saves for kill in range(kills)]
     moments.shuffle(plan)
     inside = 0
     log = tmp_path / "killed" / "metrics.jsonl"
@@ -76,12 +89,12 @@ def test_killed_at_seeded_moments_the_curve_is_bit_equal(tmp_path: Path) -> None
         process.join()
         caught = bool(list((tmp_path / "killed").glob("checkpoints/.tmp-*")))
         inside += caught
-        if in_save and not caught and len(plan) < KILLS:
+        if in_save and not caught and len(plan) < kills:
             plan.append(True)  # the save was over sooner than the signal came: try another
     process = start_process(train_all, 0, 1, [killed])
     process.join(300)
     assert process.exitcode == 0
-    assert inside >= IN_SAVE
+    assert inside >= in_saves
     assert curve(tmp_path / "killed") == reference
     assert consumed(tmp_path / "killed") == consumed(tmp_path / "whole") == list(range(6 * len(reference)))
     assert json.loads((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == len(reference)

@@ -21,7 +21,7 @@ from tiny_runs import (
 
 pytestmark = pytest.mark.timeout(600)
 
-LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 3, 1), (2, 1, 2)]
+LAYOUTS = [(world, zero, 1) for world in (1, 2, 4) for zero in (1, 2, 3)] + [(2, 1, 2)]
 """(processes, ZeRO stage, pipeline stages)"""
 START = 3
 
@@ -49,15 +49,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
 
     parent = recipe_values(folder / "parent", shards, autoencoder, train={"steps": 2}, checkpoint={"every": 2})
-    for world in (1, 2):
+    for world in (1, 2, 4):
         recipes = [values("-".join(map(str, layout)), *layout) for layout in LAYOUTS if layout[0] == world]
-        run_world(world, train_all, [*([parent] if world == 1 else []), *recipes], initialise=False, timeout_s=300)
-    shutil.copytree(folder / "1-1-1", folder / "resumed")
-    shutil.rmtree(folder / "resumed" / "checkpoints" / "step-00000010")
-    shutil.copytree(folder / "1-1-1", folder / "elastic")
-    shutil.rmtree(folder / "elastic" / "checkpoints" / "step-00000010")
-    run_world(1, train_all, [values("resumed")], initialise=False, timeout_s=200)
-    run_world(2, train_all, [values("elastic", 2, 3)], initialise=False, timeout_s=200)
+        if world == 1:
+            recipes.insert(0, parent)
+        if world == 2:
+            shutil.copytree(folder / "1-1-1", folder / "elastic")
+            shutil.rmtree(folder / "elastic" / "checkpoints" / "step-00000010")
+            recipes.append(values("elastic", 2, 3))
+        run_world(world, train_all, recipes, initialise=False, timeout_s=600)
     return folder
 
 
@@ -82,11 +82,6 @@ def test_the_discriminator_begins_at_its_step_and_learns(runs: Path) -> None:
     assert values[:START] == [(0.0, 0.0)] * START
     assert all(judge > 0 for _, judge in values[START:])
     assert values[-1][1] < values[START][1]
-
-
-def test_a_resumed_run_goes_on_bit_equal_with_its_discriminator(runs: Path) -> None:
-    assert curve(runs / "resumed") == curve(runs / "1-1-1")
-    assert judged(runs / "resumed") == judged(runs / "1-1-1")
 
 
 def test_a_resume_at_another_layout_keeps_the_discriminator(runs: Path) -> None:

@@ -41,7 +41,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def values(name: str, phase: str, world: int = 1, zero: int = 1, pipeline: int = 1) -> dict:
         parallel = {"zero": zero, "pipeline": pipeline, "micro_batch": 3}
-        return phase_values(folder / name, phase, folder / "data", parts, parallel=parallel)
+        changes = {"data__task_block": 6, "checkpoint": {"every": STEPS // 2}}
+        return phase_values(folder / name, phase, folder / "data", parts, parallel=parallel, **changes)
 
     for world in (1, 2, 4):
         recipes = [
