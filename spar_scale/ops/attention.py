@@ -90,7 +90,7 @@ def resolve(
     if packed and not _takes_packed(backend, device):
         reason += f"; packed input is padded to a masked dense batch, since {backend} has no kernel for it on {device}"
     kind = ", masked" * masked + ", packed" * packed
-    _log.info("attention on %s in %s%s: %s (%s)", device, str(dtype).removeprefix("torch."), kind, backend, reason)
+    _say_once(f"attention on {device} in {str(dtype).removeprefix('torch.')}{kind}: {backend} ({reason})")
     return backend, reason
 
 
@@ -189,6 +189,11 @@ def _varlen(
     return _torch_varlen()(
         q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window, enable_gqa=grouped
     )  # fmt: skip
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    _log.info(line)
 
 
 def _takes_packed(backend: str, device: str) -> bool:

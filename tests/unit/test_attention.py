@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
 from parallel.errors import UserError
-from spar_scale.ops.attention import BACKENDS, BackendRefused, attention, resolve, use_backend
+from spar_scale.ops.attention import BACKENDS, BackendRefused, _say_once, attention, resolve, use_backend
 from spar_scale.ops.packing import Packing
 from spar_scale.ops.transformers_attention import IMPLEMENTATION
 from spar_scale.recipe import Recipe, load_recipe, may_change_at_resume
@@ -36,7 +36,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """What is logged once is logged once in each test."""
-    resolve.cache_clear()
+    for function in (resolve, _say_once):
+        function.cache_clear()
     yield
     resolve.cache_clear()
 
@@ -88,7 +89,8 @@ def test_each_choice_is_said_once_with_its_reason(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.INFO, logger="spar_scale.ops.attention"):
         for _ in range(2):
             q = torch.randn(1, 4, 2, 8, dtype=BF16)
-            attention(q, q, q)
+            with use_backend("auto", "cpu", BF16):
+                attention(q, q, q)
             attention(q[0].float(), q[0].float(), q[0].float(), packing=packing)
     assert [record.message for record in caplog.records] == [
         "attention on cpu in bfloat16: math (the backward of flash attention in bf16 is slow on CPU)",
