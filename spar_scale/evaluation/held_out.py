@@ -1,8 +1,8 @@
 """The losses of a trained run on samples that it has not seen, one value per sample.
 
 The run's averaged weights, its own list of layers, draws of noise and time that depend on the sample
-alone: two runs of one phase are compared on the very same terms. With `shuffled` each sample gets the
-prompt of its neighbour, the control for whether a diffusion model listens.
+alone: two runs of one phase are compared on the very same terms. No caption is dropped. With `shuffled`
+each sample gets the prompt of its neighbour, the control for whether a diffusion model listens.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ from parallel import checkpoint
 from parallel.errors import UserError
 from parallel.program import Program
 from spar_scale.data.loader import Loader, Source
+from spar_scale.stages import Stage
 from spar_scale.training.export import recipe_of
 from spar_scale.training.parent import overwrite, started_stage
 
 PROMPT_SLOTS = ("tokens", "keep")
 
 
-@torch.no_grad()
-def held_out_terms(
-    run_dir: Path, shards: Mapping[str, str], samples: int, shuffled: bool = False, seed: int = 0, batch: int = 50
-) -> dict[str, Tensor]:
+def held_out_terms(run_dir: Path, shards: Mapping[str, str], samples: int, shuffled: bool = False) -> dict[str, Tensor]:
     """Return each term of the run's phase over `samples` held-out samples, term -> (samples,) fp32.
 
     `shards` maps the phase's source names to held-out shards; they are mixed in equal shares. Raises
@@ -38,6 +36,14 @@ def held_out_terms(
         raise UserError(f"{run_dir}: holds no checkpoint yet; train it further")
     stage = started_stage(recipe)
     overwrite(stage.model, checkpoint.read(found, "ema"), found)
+    return stage_terms(stage, shards, samples, shuffled)
+
+
+@torch.no_grad()
+def stage_terms(
+    stage: Stage, shards: Mapping[str, str], samples: int, shuffled: bool = False, seed: int = 0, batch: int = 50
+) -> dict[str, Tensor]:
+    """The same for a stage with the weights that it has now; `seed` keys the draws, `batch` samples run at a time."""
     stage.model.eval()
     program = Program(stage.layers, stage.inputs, list(stage.terms)).eval()
     loader = Loader(

@@ -81,7 +81,7 @@ OVERRIDES = [
     (["data.task_block=9"], ["data.task_block: found 9, must not be above global_batch (8)"]),
     (["model.routing=uniform"], ['model.routing: found "uniform", but stage tokenizer does not read it']),
     (["tracking.uri=somewhere"], ["tracking.uri: found", "no stage does yet"]),
-    (["init_from=../x"], ["init_from: found", "only tokenizer/decoder and tokenizer/encoder and align/joint and instruct would"]),
+    (["init_from=../x"], ["init_from: found", "tokenizer/encoder and align/joint and instruct would"]),
     (["objective.latent_noise=0.5"], ["objective.latent_noise: found 0.5", "only bootstrap/autoencoder would"]),
     (["train.steps"], ["override: found 'train.steps', must be dotted.key=value"]),
     (["train..steps=1"], ["override: found 'train..steps=1', must be dotted.key=value"]),
