@@ -1,4 +1,5 @@
-"""The command line: `spar-scale train | data | checkpoint | doctor | demo | reconstruct | ask`.
+"""The command line: `spar-scale train | data | checkpoint | doctor | demo`, and of a trained run
+`generate | edit | routes | reconstruct | ask`.
 
 Nothing heavy is imported until a command needs it, so `--help` and a refused recipe take a fraction
 of a second where importing torch alone takes one. A refusal (`UserError`) is one message on stderr
@@ -88,13 +89,34 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--size", choices=("demo", "smoke"), default="demo", help="minutes, or seconds to see it run")
     demo.add_argument("--seed", type=int, default=0, help="seed of the runs (default 0)")
 
+    generate = _command(commands, "generate", _generate, "draw a picture from words")
+    generate.add_argument(
+        "run_dir", type=Path, help="run directory of stage align or instruct, or of bootstrap_diffusion"
+    )
+    generate.add_argument("prompt", help='what to draw, in one word of the shell: "a red circle on the left"')
+    _drawing(generate)
+
+    edit = _command(commands, "edit", _edit, "change a picture as an instruction says")
+    edit.add_argument("run_dir", type=Path, help="run directory of stage align, phase joint, or of instruct")
+    edit.add_argument("image", type=Path, help="image file of any size; its middle square is edited")
+    edit.add_argument("instruction", help='what to change, in one word of the shell: "make the circle blue"')
+    _drawing(edit)
+
+    routes = _command(commands, "routes", _routes, "show which layers of the language model each token takes")
+    routes.add_argument("run_dir", type=Path, help="run directory of stage align or instruct")
+    routes.add_argument("prompt", help="a prompt, in one word of the shell; with --image an instruction")
+    routes.add_argument("--image", type=Path, help="image file to edit")
+    _png(routes)
+
     reconstruct = _command(commands, "reconstruct", _reconstruct, "pass an image through a trained tokenizer")
-    reconstruct.add_argument("run_dir", type=Path, help="run directory of a tokenizer phase")
+    reconstruct.add_argument("run_dir", type=Path, help="run directory of a phase with a tokenizer or autoencoder")
     reconstruct.add_argument("image", type=Path, help="image file")
-    reconstruct.add_argument("-o", "--out", type=Path, required=True, metavar="PNG", help="where to write it")
+    _png(reconstruct)
 
     ask = _command(commands, "ask", _ask, "answer a question about an image")
-    ask.add_argument("run_dir", type=Path, help="run directory of the bootstrap phase mllm")
+    ask.add_argument(
+        "run_dir", type=Path, help="run directory of bootstrap_mllm, of align's phase joint, or of instruct"
+    )
     ask.add_argument("image", type=Path, help="image file")
     ask.add_argument("question", help='the question, in one word of the shell: "what color is the circle?"')
     return parser
@@ -157,6 +179,30 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _generate(arguments: argparse.Namespace) -> int:
+    from spar_scale.inference.commands import generate
+
+    return _say(generate(arguments.run_dir, arguments.prompt, arguments.out, _wishes(arguments)))
+
+
+def _edit(arguments: argparse.Namespace) -> int:
+    from spar_scale.inference.commands import edit
+
+    return _say(edit(arguments.run_dir, arguments.image, arguments.instruction, arguments.out, _wishes(arguments)))
+
+
+def _wishes(arguments: argparse.Namespace):
+    from spar_scale.inference.commands import Wishes
+
+    return Wishes(arguments.seed, arguments.number, arguments.steps, arguments.guidance)
+
+
+def _routes(arguments: argparse.Namespace) -> int:
+    from spar_scale.inference.commands import routes
+
+    return _say(routes(arguments.run_dir, arguments.prompt, arguments.out, arguments.image))
+
+
 def _reconstruct(arguments: argparse.Namespace) -> int:
     from spar_scale.inference.commands import reconstruct
 
@@ -179,6 +225,20 @@ def _overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="values laid over the file's")
 
 
+def _png(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="PNG", help="where to write it")
+
+
+def _drawing(parser: argparse.ArgumentParser) -> None:
+    _png(parser)
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of the noise (default 0)")
+    parser.add_argument("--number", type=_positive, default=1, help="how many pictures, of seeds one apart (default 1)")
+    parser.add_argument("--steps", type=_positive, help="steps of the sampler (default: the preset's)")
+    parser.add_argument(
+        "--guidance", type=_guidance, help="strength of the words, 1 for none added (default: the preset's)"
+    )
+
+
 def _is_override(word: str) -> bool:
     return "=" in word and not word.startswith("-")
 
@@ -187,6 +247,20 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"found {text}, must be 1 or more")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**62:
+        raise argparse.ArgumentTypeError(f"found {text}, must be 0 or more and below 2^62")
+    return value
+
+
+def _guidance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text}, must be a number from 0")
     return value
 
 

@@ -1,1 +1,1 @@
-"""Using trained models: reconstruction of photographs."""
+"""Using trained runs: pictures drawn and edited, routes, reconstructions, answers."""

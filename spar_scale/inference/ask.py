@@ -1,21 +1,25 @@
-"""Asking a trained language model about a picture."""
+"""Asking a trained language model about a picture, alone or as a part of SPAR: one way of answering."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
-from transformers import InternVLForConditionalGeneration
+from torch import nn
+from transformers import InternVLForConditionalGeneration, Qwen2Model
 
-from parallel.errors import UserError
-from spar_scale.data.prompts import EOS, TOKENS, decode, encode, opening
+from spar_scale.data.prompts import EOS, IMAGE, TOKENS, Prompt, decode, encode, opening
 from spar_scale.evaluation.reconstruction import to_tensor
-from spar_scale.inference.commands import open_image
-from spar_scale.models.mllm import greedy
+from spar_scale.inference.pictures import open_image
+from spar_scale.inference.runs import fit_recipe, load_run
+from spar_scale.inference.words import check_length, spaced
+from spar_scale.models.mllm import greedy, merge
+from spar_scale.models.tokenizer import UnifiedTokenizer
+from spar_scale.models.unified import SPAR
+from spar_scale.models.vision import features
 from spar_scale.stages.parts import preset_of
-from spar_scale.training.export import recipe_of, trained_model
 
 MAX_ANSWER_TOKENS = 16
 
@@ -25,31 +29,38 @@ def ask(run_dir: Path, image: Path, question: str) -> str:
 
     Raises UserError for a run without a language model and for words that it does not know.
     """
-    recipe = recipe_of(run_dir)
-    if (recipe.stage, recipe.phase) != ("bootstrap", "mllm"):
-        raise UserError(
-            f"{run_dir}: a run of stage '{recipe.stage}', phase '{recipe.phase}', which answers no questions;"
-            " a run of stage 'bootstrap', phase 'mllm' is needed"
-        )
+    preset = preset_of(fit_recipe(run_dir, "ask"))
     words, picture = spaced(question), open_image(image)
     encode(words)  # refuse unknown words before anything is loaded
-    model, checkpoint = trained_model(run_dir)
-    assert isinstance(model, InternVLForConditionalGeneration)
-    said = answer(model, picture, words, preset_of(recipe).image_size)
-    return f"{said}\n(the average of {checkpoint}, {image} at {preset_of(recipe).image_size} pixels)"
+    check_length(len(_prompt(words, preset.vision.tokens).tokens), MAX_ANSWER_TOKENS, preset)
+    run = load_run(run_dir, "ask")
+    said = answer(run.model, picture, words, preset.image_size)
+    return f"{said}\n({run}; {image} at {preset.image_size} pixels)"
 
 
-def answer(model: InternVLForConditionalGeneration, picture: Image.Image, question: str, size: int) -> str:
-    """Answer a question of known words about a picture, resized to `size` x `size` pixels, by greedy decoding."""
+def answer(model: nn.Module, picture: Image.Image, question: str, size: int) -> str:
+    """Answer a question of known words about a picture, resized to `size` x `size` pixels, by greedy decoding.
+
+    `model` is InternVL, or SPAR with a unified tokenizer, whose features stand for the picture then.
+    Raises TypeError for any other.
+    """
     pixels = to_tensor(picture.resize((size, size), Image.Resampling.BICUBIC))[None]
-    prompt = opening(model.config.image_seq_length).ask(f"question : {question} answer :")
+    with torch.no_grad():
+        if isinstance(model, SPAR) and isinstance(model.tokenizer, UnifiedTokenizer):
+            language, seen = model.language_model, model.tokenizer.features(pixels)
+        elif isinstance(model, InternVLForConditionalGeneration):
+            parts, ratio = model.model, model.config.downsample_ratio
+            language, seen = (
+                parts.language_model,
+                features(parts.vision_tower, parts.multi_modal_projector, pixels, ratio),
+            )
+        else:
+            raise TypeError(f"{type(model).__name__} answers no questions")
+        tokens = torch.tensor([_prompt(question, seen.shape[1]).tokens])
+        embedded = merge(language.embed_tokens(tokens), seen, tokens == TOKENS[IMAGE])
     stop = frozenset((TOKENS["."], TOKENS[EOS]))
-    return decode(greedy(model, pixels, torch.tensor([prompt.tokens]), stop, MAX_ANSWER_TOKENS))
+    return decode(greedy(cast(Qwen2Model, language), model.lm_head, embedded, stop, MAX_ANSWER_TOKENS))
 
 
-def spaced(question: str) -> str:
-    """A question as the tokenizer reads it: small letters, words and marks apart, a question mark at the end."""
-    words = re.findall(r"[^\s?.,:]+|[?.,:]", question.lower())
-    if not words:
-        raise UserError("the question is empty")
-    return " ".join(words if words[-1] == "?" else [*words, "?"])
+def _prompt(question: str, image_tokens: int) -> Prompt:
+    return opening(image_tokens).ask(f"question : {question} answer :")

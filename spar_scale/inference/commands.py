@@ -1,35 +1,126 @@
-"""Bodies of the commands that use a trained run."""
+"""Bodies of the commands that use a trained run. Each checks what it is given before it loads anything."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
-from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from parallel.errors import UserError
-from spar_scale.evaluation.reconstruction import image_psnr
+from spar_scale.data.prompts import Prompt, editing_prompt, encode, generation_prompt
+from spar_scale.evaluation.reconstruction import image_psnr, to_image
+from spar_scale.inference import drawing
+from spar_scale.inference.pictures import check_target, middle_square, open_image, sheet, write_png
 from spar_scale.inference.pipeline import reconstruct_image
+from spar_scale.inference.routes import route, routes_picture, routes_table
+from spar_scale.inference.runs import TrainedRun, fit_recipe, load_run
+from spar_scale.inference.sampler import seeded_noise
+from spar_scale.inference.words import check_length, told
+from spar_scale.models.presets import Preset
+from spar_scale.models.shapes import SamplingShape
+from spar_scale.models.unified import SPAR, LatentDiffusion
+from spar_scale.objectives.flow_matching import NUM_TIMESTEPS
 from spar_scale.stages.parts import preset_of
-from spar_scale.training.export import recipe_of, trained_model
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How to draw: pictures of the seeds seed, seed + 1, ...; None stands for the preset's own value."""
+
+    seed: int = 0
+    number: int = 1
+    steps: int | None = None
+    guidance: float | None = None
+
+    def sampling(self, preset: Preset) -> SamplingShape:
+        """The preset's way of sampling with the wishes laid over it. UserError for more steps than there are."""
+        wanted = {"steps": self.steps, "guidance": self.guidance}
+        sampling = replace(preset.sampling, **{name: value for name, value in wanted.items() if value is not None})
+        if sampling.steps > NUM_TIMESTEPS:
+            raise UserError(f"--steps: found {sampling.steps}; the flow has {NUM_TIMESTEPS}")
+        return sampling
+
+
+def generate(run_dir: Path, prompt: str, out: Path, wishes: Wishes) -> str:
+    """Draw a prompt, write a PNG, return what was done."""
+    preset = preset_of(fit_recipe(run_dir, "generate"))
+    words = _known(prompt, generation_prompt, preset)
+    check_target(out)
+
+    def pictures(model: LatentDiffusion, noise: Tensor, sampling: SamplingShape) -> Tensor:
+        return drawing.generate(model, [words] * wishes.number, noise, sampling)
+
+    return _drawn(run_dir, "generate", pictures, f"draw : {words}", out, wishes)
+
+
+def edit(run_dir: Path, image: Path, instruction: str, out: Path, wishes: Wishes) -> str:
+    """Edit the middle square of a picture of any size, write a PNG of the model's size, return what was done."""
+    preset = preset_of(fit_recipe(run_dir, "edit"))
+    words = _known(instruction, lambda said: editing_prompt(said, preset.vision.tokens), preset)
+    source = middle_square(image, preset.image_size)
+    check_target(out, image)
+
+    def pictures(model: LatentDiffusion, noise: Tensor, sampling: SamplingShape) -> Tensor:
+        return drawing.edit(model, source.expand(wishes.number, -1, -1, -1), [words] * wishes.number, noise, sampling)
+
+    said = f"{image}, its middle square at {preset.image_size} pixels; edit : {words}"
+    return _drawn(run_dir, "edit", pictures, said, out, wishes)
+
+
+def routes(run_dir: Path, prompt: str, out: Path, image: Path | None = None) -> str:
+    """Draw which of the language model's layers each token of a prompt takes; return the same as a table.
+
+    With a picture to edit the prompt is an instruction.
+    """
+    preset = preset_of(fit_recipe(run_dir, "routes" if image is None else "edit"))
+    num_picture = 0 if image is None else preset.vision.tokens
+    ask = generation_prompt if image is None else lambda said: editing_prompt(said, num_picture)
+    words = _known(prompt, ask, preset)
+    source = None if image is None else middle_square(image, preset.image_size)[None]
+    check_target(out, image)
+    run = load_run(run_dir, "routes")
+    routed = route(cast(SPAR, run.model), ask(words), source)
+    write_png(routes_picture(routed), out)
+    return f"{run}\n{routes_table(routed)}\n{out}"
 
 
 def reconstruct(run_dir: Path, image: Path, out: Path) -> str:
-    """Pass a picture of any size through the run's model and back; write a PNG, return what was done."""
-    model, checkpoint = trained_model(run_dir)
+    """Pass a picture of any size through the run's tokenizer and back; write a PNG, return what was done."""
+    fit_recipe(run_dir, "reconstruct")
     picture = open_image(image)
-    size = preset_of(recipe_of(run_dir)).image_size
-    result = reconstruct_image(model, picture, size)  # type: ignore[arg-type]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    result.save(out, format="PNG")
-    return f"{out}: {image} through the average of {checkpoint}, PSNR {image_psnr(result, picture):.2f} dB"
+    check_target(out, image)
+    run = load_run(run_dir, "reconstruct")
+    model = run.model.tokenizer if isinstance(run.model, LatentDiffusion) else run.model
+    result = reconstruct_image(model, picture, run.preset.image_size)  # type: ignore[arg-type]
+    write_png(result, out)
+    return f"{out}: {image} through {run}, PSNR {image_psnr(result, picture):.2f} dB"
 
 
-def open_image(path: Path) -> Image.Image:
-    """Read a picture as RGB. Raises UserError for anything else."""
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image; PNG, JPEG or WebP is needed") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; a readable image is needed") from None
+def _known(text: str, prompt: Callable[[str], Prompt], preset: Preset) -> str:
+    """The words as the tokenizer reads them; UserError for unknown ones and for too many."""
+    words = told(text)
+    encode(words)
+    check_length(len(prompt(words).tokens), preset.conditioning.num_queries, preset)
+    return words
+
+
+def _drawn(
+    run_dir: Path,
+    use: str,
+    pictures: Callable[[LatentDiffusion, Tensor, SamplingShape], Tensor],
+    said: str,
+    out: Path,
+    wishes: Wishes,
+) -> str:
+    """Load the run, draw from the noise of the seeds, write the pictures side by side."""
+    sampling = wishes.sampling(preset_of(fit_recipe(run_dir, use)))
+    run: TrainedRun = load_run(run_dir, use)
+    model, seeds = cast(LatentDiffusion, run.model), range(wishes.seed, wishes.seed + wishes.number)
+    images = pictures(model, seeded_noise(model.latent_shape, seeds), sampling)
+    write_png(sheet([to_image(image) for image in images]), out)
+    named = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+    how = f"{sampling.steps} steps, guidance {sampling.guidance:g}, flow shift {sampling.flow_shift:g}"
+    return f"{run}\n{said}\n{out}: {named}, {how}"

@@ -17,11 +17,11 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
+from torch import Tensor, nn
+from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config, Qwen2Model
 
 from spar_scale.models.presets import Preset
-from spar_scale.models.vision import normalise, vision_config
+from spar_scale.models.vision import vision_config
 from spar_scale.ops.transformers_attention import IMPLEMENTATION
 
 
@@ -92,19 +92,18 @@ def next_token_loss(logits: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def greedy(
-    model: InternVLForConditionalGeneration, images: Tensor, tokens: Tensor, stop: frozenset[int], limit: int
-) -> list[int]:
-    """Continue one prompt about one image: images (1, 3, S, S) in [0, 1], tokens (1, T); return the new tokens.
+def greedy(language: Qwen2Model, head: nn.Module, embedded: Tensor, stop: frozenset[int], limit: int) -> list[int]:
+    """Continue one prompt, given by its embeddings (1, T, D) with the picture's features merged; return the new tokens.
 
     Ends before a token of `stop`, or after `limit` tokens. The answers are a few tokens long, so nothing is cached.
     """
     new: list[int] = []
     while len(new) < limit:
-        logits = model(input_ids=tokens, pixel_values=normalise(images), logits_to_keep=1).logits
-        best = int(logits[0, -1].argmax())
+        state = language(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, -1]
+        best = int(head(state).argmax())
         if best in stop:
             break
         new.append(best)
-        tokens = torch.cat([tokens, torch.tensor([[best]], device=tokens.device)], 1)
+        token = language.embed_tokens(torch.tensor([[best]], device=embedded.device))
+        embedded = torch.cat([embedded, token], 1)
     return new

@@ -45,8 +45,34 @@ class PixelTokenizer(nn.Module):
         """Latents (B, Z, g, g) to images (B, 3, S, S), fp32, about [0, 1] and not clamped."""
         return resize(decode_latents(self.decoder, latents), self.image_size)
 
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] through the latent and back, clamped to [0, 1]."""
+        return self.decode(self.encode(images)).clamp(0, 1)
 
-class SPAR(Composition):
+
+class LatentDiffusion(Composition):
+    """A diffusion transformer in the latent space of a tokenizer; a subclass says what conditions it."""
+
+    tokenizer: UnifiedTokenizer | PixelTokenizer
+    diffusion: Diffusion
+    latent_scale: float
+    latent_shape: tuple[int, int, int]
+
+    def condition(self, tokens: Tensor, keep: Tensor, references: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return captions (B, M, C) of prompts (B, P), and which of them are real (B, M), for `velocity`."""
+        raise NotImplementedError
+
+    def velocity(self, latents: Tensor, timestep: Tensor, captions: Tensor, keep: Tensor) -> Tensor:
+        """Predict the velocity (B, Z, g, g) of scaled noisy latents at timestep (B,) = 1000 sigma."""
+        return self.diffusion(latents, timestep, captions, keep)[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, Z, g, g) to images (B, 3, S, S), fp32, clamped to [0, 1]."""
+        return self.tokenizer.decode(latents / self.latent_scale).clamp(0, 1)
+
+
+class SPAR(LatentDiffusion):
     """The unified model of a preset; parameter names are the checkpoint's.
 
     The language model and its head are taken from `mllm`, whose vision tower is left behind: the
@@ -103,14 +129,6 @@ class SPAR(Composition):
         routed = keep_references(self.routing(states), embedded, tokens == self.image_token_id)
         whole = sequence_keep(keep, states.shape[2] - keep.shape[1])
         return self.connector(routed, whole), whole
-
-    def velocity(self, latents: Tensor, timestep: Tensor, captions: Tensor, keep: Tensor) -> Tensor:
-        """Predict the velocity (B, Z, g, g) of scaled noisy latents at timestep (B,) = 1000 sigma."""
-        return self.diffusion(latents, timestep, captions, keep)[0]
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, Z, g, g) to images (B, 3, S, S), fp32, clamped to [0, 1]."""
-        return self.tokenizer.decode(latents / self.latent_scale).clamp(0, 1)
 
 
 def keep_references(routed: Tensor, embedded: Tensor, is_image: Tensor) -> Tensor:

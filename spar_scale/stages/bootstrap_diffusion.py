@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from parallel.program import Layer
 from spar_scale.models.diffusion import Diffusion
 from spar_scale.models.initialise import initialise
-from spar_scale.models.layers import Composition
 from spar_scale.models.presets import Preset
-from spar_scale.models.unified import PixelTokenizer
+from spar_scale.models.unified import LatentDiffusion, PixelTokenizer
 from spar_scale.stages import Export, Stage
 from spar_scale.stages.align import conditioned_sample
 from spar_scale.stages.bootstrap_mllm import DecoderLayer
@@ -26,14 +25,24 @@ from spar_scale.stages.diffusion_layers import AutoencoderLatent, diffusion_laye
 from spar_scale.stages.parts import load_autoencoder, load_mllm, preset_of, pretrained_directories
 
 
-class CaptionedDiffusion(Composition):
+class CaptionedDiffusion(LatentDiffusion):
     """A diffusion transformer, the frozen parts that it is trained with, and the projection between them."""
 
     def __init__(self, preset: Preset, language_model: nn.Module, tokenizer: PixelTokenizer, latent_scale: float):
         super().__init__()
         self.language_model, self.tokenizer, self.latent_scale = language_model, tokenizer, latent_scale
         self.caption_projection = nn.Linear(preset.streams.width, preset.diffusion.caption_channels)
-        self.diffusion = Diffusion(preset.diffusion)
+        self.diffusion, self.latent_shape = Diffusion(preset.diffusion), preset.latent_shape
+
+    def condition(self, tokens: Tensor, keep: Tensor, references: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return captions (B, P, C) of tokens (B, P), padded on the right, and `keep` again, for `velocity`.
+
+        Raises TypeError for references: no picture to edit is read.
+        """
+        if references is not None:
+            raise TypeError("captions alone condition this model")
+        states = self.language_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return self.caption_projection(states), keep
 
 
 class EmbedWords(Layer):
@@ -79,7 +88,8 @@ def diffusion(recipe: Any) -> Stage:
     preset = preset_of(recipe)
     autoencoder, scale = load_autoencoder(directories["pixel_autoencoder"], preset)
     language = load_mllm(directories["mllm"], preset).model.language_model
-    model = CaptionedDiffusion(preset, language, PixelTokenizer(autoencoder, preset), scale)
+    tokenizer = PixelTokenizer(autoencoder, preset)
+    model = CaptionedDiffusion(preset, language, tokenizer, scale)
     initialise(model, recipe.seed, loaded=("language_model", "tokenizer"))
     return Stage(
         model=model,
@@ -88,7 +98,7 @@ def diffusion(recipe: Any) -> Stage:
             *(DecoderLayer(layer, language.config) for layer in language.layers),
             FinalStates(language.norm),
             ProjectCaptions(nn.Identity(), model.caption_projection),
-            AutoencoderLatent(model.tokenizer, scale),
+            AutoencoderLatent(tokenizer, scale),
             *diffusion_layers(model.diffusion, num_queries=0),
         ],
         inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),

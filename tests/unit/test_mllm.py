@@ -13,11 +13,12 @@ from transformers import AutoTokenizer, InternVLForConditionalGeneration
 from parallel.errors import UserError
 from parallel.program import Program
 from spar_scale.data.prompts import TOKENS, encode, opening
-from spar_scale.inference.ask import answer, ask, spaced
+from spar_scale.inference.ask import answer, ask
+from spar_scale.inference.words import spaced
 from spar_scale.models.initialise import initialise
 from spar_scale.models.mllm import build_mllm, causal_mask, greedy, merge, mllm_config, next_token_loss, rotary
 from spar_scale.models.presets import PRESETS
-from spar_scale.models.vision import normalise
+from spar_scale.models.vision import features, normalise
 from spar_scale.stages import build
 from spar_scale.stages.bootstrap_mllm import NUM_TOKENS, NextTokenLoss
 from spar_scale.stages.parts import load_vision
@@ -148,13 +149,16 @@ def test_greedy_words_are_those_of_the_librarys_generate(stage):
     model = stage.model.eval()
     images = batch_of(1)["images"]
     tokens = torch.tensor([opening(16).ask("describe :").tokens])
-    found = greedy(model, images, tokens, frozenset(), limit=6)
+    parts = model.model
+    seen = features(parts.vision_tower, parts.multi_modal_projector, images, TINY.vision.downsample_ratio)
+    given = merge(parts.language_model.embed_tokens(tokens), seen, tokens == TINY.language.image_token_id)
+    found = greedy(parts.language_model, model.lm_head, given, frozenset(), limit=6)
     expected = model.generate(
         input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=normalise(images), do_sample=False,
         max_new_tokens=6, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     assert found == expected[0, tokens.shape[1] :].tolist() and len(found) == 6
-    assert greedy(model, images, tokens, frozenset(found[:1]), limit=6) == []
+    assert greedy(parts.language_model, model.lm_head, given, frozenset(found[:1]), limit=6) == []
 
 
 def test_the_published_layout_gives_the_next_stages_their_tower_and_the_words(stage, tmp_path):

@@ -1,0 +1,72 @@
+"""Picture files: read as training reads them, written whole or not at all, never over what was read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from parallel.errors import UserError
+from spar_scale.data.images import MODES, BadSample, square
+
+_GAP, _COLUMNS = 2, 8  # pixels, pictures in a row
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read a picture upright and as RGB, as training does. Raises UserError for what cannot be read so."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode not in MODES:
+                raise UserError(f"{path}: image mode {picture.mode}; only 8-bit images are read")
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (UserError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not an image; PNG, JPEG or WebP is needed") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; a readable image is needed") from None
+    except Exception as error:  # whatever else a decoder raises is the file's fault
+        raise UserError(f"{path}: {type(error).__name__}: {error}; a readable image is needed") from None
+
+
+def middle_square(path: Path, size: int) -> Tensor:
+    """The picture's largest middle square as (3, size, size) in [0, 1], resized as in training."""
+    try:
+        return torch.from_numpy(square(open_image(path), size, along=0.5, mirrored=False))
+    except BadSample as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def check_target(out: Path, read: Path | None = None) -> None:
+    """Make the parents of `out`. UserError where it is a directory or the picture that is read."""
+    if out.is_dir():
+        raise UserError(f"{out}: a directory; the name of the picture to write is needed")
+    if read is not None and out.exists() and read.exists() and out.samefile(read):
+        raise UserError(f"{out}: is the picture to read; write to another file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{out.parent}: a file stands where this directory should be") from None
+
+
+def write_png(picture: Image.Image, out: Path) -> None:
+    """Write a PNG under a temporary name, then move it into place."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, out)
+
+
+def sheet(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side, in rows of eight; one alone stays as it is."""
+    if len(pictures) == 1:
+        return pictures[0]
+    width, height = (edge + _GAP for edge in pictures[0].size)
+    columns, rows = min(len(pictures), _COLUMNS), -(-len(pictures) // _COLUMNS)
+    canvas = Image.new("RGB", (columns * width - _GAP, rows * height - _GAP), "white")
+    for place, picture in enumerate(pictures):
+        canvas.paste(picture, (place % _COLUMNS * width, place // _COLUMNS * height))
+    return canvas

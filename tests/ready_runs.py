@@ -1,0 +1,32 @@
+"""Run directories as training leaves them, made without training: the averages are the weights of the seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiny_parts import parts_of
+
+from parallel import checkpoint
+from parallel.boxes import Fragment
+from spar_scale.recipe import load_recipe
+from spar_scale.stages import build
+
+
+def make_run(folder: Path, stage: str, phase: str, parts: dict[str, str]) -> Path:
+    """Write a run of the tiny preset under `folder`, with the parts it starts from, and one checkpoint."""
+    run_dir, source = folder / f"{stage}_{phase}", "captions" if phase == "mllm" else "generation"
+    run_dir.mkdir(parents=True)
+    pretrained = ", ".join(f'{name}: "{path}"' for name, path in parts_of(stage, phase, parts).items())
+    (run_dir / "recipe.yaml").write_text(
+        f"stage: {stage}\nphase: {phase}\nmodel: {{preset: tiny, pretrained: {{{pretrained}}}}}\n"
+        f"run_dir: {run_dir}\nglobal_batch: 4\ntrain: {{steps: 1}}\noptimizer: {{lr: 1.0e-3}}\n"
+        f"data: {{task_block: 4, sources: [{{name: {source}, shards: none}}]}}\ncheckpoint: {{every: 1}}\n"
+    )
+    built = build(load_recipe(run_dir / "recipe.yaml"))
+    averages = [
+        Fragment(name, tuple(parameter.shape), 0, {"ema": parameter.detach().flatten()}, None, writes=True)
+        for name, parameter in built.model.named_parameters()
+        if parameter.requires_grad
+    ]
+    checkpoint.save(run_dir / "checkpoints", 1, averages, {"step": 1}, {}, None, keep=1)
+    return run_dir
