@@ -8,6 +8,7 @@ common, and a run that is there and finished is not trained again.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ PHASES = (
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SIZES = {"demo": "tiny", "smoke": "smoke"}
 Switches = Mapping[str, object]
+NONE: Switches = {}
 _log = logging.getLogger(__name__)
 
 
@@ -54,65 +56,71 @@ class Chain:
         self.core_seconds: dict[str, float] = {}
         self._trained: set[Path] = set()
 
-    def train(self, phase: str, switches: Switches | None = None) -> Path:
+    def train(self, phase: str, switches: Switches = NONE) -> Path:
         """Train a phase under switches, and before it what it starts from; return its run directory."""
-        recipe, run_dir = self._recipe(phase, switches or {}), self.run_dir(phase, switches)
+        run_dir = self.run_dir(phase, switches)
         if run_dir in self._trained:
             return run_dir
-        for parent in _parents(recipe):
+        for parent in self.parents(phase):
             self.train(parent, switches)
+        recipe = self.recipe(phase, switches)
         if _finished(run_dir, recipe.train.steps):
             _log.info("%s is trained already", run_dir)
         else:
             began = os.times()
-            train(self._placed(phase, switches or {}))
+            train(recipe)
             self.core_seconds[phase] = sum(os.times()[:4]) - sum(began[:4])
         self._trained.add(run_dir)
         return run_dir
 
-    def run_dir(self, phase: str, switches: Switches | None = None) -> Path:
+    def run_dir(self, phase: str, switches: Switches = NONE) -> Path:
         """The run directory of a phase under switches."""
-        marks = [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(self._effective(phase, switches or {}))]
+        marks = [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(self._effective(phase, switches))]
         root = self.shared if phase.startswith("bootstrap") else self.out
         return root / ",".join([phase, *marks])
 
-    def _effective(self, phase: str, switches: Switches) -> set[tuple[str, object]]:
-        """The switches that this phase reads, or one that it starts from."""
-        recipe = self._recipe(phase, {})
-        own = {(key, value) for key, value in switches.items() if reads(key, recipe.stage, recipe.phase)}
-        return own.union(*(self._effective(parent, switches) for parent in _parents(recipe)))
+    def parents(self, phase: str) -> list[str]:
+        """The phases that one starts from: the first part of each path beside its own run directory."""
+        recipe = self._plain(phase)
+        references = [*([recipe.init_from] if recipe.init_from else []), *recipe.model.pretrained.values()]
+        return list(dict.fromkeys(PurePath(reference).parts[1] for reference in references))
 
-    def _recipe(self, phase: str, switches: Switches, extra: tuple[str, ...] = ()) -> Recipe:
-        path = self.folder / f"{phase}.yaml"
-        if not switches and not extra:
-            return load_recipe(path)
-        plain = load_recipe(path)
-        own = [f"{key}={json.dumps(value)}" for key, value in switches.items() if reads(key, plain.stage, plain.phase)]
-        return load_recipe(path, [*own, *extra])
-
-    def _placed(self, phase: str, switches: Switches) -> Recipe:
-        """The recipe with its run directory, its shards and the runs that it starts from in their places."""
-        recipe, run_dir = self._recipe(phase, switches), self.run_dir(phase, switches)
+    def recipe(self, phase: str, switches: Switches = NONE) -> Recipe:
+        """The recipe of a phase under switches: its run directory, shards, and what it starts from in their places."""
+        plain, run_dir = self._plain(phase), self.run_dir(phase, switches)
 
         def beside(reference: str) -> str:
             parent, *inside = PurePath(reference).parts[1:]
             return os.path.join(os.path.relpath(self.run_dir(parent, switches), run_dir), *inside)
 
-        placed = [f"run_dir={run_dir}"]
-        if not phase.startswith("bootstrap") or self.shared == self.out:
-            placed.append(f"seed={self.seed}")
-        if recipe.init_from:
-            placed.append(f"init_from={beside(recipe.init_from)}")
-        placed += [f"model.pretrained.{part}={beside(where)}" for part, where in recipe.model.pretrained.items()]
-        for index, source in enumerate(recipe.data.sources):
-            placed.append(f"data.sources.{index}.shards={self.shared / 'data' / PurePath(source.shards).name}")
-        return self._recipe(phase, switches, tuple(placed))
+        changes = [f"{key}={json.dumps(value)}" for key, value in sorted(_own(plain, switches))]
+        changes.append(f"run_dir={run_dir}")
+        if self.shared == self.out or not phase.startswith("bootstrap"):
+            changes.append(f"seed={self.seed}")
+        if plain.init_from:
+            changes.append(f"init_from={beside(plain.init_from)}")
+        changes += [f"model.pretrained.{part}={beside(where)}" for part, where in plain.model.pretrained.items()]
+        for index, source in enumerate(plain.data.sources):
+            changes.append(f"data.sources.{index}.shards={self.shared / 'data' / PurePath(source.shards).name}")
+        return load_recipe(self.folder / f"{phase}.yaml", changes)
+
+    def _plain(self, phase: str) -> Recipe:
+        return _load(self.folder / f"{phase}.yaml")
+
+    def _effective(self, phase: str, switches: Switches) -> set[tuple[str, object]]:
+        """The switches that this phase reads, or one that it starts from."""
+        inherited = (self._effective(parent, switches) for parent in self.parents(phase))
+        return _own(self._plain(phase), switches).union(*inherited)
 
 
-def _parents(recipe: Recipe) -> list[str]:
-    """The phases that a recipe starts from: the first part of each path beside its own directory."""
-    references = [*([recipe.init_from] if recipe.init_from else []), *recipe.model.pretrained.values()]
-    return list(dict.fromkeys(PurePath(reference).parts[1] for reference in references))
+@functools.cache
+def _load(path: Path) -> Recipe:
+    return load_recipe(path)
+
+
+def _own(recipe: Recipe, switches: Switches) -> set[tuple[str, object]]:
+    """The switches that the phase of a recipe reads."""
+    return {(key, value) for key, value in switches.items() if reads(key, recipe.stage, recipe.phase)}
 
 
 def _finished(run_dir: Path, steps: int) -> bool:

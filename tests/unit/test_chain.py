@@ -1,0 +1,97 @@
+"""The chain of phases: who starts from whom, which switch reaches which run directory; the verdicts of ablations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from parallel.errors import UserError
+from spar_scale.ablation import ROWS, ablate, acts, table
+from spar_scale.chain import PHASES, Chain
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Chain:
+    return Chain(tmp_path / "seed-3", "smoke", 3, shared=tmp_path)
+
+
+@pytest.mark.parametrize("size", ["demo", "smoke"])
+def test_every_phase_comes_after_those_that_it_starts_from(tmp_path: Path, size: str):
+    chain = Chain(tmp_path, size, 0)
+    for position, phase in enumerate(PHASES):
+        recipe = chain.recipe(phase)
+        for parent in chain.parents(phase):
+            assert PHASES.index(parent) < position
+        assert recipe.seed == 0 and recipe.run_dir == tmp_path / phase
+
+
+SWITCHED = {
+    ("tokenizer_init", "model.streams", "pixel"): "tokenizer_init,streams=pixel",
+    ("tokenizer_encoder", "model.streams", "pixel"): "tokenizer_encoder,streams=pixel",
+    ("tokenizer_decoder", "model.encoder", "frozen"): "tokenizer_decoder",
+    ("tokenizer_encoder", "model.encoder", "frozen"): "tokenizer_encoder,encoder=frozen",
+    ("align_joint", "model.encoder", "frozen"): "align_joint,encoder=frozen",
+    ("align_connector", "model.alignment", "none"): "align_connector",
+    ("align_joint", "model.alignment", "none"): "align_joint,alignment=none",
+    ("bootstrap_mllm", "model.streams", "pixel"): "bootstrap_mllm",
+}
+
+
+@pytest.mark.parametrize(("phase", "key", "value"), SWITCHED)
+def test_a_run_is_named_after_the_switches_that_reach_it(chain: Chain, phase: str, key: str, value: str):
+    assert chain.run_dir(phase, {key: value}).name == SWITCHED[phase, key, value]
+
+
+def test_a_switched_phase_starts_from_switched_parents_and_shares_stage_0(chain: Chain, tmp_path: Path):
+    switches = {"model.streams": "pixel", "model.semantic_distillation": False}
+    recipe = chain.recipe("align_joint", switches)
+    marks = "semantic_distillation=False,streams=pixel"
+    assert recipe.run_dir == tmp_path / "seed-3" / f"align_joint,{marks}"
+    assert recipe.init_from == "../align_connector"
+    assert recipe.model.pretrained["tokenizer"] == f"../tokenizer_encoder,{marks}/pretrained"
+    assert recipe.model.pretrained["diffusion"] == "../../bootstrap_diffusion/pretrained"
+    assert recipe.seed == 3 and chain.recipe("bootstrap_mllm").seed == 0
+    tokenizer = chain.recipe("tokenizer_encoder", switches)
+    assert tokenizer.model.streams == "pixel" and tokenizer.model.semantic_distillation is False
+    assert recipe.data.sources[1].shards == str(tmp_path / "data" / "edits-*.tar")
+
+
+def test_every_row_of_the_ablations_changes_the_run_that_it_measures(chain: Chain):
+    for name, row in ROWS.items():
+        assert (chain.run_dir(row.phase, row.switches) != chain.run_dir(row.phase)) == bool(row.switches), name
+        assert bool(row.metrics) == bool(row.switches), name
+        chain.recipe(row.phase, row.switches)
+
+
+@pytest.mark.parametrize(
+    ("full", "other", "expected"),
+    [
+        ([1.0, 1.1], [1.3, 1.5], True),
+        ([1.0, 1.1], [0.5, 0.9], True),
+        ([1.0, 1.1], [1.05, 1.15], False),  # smaller than the spread
+        ([1.0, 1.1], [1.5, 1.0], False),  # the sign changes
+        ([1.0], [2.0], False),  # one seed shows nothing
+        ([1.0, 1.0], [1.0, 1.0], False),
+    ],
+)
+def test_a_difference_counts_beyond_the_spread_and_with_one_sign(full: list, other: list, expected: bool):
+    assert acts(full, other) is expected
+
+
+def test_the_table_compares_each_row_with_the_full_system_of_its_own_phase():
+    values = {
+        "tokenizer": {"psnr": [30.0, 30.2]},
+        "frozen encoder": {"psnr": [28.0, 28.4]},
+        "unified": {"flow": [0.50, 0.51], "gap": [0.2, 0.2]},
+        "without L_align": {"flow": [0.50, 0.512], "gap": [0.1, 0.12]},
+    }
+    lines = table(values).splitlines()[2:]
+    assert lines[0] == "| frozen encoder | psnr | 30.1000 | 28.2000 | -1.9000 | 0.2000 | acts |"
+    assert lines[1] == "| without L_align | flow | 0.5050 | 0.5060 | +0.0010 | 0.0100 | no effect |"
+    assert lines[2].endswith("| -0.0900 | 0.0000 | acts |")
+
+
+def test_an_unknown_row_is_refused_with_the_nearest(tmp_path: Path):
+    with pytest.raises(UserError, match="--rows: 'frozen encodr' is no row; did you mean 'frozen encoder'"):
+        ablate(tmp_path, "smoke", [0], ["frozen encodr"])
