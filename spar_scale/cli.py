@@ -1,4 +1,4 @@
-"""The command line: `spar-scale train | data | checkpoint | doctor | demo`, and of a trained run
+"""The command line: `spar-scale train | data | checkpoint | doctor | demo | ablate`, and of a trained run
 `generate | edit | routes | reconstruct | ask`.
 
 Nothing heavy is imported until a command needs it, so `--help` and a refused recipe take a fraction
@@ -89,6 +89,17 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--size", choices=("demo", "smoke"), default="demo", help="minutes, or seconds to see it run")
     demo.add_argument("--seed", type=int, default=0, help="seed of the runs (default 0)")
 
+    ablate = _command(commands, "ablate", _ablate, "train what each switch of SPAR changes, compare on held-out data")
+    ablate.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/ablation"),
+        help="directory of all that it writes (default runs/ablation)",
+    )
+    ablate.add_argument("--size", choices=("demo", "smoke"), default="demo", help="as of the demo")
+    ablate.add_argument("--seeds", type=_positive, default=2, help="how many seeds (default 2)")
+    ablate.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows and what they are compared with")
+
     generate = _command(commands, "generate", _generate, "draw a picture from words")
     generate.add_argument(
         "run_dir", type=Path, help="run directory of stage align or instruct, or of bootstrap_diffusion"
@@ -177,6 +188,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     run(arguments.out, arguments.size, arguments.seed)
     return 0
+
+
+def _ablate(arguments: argparse.Namespace) -> int:
+    from spar_scale.ablation import ablate
+
+    return _say(ablate(arguments.out, arguments.size, range(arguments.seeds), arguments.rows))
 
 
 def _generate(arguments: argparse.Namespace) -> int:
