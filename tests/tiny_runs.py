@@ -106,7 +106,7 @@ def phase_values(run_dir: Path, phase: str, data: Path, parts: dict[str, str], *
         "stage": stage,
         "phase": name,
         "model": {"preset": "tiny", "pretrained": parts_of(stage, name, parts)},
-        "objective": OBJECTIVES.get(phase, {}),
+        "objective": dict(OBJECTIVES.get(phase, {})),
         "optimizer__groups": {},
         "data": {
             "task_block": 7 if len(sources) == 1 else 5,

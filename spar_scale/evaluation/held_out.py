@@ -8,6 +8,7 @@ each sample gets the prompt of its neighbour, the control for whether a diffusio
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,8 +28,9 @@ PROMPT_SLOTS = ("tokens", "keep")
 def held_out_terms(run_dir: Path, shards: Mapping[str, str], samples: int, shuffled: bool = False) -> dict[str, Tensor]:
     """Return each term of the run's phase over `samples` held-out samples, term -> (samples,) fp32.
 
-    `shards` maps the phase's source names to held-out shards; they are mixed in equal shares. Raises
-    UserError for a run without a checkpoint and shards that cannot be read.
+    `shards` maps the phase's source names to held-out shards; they are mixed in equal shares. No sample
+    counts twice: where they hold fewer, or bad ones, the result is shorter. Raises UserError for a run
+    without a checkpoint and shards that cannot be read.
     """
     recipe = recipe_of(run_dir)
     found = checkpoint.find(run_dir / "checkpoints")
@@ -47,15 +49,19 @@ def stage_terms(
     stage.model.eval()
     program = Program(stage.layers, stage.inputs, list(stage.terms)).eval()
     loader = Loader(
-        [Source(name, where) for name, where in shards.items()], stage.sample, seed=seed, global_batch=batch,
-        task_block=batch, micro_batch=batch, dp_rank=0, dp_size=1, workers=0, first_step=0, steps=-(-samples // batch),
+        [Source(name, where) for name, where in shards.items()], replace(stage.sample, caption_dropout=0.0), seed=seed,
+        global_batch=batch, task_block=batch, micro_batch=batch, dp_rank=0, dp_size=1, workers=0, first_step=0,
+        steps=-(-samples // batch),
     )  # fmt: skip
+    distinct = next((number for number in range(samples) if loader.order.epoch(number) > 0), samples)
     values = []
-    for slots in loader:
+    for batch_slots in loader:
+        good = batch_slots["weight"] > 0
+        slots = {name: batch_slots[name][good] for name in stage.inputs}
         if shuffled:
             slots |= {name: slots[name].roll(1, 0) for name in PROMPT_SLOTS}
-        values.append(program(slots)[slots["weight"] > 0])
-    stacked = torch.cat(values)[:samples]
+        values.append(program(slots)[batch_slots["sample"][good] < distinct])
+    stacked = torch.cat(values)
     return {name: stacked[:, index] for index, name in enumerate(stage.terms)}
 
 
