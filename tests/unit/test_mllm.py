@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,14 @@ from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
 from parallel.errors import UserError
 from parallel.program import Program
-from spar_scale.data.prompts import TOKENS, encode, opening
+from spar_scale.data.prompts import TOKENS, decode, encode, opening
 from spar_scale.inference.ask import answer, ask
 from spar_scale.inference.words import spaced
 from spar_scale.models.initialise import initialise
 from spar_scale.models.mllm import build_mllm, causal_mask, greedy, merge, mllm_config, next_token_loss, rotary
 from spar_scale.models.presets import PRESETS
+from spar_scale.models.tokenizer import UnifiedTokenizer
+from spar_scale.models.unified import SPAR
 from spar_scale.models.vision import features, normalise
 from spar_scale.stages import build
 from spar_scale.stages.bootstrap_mllm import NUM_TOKENS, NextTokenLoss
@@ -222,3 +225,22 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_loaded(tmp_path):
         ask(tmp_path, run / "picture.png", "what color is the circle?")
     with pytest.raises(UserError, match="holds no checkpoint yet"):
         ask(run, run / "picture.png", "what color is the circle?")
+
+
+def test_within_spar_the_language_model_says_what_the_librarys_generate_says(stage):
+    tokenizer = UnifiedTokenizer(TINY, pixel_encoder=False)
+    initialise(tokenizer, 3)
+    spar = SPAR(TINY, stage.model, tokenizer, latent_scale=1.0).eval()
+    whole = stage.model.eval()
+    whole.model.vision_tower.load_state_dict(tokenizer.vision_tower.state_dict())
+    whole.model.multi_modal_projector.load_state_dict(tokenizer.projector.state_dict())
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    tokens = torch.tensor([opening(16).ask("question : how many objects are there ? answer :").tokens])
+    expected = whole.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=16,
+        pixel_values=normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255),
+        eos_token_id=[TOKENS["."], TOKENS["<eos>"]], pad_token_id=0,
+    )[0, tokens.shape[1] :].tolist()  # fmt: skip
+    spoken = decode([token for token in expected if token not in (TOKENS["."], TOKENS["<eos>"])])
+    assert answer(spar, Image.fromarray(pixels), "how many objects are there ?", 32) == spoken
+    assert spoken
