@@ -16,7 +16,7 @@ from parallel.errors import UserError
 from spar_scale.models.autoencoder import build_autoencoder, latent_scale
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import PRESETS
-from spar_scale.models.tokenizer import UnifiedTokenizer
+from spar_scale.models.tokenizer import Streams, UnifiedTokenizer
 from spar_scale.stages.bootstrap import save_autoencoder
 from spar_scale.stages.parts import load_autoencoder, load_diffusion, load_mllm
 from spar_scale.stages.tokenizer_files import load_tokenizer, save_tokenizer
@@ -30,7 +30,7 @@ def pictures(number: int = 6) -> Tensor:
     return torch.rand(number, 3, 32, 32, generator=torch.Generator().manual_seed(4))
 
 
-def tokenizer_of(streams="dual", teachers: bool = True) -> UnifiedTokenizer:
+def tokenizer_of(streams: Streams = "dual", teachers: bool = True) -> UnifiedTokenizer:
     model = UnifiedTokenizer(TINY, streams, pixel_encoder=teachers, initial_encoder=teachers)
     initialise(model, seed=2)
     return model.eval()

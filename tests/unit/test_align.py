@@ -1,0 +1,338 @@
+"""Stages 2 and 3: what trains, what the switches leave out, and both terms worked out again from the model's parts."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_parts import TINY, make_parts
+from tiny_runs import phase_values
+from torch import Tensor
+
+from parallel.errors import UserError
+from parallel.program import Program
+from spar_scale.data.prompts import TOKENS, editing_prompt, generation_prompt
+from spar_scale.models.tokenizer import InitialEncoder, UnifiedTokenizer
+from spar_scale.models.unified import SPAR
+from spar_scale.recipe import Recipe
+from spar_scale.stages import Stage, build
+from spar_scale.stages.conditioning_layers import RouteTokens
+from spar_scale.stages.diffusion_layers import Alignment
+from spar_scale.stages.parts import load_diffusion, load_vision
+from spar_scale.stages.tokenizer_files import load_tokenizer
+
+CASES = [
+    ("align/connector", "generation"),
+    ("align/joint", "generation"),
+    ("align/joint", "editing"),
+    ("instruct/joint", "editing"),
+]
+CONDITIONING = {"queries", "routing", "connector"}
+TRAINED = {
+    "align/connector": CONDITIONING,
+    "align/joint": CONDITIONING | {"diffusion", "alignment_head"},
+    "instruct/joint": CONDITIONING | {"diffusion", "alignment_head"},
+}
+FROZEN = {"language_model", "lm_head", "tokenizer"}
+WORDS = {
+    "generation": ["a red circle", "two blue squares", "a cyan square on the left"],
+    "editing": ["make the circle blue", "remove the square", "turn the circle into a square"],
+}
+TIGHT: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> dict[str, str]:
+    return make_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture
+def fresh(parts):
+    """Build a phase from a real recipe; keys are dotted, with `__` for the dot."""
+
+    def stage(phase: str, **changes: Any) -> Stage:
+        values = phase_values(Path("runs/x"), phase, Path("data"), parts, **changes)
+        return build(Recipe.model_validate_json(json.dumps(values)))
+
+    return stage
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Stage]:
+    return {}
+
+
+@pytest.fixture
+def shared(fresh, built):
+    """The same, built once: for tests that change no weight."""
+
+    def stage(phase: str, **changes: Any) -> Stage:
+        key = str((phase, sorted(changes.items())))
+        if key not in built:
+            built[key] = fresh(phase, **changes)
+        return built[key]
+
+    return stage
+
+
+def batch_of(task: str, size: int = 3, seed: int = 0) -> dict[str, Tensor]:
+    """Prompts of different lengths, pictures and draws, as the loader gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    editing = task == "editing"
+    length = TINY.conditioning.max_words + (18 if editing else 0)
+    tokens = torch.zeros(size, length, dtype=torch.int64)
+    for row, text in enumerate(WORDS[task][:size]):
+        said = editing_prompt(text, 16).tokens if editing else generation_prompt(text).tokens
+        tokens[row, : len(said)] = torch.tensor(said)
+    return {
+        "tokens": tokens,
+        "keep": (tokens != 0).to(torch.uint8),
+        "images": torch.rand(size, 2 if editing else 1, 3, 32, 32, generator=generator),
+        "latent_noise": torch.randn(size, 32, 4, 4, generator=generator),
+        "timestep_draw": torch.randn(size, generator=generator),
+    }
+
+
+def terms_of(stage: Stage, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    values = Program(stage.layers, stage.inputs, list(stage.terms))(batch)
+    return dict(zip(stage.terms, values.unbind(1), strict=True))
+
+
+def model_of(stage: Stage) -> SPAR:
+    assert isinstance(stage.model, SPAR)
+    return stage.model
+
+
+def layer_of(stage: Stage, kind: type) -> Any:
+    (layer,) = [layer for layer in stage.layers if isinstance(layer, kind)]
+    return layer
+
+
+def disturb(module: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def read_config(parts: dict[str, str], part: str) -> dict[str, Any]:
+    return json.loads((Path(parts[part]) / "config.json").read_text())
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], rows: slice = slice(None)) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name][rows], **TIGHT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@torch.no_grad()
+def by_hand(stage: Stage, batch: dict[str, Tensor], latent: Tensor, block: int | None, teacher: Tensor | None = None):
+    """Both terms from the model's own methods and plain formulas; `latent` is scaled."""
+    model, images, noise = model_of(stage), batch["images"], batch["latent_noise"]
+    references = images[:, 1] if images.shape[1] > 1 else None
+    captions, real = model.condition(batch["tokens"], batch["keep"], references)
+    timestep = 1000 - (1000 / (1 + torch.exp(-batch["timestep_draw"]))).floor()
+    sigma = (timestep / 1000).view(-1, 1, 1, 1)
+    velocity, tapped = model.diffusion((1 - sigma) * latent + sigma * noise, timestep, captions, real, tap=block)
+    terms = {"flow_matching": (velocity - (noise - latent)).square().sum((1, 2, 3)) / latent[0].numel()}
+    if teacher is not None:
+        student = model.alignment_head(tapped)
+        cosine = (student * teacher).sum(2) / (student.square().sum(2) * teacher.square().sum(2)).sqrt()
+        terms["alignment"] = -cosine.mean(1)
+    return terms
+
+
+@pytest.mark.parametrize(("phase", "task"), CASES)
+def test_a_step_moves_every_weight_that_trains_and_not_a_bit_of_what_is_frozen(fresh, phase, task):
+    stage = fresh(phase)
+    before = copy.deepcopy(stage.model.state_dict())
+    assert {name for name, _ in stage.model.named_children()} == FROZEN | TRAINED["align/joint"] - (
+        {"alignment_head"} if phase == "align/connector" else set()
+    )
+    optimizer = torch.optim.AdamW([p for p in stage.model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    stage.model.train()
+    torch.stack(
+        [stage.terms[name] * value.mean() for name, value in terms_of(stage, batch_of(task)).items()]
+    ).sum().backward()
+    optimizer.step()
+    for name, weight in stage.model.state_dict().items():
+        assert torch.equal(weight, before[name]) == (name.split(".")[0] not in TRAINED[phase]), name
+
+
+@pytest.mark.parametrize("phase", ["align/connector", "align/joint"])
+def test_what_is_pretrained_starts_as_it_was_read_and_the_connector_as_the_last_layers(shared, parts, phase):
+    model = model_of(shared(phase))
+    transformer = load_diffusion(Path(parts["diffusion"]), TINY).state_dict()
+    assert all(torch.equal(w, transformer[n]) for n, w in model.diffusion.transformer.state_dict().items())
+    if phase == "align/joint":
+        tokenizer = load_tokenizer(Path(parts["tokenizer"]), TINY)[0].state_dict()
+        assert all(torch.equal(weight, tokenizer[name]) for name, weight in model.tokenizer.state_dict().items())
+    language = model.language_model.state_dict()
+    for name, weight in model.connector.layers.state_dict().items():
+        number, rest = name.split(".", 1)
+        assert torch.equal(weight, language[f"layers.{8 - 2 + int(number)}.{rest}"]), name
+    assert torch.equal(model.connector.norm.weight, language["norm.weight"])
+    assert not {p.data_ptr() for p in model.connector.parameters()} & {w.data_ptr() for w in language.values()}
+
+
+ROUTING = {"dynamic": (2, 4, 6, 8), "uniform": (2, 4, 6, 8), "last_layer": (8,)}
+
+
+@pytest.mark.parametrize("kind", ROUTING)
+def test_the_kind_of_routing_decides_which_weights_exist_and_which_states_are_read(shared, kind):
+    stage, sampled = shared("align/joint", model__routing=kind), ROUTING[kind]
+    model = model_of(stage)
+    gate = {"gate.0.weight", "gate.0.bias", "gate.2.weight", "gate.2.bias"} if kind == "dynamic" else set()
+    kept = {"scales", "norm.weight", "norm.bias", "projection.weight", "projection.bias"}
+    assert {name for name, _ in model.routing.named_parameters()} == kept | gate
+    assert model.routing.scales.shape == (len(sampled),)
+    states = {f"{part}_state_{k}" for part in ("prefix", "query") for k in sampled}
+    assert set(layer_of(stage, RouteTokens).reads) == states | {"embedded", "tokens"}
+    assert {name for layer in stage.layers for name in layer.writes if "_state_" in name} == states
+    other = model_of(shared("align/joint"))
+    for name, weight in model.routing.named_parameters():
+        assert weight.shape != other.routing.get_parameter(name).shape or torch.equal(
+            weight, other.routing.get_parameter(name)
+        )
+
+
+def test_the_kinds_of_routing_draw_different_pictures(shared):
+    values = [terms_of(shared("align/joint", model__routing=kind), batch_of("generation")) for kind in ROUTING]
+    assert len({value["flow_matching"][0].item() for value in values}) == 3
+
+
+@pytest.mark.parametrize("change", [{"model__alignment": "none"}, {"objective__align_weight": 0}], ids=str)
+def test_without_alignment_the_head_and_the_term_are_gone_and_the_rest_is_as_before(shared, change):
+    stage, aligned = shared("align/joint", **change), shared("align/joint")
+    assert stage.terms == {"flow_matching": 1.0} and aligned.terms == {"flow_matching": 1.0, "alignment": 0.5}
+    assert not any(isinstance(layer, Alignment) for layer in stage.layers)
+    without = dict(stage.model.named_parameters())
+    kept = {n: w for n, w in aligned.model.named_parameters() if not n.startswith("alignment_head.")}
+    assert len(kept) < len(dict(aligned.model.named_parameters())) and without.keys() == kept.keys()
+    batch = batch_of("generation")
+    assert torch.equal(terms_of(stage, batch)["flow_matching"], terms_of(aligned, batch)["flow_matching"])
+
+
+@pytest.mark.parametrize("change", [{"model__alignment": "none"}, {"objective__align_weight": 0}], ids=str)
+def test_a_block_that_nothing_taps_is_not_checked(fresh, change):
+    assert fresh("align/joint", objective__align_block=7, **change).terms == {"flow_matching": 1.0}
+
+
+def test_a_block_beyond_the_last_is_refused(fresh):
+    with pytest.raises(UserError) as refusal:
+        fresh("align/joint", objective__align_block=7)
+    assert str(refusal.value) == (
+        "objective.align_block: found 7; the diffusion transformer of preset 'tiny' has blocks 1 to 6"
+    )
+
+
+def test_an_external_teacher_must_be_named_and_only_it_may(fresh, parts):
+    with pytest.raises(UserError, match=r"^model\.pretrained\.teacher: stage 'align', phase 'joint' starts from this"):
+        fresh("align/joint", model__alignment="external")
+    with pytest.raises(UserError, match=r"^model\.pretrained\.teacher: .* takes mllm, tokenizer, diffusion"):
+        fresh("align/joint", model__pretrained__teacher=parts["mllm"])
+
+
+@pytest.mark.parametrize("block", [1, 3, 6])
+@pytest.mark.parametrize("task", WORDS)
+def test_both_terms_by_hand(shared, parts, task, block):
+    stage, batch = shared("align/joint", objective__align_block=block), batch_of(task)
+    tokenizer, target = load_tokenizer(Path(parts["tokenizer"]), TINY)[0].eval(), batch["images"][:, 0]
+    with torch.no_grad():
+        latent = tokenizer.encode(target) * read_config(parts, "tokenizer")["latent_scale"]
+        teacher = tokenizer.features(target)
+    expected = by_hand(stage, batch, latent, block, teacher)
+    close(terms_of(stage, batch), expected)
+    assert expected["alignment"].abs().min() > 1e-3 and expected["flow_matching"].min() > 0.1
+
+
+def test_the_connector_phase_draws_in_the_autoencoders_latent_times_its_scale(shared, parts):
+    stage, batch = shared("align/connector"), batch_of("generation")
+    with torch.no_grad():
+        latent = model_of(stage).tokenizer.get_submodule("encoder")(batch["images"][:, 0] * 2 - 1)
+    latent = latent * read_config(parts, "pixel_autoencoder")["scaling_factor"]
+    assert latent.std().item() == pytest.approx(1, abs=0.2)
+    close(terms_of(stage, batch), by_hand(stage, batch, latent, None))
+
+
+def test_an_external_teacher_is_the_one_that_is_followed(fresh, parts):
+    stage = fresh("align/joint", model__alignment="external", model__pretrained__teacher=parts["mllm"])
+    model, batch = model_of(stage), batch_of("editing")
+    target = batch["images"][:, 0]
+    own = InitialEncoder(TINY)
+    for module, weights in zip((own.vision_tower, own.projector), load_vision(Path(parts["mllm"]), TINY), strict=True):
+        module.load_state_dict(weights.state_dict(), strict=True)
+    with torch.no_grad():
+        teacher = own.eval()(target)
+        for disturbed in (None, model.tokenizer, model.diffusion):
+            if disturbed is not None:
+                disturb(disturbed)
+            before = terms_of(stage, batch)
+            close(before, by_hand(stage, batch, model.tokenizer.encode(target) * model.latent_scale, 3, teacher))
+        disturb(model.teacher)
+        after = terms_of(stage, batch)
+    assert torch.equal(after["flow_matching"], before["flow_matching"])
+    assert ((after["alignment"] - before["alignment"]).abs() > 1e-4).all()
+    assert not any(parameter.requires_grad for parameter in model.teacher.parameters())
+
+
+@pytest.mark.parametrize(("phase", "task"), CASES[:3])
+def test_padding_of_the_prompt_changes_nothing(shared, phase, task):
+    stage, batch = shared(phase), batch_of(task)
+    padded = terms_of(stage, batch)
+    for row in range(3):
+        length = int(batch["keep"][row].sum())
+        alone = {name: value[row : row + 1] for name, value in batch.items()}
+        alone |= {name: alone[name][:, :length] for name in ("tokens", "keep")}
+        close(terms_of(stage, alone), padded, slice(row, row + 1))
+    rubbish = {**batch, "tokens": torch.where(batch["keep"] > 0, batch["tokens"], TOKENS["red"])}
+    close(terms_of(stage, rubbish), padded)
+
+
+@pytest.mark.parametrize(("phase", "task"), CASES[:3])
+def test_a_samples_terms_do_not_depend_on_its_neighbours(shared, phase, task):
+    stage, batch, others = shared(phase), batch_of(task), batch_of(task, seed=1)
+    mixed = {name: torch.cat([value[:1], others[name][1:]]) for name, value in batch.items()}
+    first = {name: value[:1] for name, value in terms_of(stage, mixed).items()}
+    close(first, terms_of(stage, batch), slice(0, 1))
+
+
+@pytest.mark.parametrize(("phase", "task"), CASES[:3])
+def test_an_empty_slot_is_finite_and_with_weight_0_moves_nothing(fresh, phase, task):
+    stage, batch = fresh(phase), batch_of(task)
+    empty = {name: torch.cat([value[:1], torch.zeros_like(value[:1])]) for name, value in batch.items()}
+    gradients = []
+    for slots in ({name: value[:1] for name, value in batch.items()}, empty):
+        stage.model.zero_grad()
+        values = Program(stage.layers, stage.inputs, list(stage.terms))(slots)
+        assert values.isfinite().all()
+        (values.sum(1) * torch.tensor([1.0, 0.0])[: len(values)]).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in stage.model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
+
+
+def test_the_picture_to_edit_is_read_and_put_back_after_the_routing(shared):
+    stage, batch = shared("align/joint"), batch_of("editing")
+    model, seen = model_of(stage), []
+    hook = layer_of(stage, RouteTokens).register_forward_hook(lambda _, __, written: seen.append(written["captions"]))
+    other = {**batch, "images": torch.stack([batch["images"][:, 0], batch["images"][:, 1].flip(0)], 1)}
+    before, after = terms_of(stage, batch), terms_of(stage, other)
+    hook.remove()
+    for name in stage.terms:
+        assert (before[name] != after[name])[[0, 2]].all(), name
+        torch.testing.assert_close(before[name][1], after[name][1], **TIGHT)  # whose picture stayed
+    assert isinstance(model.tokenizer, UnifiedTokenizer)
+    with torch.no_grad():
+        reference = model.tokenizer.features(batch["images"][:, 1])
+    words = batch["tokens"].shape[1]
+    for row in range(3):
+        place = batch["tokens"][row] == TOKENS["<IMG_CONTEXT>"]
+        assert place.sum() == 16
+        torch.testing.assert_close(seen[0][row, :words][place], reference[row], **TIGHT)
+        embedded = model.language_model.embed_tokens(batch["tokens"][row])
+        assert not torch.isclose(seen[0][row, :words][~place], embedded[~place]).all(1).any()
