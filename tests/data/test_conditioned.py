@@ -126,7 +126,8 @@ def test_what_is_dropped_follows_from_seed_and_number_alone(make_shard):
     assert dropped(words(caption_dropout=0.3, seed=1)) != dropped(some)
     assert all(later or not sooner for sooner, later in zip(dropped(some), dropped(more), strict=True))
     kept = [(one, other) for one, other in zip(some, words(), strict=True) if one != BARE["generation"]]
-    assert kept and all(one == other for one, other in kept)  # the draw that drops is not the one that chooses
+    assert all(one == other for one, other in kept)
+    assert len({one for one, _ in kept}) == len(CAPTIONS)  # the draw that drops is not the one that chooses
 
 
 def without(members: dict[str, bytes], *names: str) -> dict[str, bytes]:
