@@ -1,4 +1,4 @@
-"""The pretrained parts of the tiny preset with seeded weights, in the layouts that the stages write and read."""
+"""The pretrained parts of a preset with seeded weights, in the layouts that the stages write and read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spar_scale.models.autoencoder import build_autoencoder
 from spar_scale.models.diffusion import Diffusion
 from spar_scale.models.initialise import initialise
 from spar_scale.models.mllm import build_mllm
-from spar_scale.models.presets import PRESETS
+from spar_scale.models.presets import PRESETS, Preset
 from spar_scale.models.tokenizer import UnifiedTokenizer
 from spar_scale.stages.bootstrap import save_autoencoder
 from spar_scale.stages.bootstrap_mllm import save_mllm
@@ -29,16 +29,19 @@ STAGE_PARTS = {
 """What each phase that starts from pretrained parts requires."""
 
 
-def make_parts(folder: Path) -> dict[str, str]:
-    """Write all parts under `folder`; return part -> directory. The diffusion model's output is not zero."""
+def make_parts(folder: Path, preset: Preset = TINY) -> dict[str, str]:
+    """Write all parts of a preset under `folder`; return part -> directory.
+
+    The diffusion model's output is not zero.
+    """
     generator = torch.Generator().manual_seed(11)
-    images = torch.rand(16, 3, TINY.image_size, TINY.image_size, generator=generator)
+    images = torch.rand(16, 3, preset.image_size, preset.image_size, generator=generator)
     directories = {name: folder / name for name in ("mllm", "pixel_autoencoder", "tokenizer", "diffusion")}
     models = {
-        "mllm": build_mllm(TINY),
-        "pixel_autoencoder": build_autoencoder(TINY),
-        "tokenizer": UnifiedTokenizer(TINY, pixel_encoder=False),
-        "diffusion": Diffusion(TINY.diffusion),
+        "mllm": build_mllm(preset),
+        "pixel_autoencoder": build_autoencoder(preset),
+        "tokenizer": UnifiedTokenizer(preset, pixel_encoder=False),
+        "diffusion": Diffusion(preset.diffusion),
     }
     for seed, model in enumerate(models.values(), start=20):
         initialise(model, seed)

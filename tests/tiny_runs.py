@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import nano  # noqa: F401  makes the preset known, also in the processes that train
 from launching import preload
 
 preload("deepspeed.pipe", "torch._dynamo", "torch._inductor.compile_fx")
@@ -96,7 +97,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-def phase_values(run_dir: Path, phase: str, data: Path, parts: dict[str, str], **changes: Any) -> dict[str, Any]:
+def phase_values(
+    run_dir: Path, phase: str, data: Path, parts: dict[str, str], preset: str = "tiny", **changes: Any
+) -> dict[str, Any]:
     """A recipe of any "stage/phase" on the shards under `data`, with its pretrained parts out of `parts`."""
     from tiny_parts import parts_of
 
@@ -105,7 +108,7 @@ def phase_values(run_dir: Path, phase: str, data: Path, parts: dict[str, str], *
     general: dict[str, Any] = {
         "stage": stage,
         "phase": name,
-        "model": {"preset": "tiny", "pretrained": parts_of(stage, name, parts)},
+        "model": {"preset": preset, "pretrained": parts_of(stage, name, parts)},
         "objective": dict(OBJECTIVES.get(phase, {})),
         "optimizer__groups": {},
         "data": {

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from launching import start_process
+from nano import NANO
 from tiny_parts import make_parts
 from tiny_runs import consumed, curve, make_data, phase_values, train_all
 
@@ -46,7 +47,7 @@ def saving(run_dir: Path) -> bool:
 @pytest.mark.parametrize("phase", PHASES)
 def test_killed_at_seeded_moments_the_curve_is_bit_equal(tmp_path: Path, phase: str) -> None:
     make_data(tmp_path / "data", edits=64)
-    parts = make_parts(tmp_path / "parts")
+    parts = make_parts(tmp_path / "parts", NANO)
     kills, changes = PHASES[phase]
     steps = 8 * kills + 10  # enough that no kill comes after the end, however fast a step is
     settings = {
@@ -59,7 +60,8 @@ def test_killed_at_seeded_moments_the_curve_is_bit_equal(tmp_path: Path, phase: 
         "parallel__micro_batch": 3,
     }
     whole, killed = (
-        phase_values(tmp_path / name, phase, tmp_path / "data", parts, **settings) for name in ("whole", "killed")
+        phase_values(tmp_path / name, phase, tmp_path / "data", parts, "nano", **settings)
+        for name in ("whole", "killed")
     )
     process = start_process(train_all, 0, 1, [whole])
     process.join(300)

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 from launching import run_world
+from nano import NANO
+from tiny_parts import make_parts
 from tiny_runs import (
     LOSS_RELATIVE,
     NORM_RELATIVE,
     curve,
     distance,
-    make_autoencoder,
     make_data,
     metrics,
-    recipe_values,
+    phase_values,
     train_all,
 )
 
@@ -29,14 +30,16 @@ START = 3
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adversary")
-    shards, autoencoder = make_data(folder / "data"), make_autoencoder(folder / "autoencoder")
+    make_data(folder / "data")
+    parts = make_parts(folder / "parts", NANO)
 
     def values(name: str, world: int = 1, zero: int = 1, pipeline: int = 1) -> dict:
-        return recipe_values(
+        return phase_values(
             folder / name,
-            shards,
-            autoencoder,
-            phase="encoder",
+            "tokenizer/encoder",
+            folder / "data",
+            parts,
+            "nano",
             init_from="../parent",
             objective={
                 "perceptual_weight": 0.5,
@@ -48,7 +51,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parallel={"zero": zero, "pipeline": pipeline, "micro_batch": 2},
         )
 
-    parent = recipe_values(folder / "parent", shards, autoencoder, train={"steps": 2}, checkpoint={"every": 2})
+    parent = phase_values(
+        folder / "parent", "tokenizer/init", folder / "data", parts, "nano", train={"steps": 2}, checkpoint={"every": 2}
+    )
     for world in (1, 2, 4):
         recipes = [values("-".join(map(str, layout)), *layout) for layout in LAYOUTS if layout[0] == world]
         if world == 1:

@@ -96,7 +96,7 @@ def test_the_engines_muon_reaches_the_loss_of_a_plain_one(tmp_path: Path) -> Non
 
     make_world(World(seed=5, scenes=SCENES, heldout=HELD_OUT, edits=0, per_shard=2000), tmp_path / "data")
     values = phase_values(
-        tmp_path / "engine", "bootstrap/diffusion", tmp_path / "data", make_parts(tmp_path / "parts"),
+        tmp_path / "engine", "bootstrap/diffusion", tmp_path / "data", make_parts(tmp_path / "parts"), "tiny",
         train={"steps": STEPS, "log_every": STEPS}, checkpoint={"every": STEPS}, global_batch=BATCH,
         optimizer={"name": "muon", "muon_lr": MUON, "lr": ADAM, "warmup_steps": min(40, STEPS // 4), "clip": 0,
                    "ema_decay": 0.99 if LONG else 0.9},
