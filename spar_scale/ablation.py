@@ -73,23 +73,28 @@ ROWS = {
 """The full system of each phase comes before its variants and has no switches."""
 
 
-def ablate(out: Path, size: str, seeds: Sequence[int], names: Sequence[str] | None = None) -> str:
+def ablate(
+    out: Path, size: str, seeds: Sequence[int], names: Sequence[str] | None = None, overrides: Sequence[str] = ()
+) -> str:
     """Train and measure the rows under `out` (all, or those named and the full systems); return the table.
 
-    Every value is kept in `out/ablation.json`. Raises UserError for a row that does not exist.
+    `overrides` are laid over every recipe after stage 0, so a study can be made shorter. Every value is
+    kept in `out/ablation.json`. Raises UserError for a row that does not exist.
     """
     chosen = _chosen(names)
     make(load(Chain(out, size, 0).folder / "world.yaml", World), out / "data")
     values: dict[str, dict[str, list[float]]] = {name: {} for name in chosen}
     for seed in seeds:
-        chain = Chain(out / f"seed-{seed}", size, seed, shared=out)
+        chain = Chain(out / f"seed-{seed}", size, seed, shared=out, overrides=overrides)
         for name in chosen:
             row = ROWS[name]
             run_dir = chain.train(row.phase, row.switches)
             for metric, value in measure(run_dir, out, SAMPLES[size]).items():
                 values[name].setdefault(metric, []).append(value)
             log.info("seed %d, %s: %s", seed, name, {metric: round(v[-1], 4) for metric, v in values[name].items()})
-    (out / RESULT).write_text(json.dumps({"size": size, "seeds": list(seeds), "rows": values}, indent=1) + "\n")
+    (out / RESULT).write_text(
+        json.dumps({"size": size, "overrides": list(overrides), "seeds": list(seeds), "rows": values}, indent=1) + "\n"
+    )
     return table(values)
 
 
@@ -136,7 +141,7 @@ def _chosen(names: Sequence[str] | None) -> list[str]:
     if names is None:
         return list(ROWS)
     if unknown := [name for name in names if name not in ROWS]:
-        raise UserError(f"--rows: '{unknown[0]}' is no row{nearest(unknown[0], ROWS)}; there are {', '.join(ROWS)}")
+        raise UserError(f"--row: '{unknown[0]}' is no row{nearest(unknown[0], ROWS)}; there are {', '.join(ROWS)}")
     phases = {ROWS[name].phase for name in names}
     return [name for name, row in ROWS.items() if name in names or (not row.switches and row.phase in phases)]
 

@@ -12,7 +12,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
 from parallel import checkpoint
@@ -44,15 +44,16 @@ _log = logging.getLogger(__name__)
 class Chain:
     """The phases of one size and seed, under `out`; shards are read from `out/data`.
 
-    Stage 0 is the same for all seeds where `shared` names another directory for it. Raises UserError
-    for a size without recipes.
+    Stage 0 is the same for all seeds where `shared` names another directory for it. `overrides`
+    (`a.b=c`) are laid over the recipes of the later stages. Raises UserError for a size without recipes.
     """
 
-    def __init__(self, out: Path, size: str, seed: int, shared: Path | None = None):
+    def __init__(self, out: Path, size: str, seed: int, shared: Path | None = None, overrides: Sequence[str] = ()):
         self.folder = RECIPES / SIZES[size]
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: not there; it needs a checkout of the project")
         self.out, self.seed, self.shared = out, seed, shared or out
+        self.overrides = tuple(overrides)
         self.core_seconds: dict[str, float] = {}
         self._trained: set[Path] = set()
 
@@ -93,7 +94,8 @@ class Chain:
             parent, *inside = PurePath(reference).parts[1:]
             return os.path.join(os.path.relpath(self.run_dir(parent, switches), run_dir), *inside)
 
-        changes = [f"{key}={json.dumps(value)}" for key, value in sorted(_own(plain, switches))]
+        changes = [] if phase.startswith("bootstrap") else [*self.overrides]
+        changes += [f"{key}={json.dumps(value)}" for key, value in sorted(_own(plain, switches))]
         changes.append(f"run_dir={run_dir}")
         if self.shared == self.out or not phase.startswith("bootstrap"):
             changes.append(f"seed={self.seed}")

@@ -98,7 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     ablate.add_argument("--size", choices=("demo", "smoke"), default="demo", help="as of the demo")
     ablate.add_argument("--seeds", type=_positive, default=2, help="how many seeds (default 2)")
-    ablate.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows and what they are compared with")
+    ablate.add_argument(
+        "--row", action="append", dest="rows", help="only this row and what it is compared with (may be repeated)"
+    )
+    _overrides(ablate)
 
     generate = _command(commands, "generate", _generate, "draw a picture from words")
     generate.add_argument(
@@ -193,7 +196,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _ablate(arguments: argparse.Namespace) -> int:
     from spar_scale.ablation import ablate
 
-    return _say(ablate(arguments.out, arguments.size, range(arguments.seeds), arguments.rows))
+    return _say(ablate(arguments.out, arguments.size, range(arguments.seeds), arguments.rows, arguments.overrides))
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -93,5 +93,5 @@ def test_the_table_compares_each_row_with_the_full_system_of_its_own_phase():
 
 
 def test_an_unknown_row_is_refused_with_the_nearest(tmp_path: Path):
-    with pytest.raises(UserError, match="--rows: 'frozen encodr' is no row; did you mean 'frozen encoder'"):
+    with pytest.raises(UserError, match="--row: 'frozen encodr' is no row; did you mean 'frozen encoder'"):
         ablate(tmp_path, "smoke", [0], ["frozen encodr"])
