@@ -44,10 +44,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             objective={
                 "perceptual_weight": 0.5,
                 "semantic_distillation_weight": 1.0,
-                "adversarial_weight": 0.5,
+                "adversarial_weight": 0.1,
                 "adversarial_start": START,
             },
-            optimizer__groups={"encoder": 0.1, "discriminator": 0.5},
+            optimizer__lr=2e-4,  # slow, so that the kinks of the discriminator stay small beside the gradient
+            optimizer__groups={"encoder": 0.1, "discriminator": 2.5},
             parallel={"zero": zero, "pipeline": pipeline, "micro_batch": 2},
         )
 
