@@ -55,7 +55,8 @@ def parts(tmp_path_factory):
 
 @pytest.fixture(params=sorted(STAGES), ids="-".join)
 def stage(request, parts):
-    return build(recipe_of(*request.param, pretrained=parts_of(*request.param, parts)))
+    name, phase = request.param
+    return build(recipe_of(name, phase, pretrained=parts_of(name, phase, parts)))
 
 
 def tokenizer_of(stage) -> UnifiedTokenizer:
