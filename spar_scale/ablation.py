@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import UserError, nearest
-from spar_scale.chain import Chain
+from spar_scale.chain import TEACHER, Chain
 from spar_scale.data.commands import make
 from spar_scale.data.shapes_world import World
 from spar_scale.evaluation.held_out import held_out_terms
@@ -68,6 +68,11 @@ ROWS = {
     "unified": Row("align_joint"),
     "routing: last layer": Row("align_joint", {"model.routing": "last_layer"}, ("flow", "gap")),
     "routing: uniform": Row("align_joint", {"model.routing": "uniform"}, ("flow", "gap")),
+    "L_align to an external teacher": Row(
+        "align_joint",
+        {"model.alignment": "external", TEACHER: "../bootstrap_mllm/pretrained"},
+        ("flow", "gap"),
+    ),
     "without L_align": Row("align_joint", {"model.alignment": "none"}, ("flow", "gap")),
 }
 """The full system of each phase comes before its variants and has no switches."""

@@ -36,6 +36,7 @@ PHASES = (
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SIZES = {"demo": "tiny", "smoke": "smoke"}
+TEACHER = "model.pretrained.teacher"  # read where model.alignment is
 Switches = Mapping[str, object]
 NONE: Switches = {}
 _log = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ class Chain:
 
     def run_dir(self, phase: str, switches: Switches = NONE) -> Path:
         """The run directory of a phase under switches."""
-        marks = [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(self._effective(phase, switches))]
+        effective = sorted(self._effective(phase, switches))
+        marks = [f"{key.rpartition('.')[2]}={str(value).strip('./').replace('/', '+')}" for key, value in effective]
         root = self.shared if phase.startswith("bootstrap") else self.out
         return root / ",".join([phase, *marks])
 
@@ -95,7 +97,9 @@ class Chain:
             return os.path.join(os.path.relpath(self.run_dir(parent, switches), run_dir), *inside)
 
         changes = [] if phase.startswith("bootstrap") else [*self.overrides]
-        changes += [f"{key}={json.dumps(value)}" for key, value in sorted(_own(plain, switches))]
+        for key, value in sorted(_own(plain, switches)):
+            placed = beside(str(value)) if key == TEACHER else json.dumps(value)
+            changes.append(f"{key}={placed}")
         changes.append(f"run_dir={run_dir}")
         if self.shared == self.out or not phase.startswith("bootstrap"):
             changes.append(f"seed={self.seed}")
@@ -122,7 +126,11 @@ def _load(path: Path) -> Recipe:
 
 def _own(recipe: Recipe, switches: Switches) -> set[tuple[str, object]]:
     """The switches that the phase of a recipe reads."""
-    return {(key, value) for key, value in switches.items() if reads(key, recipe.stage, recipe.phase)}
+    return {
+        (key, value)
+        for key, value in switches.items()
+        if reads("model.alignment" if key == TEACHER else key, recipe.stage, recipe.phase)
+    }
 
 
 def _finished(run_dir: Path, steps: int) -> bool:

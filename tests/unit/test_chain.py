@@ -57,6 +57,13 @@ def test_a_switched_phase_starts_from_switched_parents_and_shares_stage_0(chain:
     assert recipe.data.sources[1].shards == str(tmp_path / "data" / "edits-*.tar")
 
 
+def test_a_pretrained_part_can_be_switched(chain: Chain, tmp_path: Path):
+    recipe = chain.recipe("align_joint", ROWS["L_align to an external teacher"].switches)
+    assert recipe.run_dir.name == "align_joint,alignment=external,teacher=bootstrap_mllm+pretrained"
+    assert recipe.model.pretrained["teacher"] == "../../bootstrap_mllm/pretrained"
+    assert "teacher" not in chain.recipe("align_connector", {"model.alignment": "external"}).model.pretrained
+
+
 def test_every_row_of_the_ablations_changes_the_run_that_it_measures(chain: Chain):
     for name, row in ROWS.items():
         assert (chain.run_dir(row.phase, row.switches) != chain.run_dir(row.phase)) == bool(row.switches), name
