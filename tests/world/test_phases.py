@@ -40,9 +40,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_data(folder / "data", edits=64)
     parts = make_parts(folder / "parts", NANO)
 
-    def values(name: str, phase: str, world: int = 1, zero: int = 1, pipeline: int = 1) -> dict:
+    def values(name: str, phase: str, world: int = 1, zero: int = 1, pipeline: int = 1, **changes) -> dict:
         parallel = {"zero": zero, "pipeline": pipeline, "micro_batch": 3}
-        changes = {"data__task_block": 6, "checkpoint": {"every": STEPS // 2}}
+        changes |= {"data__task_block": 6, "checkpoint": {"every": STEPS // 2}}
         return phase_values(folder / name, phase, folder / "data", parts, "nano", parallel=parallel, **changes)
 
     for world in (1, 2, 4):
@@ -54,6 +54,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         if world == 1:
             recipes.append(values("repeat", "align/joint"))
+            recipes.append(values("recompute", "align/joint", parallel__recompute="blocks"))
+            recipes.append(values("bf16", "align/joint", zero=3, precision="bf16"))
         if world == 2:
             reference = folder / run_name("align/joint", (1, 1, 1))
             shutil.copytree(reference, folder / "elastic")
@@ -85,6 +87,18 @@ def test_clipping_was_active_in_the_joint_phase(runs: Path) -> None:
 
 def test_the_joint_phase_is_bit_equal_when_repeated(runs: Path) -> None:
     assert curve(runs / "repeat") == curve(runs / run_name("align/joint", (1, 1, 1)))
+
+
+def test_recomputation_changes_nothing_in_the_joint_phase(runs: Path) -> None:
+    loss, norm = distance(curve(runs / "recompute"), curve(runs / run_name("align/joint", (1, 1, 1))))
+    assert loss <= LOSS_RELATIVE
+    assert norm <= NORM_RELATIVE
+
+
+def test_the_joint_phase_in_bf16_is_near_fp32_and_not_equal_to_it(runs: Path) -> None:
+    loss, norm = distance(curve(runs / "bf16"), curve(runs / run_name("align/joint", (1, 1, 1))))
+    print(f"bf16 against fp32: loss {loss:.1e}, norm {norm:.1e}")
+    assert 0 < loss < 0.02
 
 
 def test_the_joint_phase_goes_on_under_another_layout(runs: Path) -> None:
