@@ -125,7 +125,9 @@ def _load(path: Path) -> Recipe:
 
 
 def _own(recipe: Recipe, switches: Switches) -> set[tuple[str, object]]:
-    """The switches that the phase of a recipe reads."""
+    """The switches that the phase of a recipe reads; stage 0 stands in for published weights and has none."""
+    if recipe.stage == "bootstrap":
+        return set()
     return {
         (key, value)
         for key, value in switches.items()

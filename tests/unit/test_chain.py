@@ -34,12 +34,13 @@ SWITCHED = {
     ("align_joint", "model.encoder", "frozen"): "align_joint,encoder=frozen",
     ("align_connector", "model.alignment", "none"): "align_connector",
     ("align_joint", "model.alignment", "none"): "align_joint,alignment=none",
-    ("bootstrap_mllm", "model.streams", "pixel"): "bootstrap_mllm",
+    ("bootstrap_autoencoder", "objective.perceptual_weight", 0.0): "bootstrap_autoencoder",
+    ("tokenizer_init", "objective.perceptual_weight", 0.0): "tokenizer_init,perceptual_weight=0.0",
 }
 
 
 @pytest.mark.parametrize(("phase", "key", "value"), SWITCHED)
-def test_a_run_is_named_after_the_switches_that_reach_it(chain: Chain, phase: str, key: str, value: str):
+def test_a_run_is_named_after_the_switches_that_reach_it(chain: Chain, phase: str, key: str, value: object):
     assert chain.run_dir(phase, {key: value}).name == SWITCHED[phase, key, value]
 
 
