@@ -47,6 +47,8 @@ def stage_terms(
 ) -> dict[str, Tensor]:
     """The same for a stage with the weights that it has now; `seed` keys the draws, `batch` samples run at a time."""
     stage.model.eval()
+    if shuffled and not set(PROMPT_SLOTS) <= set(stage.inputs):
+        raise UserError(f"this phase reads {', '.join(stage.inputs)}: there are no prompts to shuffle")
     program = Program(stage.layers, stage.inputs, list(stage.terms)).eval()
     loader = Loader(
         [Source(name, where) for name, where in shards.items()], replace(stage.sample, caption_dropout=0.0), seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from parallel.errors import UserError
 from parallel.program import Program
 from spar_scale.data.loader import Loader, Source
 from spar_scale.evaluation.held_out import difference, held_out_terms, stage_terms
+from spar_scale.recipe import Recipe
 from spar_scale.stages import build
 from spar_scale.training.export import recipe_of
 from spar_scale.training.parent import overwrite, started_stage
@@ -119,3 +121,11 @@ def test_what_is_no_trained_run_or_no_task_of_it_is_refused(folder, tmp_path):
         held_out_terms(folder / "run", {"generate": shards["generation"]}, SAMPLES)
     with pytest.raises(UserError, match=r"nowhere-\*\.tar"):
         held_out_terms(folder / "run", {"generation": str(folder / "nowhere-*.tar")}, SAMPLES)
+
+
+def test_a_phase_without_prompts_has_none_to_shuffle(tmp_path):
+    stage = build(Recipe.model_validate_json(json.dumps(phase_values(
+        tmp_path, "bootstrap/autoencoder", tmp_path, {}
+    ))))  # fmt: skip
+    with pytest.raises(UserError, match="this phase reads images, latent_noise: there are no prompts to shuffle"):
+        stage_terms(stage, {"images": "none.tar"}, 4, shuffled=True)
