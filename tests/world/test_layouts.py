@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 from launching import run_world
+from nano import NANO
+from tiny_parts import make_parts
 from tiny_runs import (
     LOSS_RELATIVE,
     NORM_RELATIVE,
     consumed,
     curve,
     distance,
-    make_autoencoder,
     make_data,
     recipe_values,
     train_all,
@@ -27,10 +28,12 @@ LAYOUTS = [(world, zero, 1) for world in (1, 2, 4) for zero in (1, 2, 3)] + [(2,
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
-    shards, autoencoder = make_data(folder / "data"), make_autoencoder(folder / "autoencoder")
+    shards = make_data(folder / "data")
+    autoencoder = Path(make_parts(folder / "parts", NANO)["pixel_autoencoder"])
 
     def values(name: str, **changes) -> dict:
-        return recipe_values(folder / name, shards, autoencoder, checkpoint={"every": 10}, **changes)
+        settings = {"model__preset": "nano", "checkpoint": {"every": 10}, **changes}
+        return recipe_values(folder / name, shards, autoencoder, **settings)
 
     for world in (1, 2, 4):
         recipes = [

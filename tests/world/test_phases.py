@@ -41,8 +41,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = make_parts(folder / "parts", NANO)
 
     def values(name: str, phase: str, world: int = 1, zero: int = 1, pipeline: int = 1, **changes) -> dict:
-        parallel = {"zero": zero, "pipeline": pipeline, "micro_batch": 3}
-        changes |= {"data__task_block": 6, "checkpoint": {"every": STEPS // 2}}
+        parallel = {"zero": zero, "pipeline": pipeline, "micro_batch": 2}
+        every = STEPS // 2 if (phase, world, zero) == ("align/joint", 1, 1) else STEPS  # what `elastic` goes on from
+        changes |= {"global_batch": 6, "data__task_block": 3, "checkpoint": {"every": every}}
         return phase_values(folder / name, phase, folder / "data", parts, "nano", parallel=parallel, **changes)
 
     for world in (1, 2, 4):
