@@ -19,6 +19,7 @@ from parallel import checkpoint
 from parallel.errors import UserError
 from spar_scale.recipe import Recipe, load_recipe
 from spar_scale.rules import reads
+from spar_scale.training.run_directory import refuse_another
 from spar_scale.training.trainer import train
 
 PHASES = (
@@ -66,6 +67,7 @@ class Chain:
         for parent in self.parents(phase):
             self.train(parent, switches)
         recipe = self.recipe(phase, switches)
+        refuse_another(run_dir / "recipe.yaml", recipe)
         if _finished(run_dir, recipe.train.steps):
             _log.info("%s is trained already", run_dir)
         else:

@@ -55,14 +55,19 @@ class RunDirectory:
     def _open(self) -> None:
         self._lock = RunLock(self.path)
         file = self.path / "recipe.yaml"
-        if file.exists():
-            old = load_recipe(file)
-            changed = [key for key in differences(old, self._recipe) if not may_change_at_resume(key)]
-            changed = [key for key in changed if key != "run_dir"]
-            if changed:
-                raise UserError(
-                    f"{self.path}: holds a run of another recipe; it differs in {', '.join(changed)}. "
-                    "Give the recipe another run_dir, or restore these values to go on"
-                )
+        refuse_another(file, self._recipe)
         self._recipe.save(file)
         checkpoint.remove_leftovers(self.checkpoints)
+
+
+def refuse_another(file: Path, recipe: Recipe) -> None:
+    """Raise UserError where `file` holds the recipe of another run: one that differs in what must not change."""
+    if not file.exists():
+        return
+    changed = [key for key in differences(load_recipe(file), recipe) if not may_change_at_resume(key)]
+    changed = [key for key in changed if key != "run_dir"]
+    if changed:
+        raise UserError(
+            f"{file.parent}: holds a run of another recipe; it differs in {', '.join(changed)}. "
+            "Give the recipe another run_dir, or restore these values to go on"
+        )

@@ -103,3 +103,12 @@ def test_the_table_compares_each_row_with_the_full_system_of_its_own_phase():
 def test_an_unknown_row_is_refused_with_the_nearest(tmp_path: Path):
     with pytest.raises(UserError, match="--row: 'frozen encodr' is no row; did you mean 'frozen encoder'"):
         ablate(tmp_path, "smoke", [0], ["frozen encodr"])
+
+
+def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(tmp_path: Path):
+    bootstrap = tmp_path / "bootstrap_autoencoder"
+    bootstrap.mkdir()
+    changed = Chain(tmp_path, "smoke", 0).recipe("bootstrap_autoencoder").model_copy(update={"global_batch": 17})
+    changed.save(bootstrap / "recipe.yaml")
+    with pytest.raises(UserError, match="bootstrap_autoencoder: holds a run of another recipe; it differs in global_b"):
+        Chain(tmp_path, "smoke", 0).train("bootstrap_autoencoder")
