@@ -27,7 +27,8 @@ from spar_scale.inference.sampler import seeded_noise
 from spar_scale.models.presets import PRESETS
 from spar_scale.models.unified import SPAR
 from spar_scale.settings import load
-from spar_scale.training.export import trained_model
+from spar_scale.stages.parts import preset_of
+from spar_scale.training.export import recipe_of, trained_model
 
 SCENES = 256  # held-out scenes behind a score
 SHOWN = 16  # in a grid
@@ -92,7 +93,7 @@ def generation(out: Path) -> dict[str, Any]:
     assert isinstance(model, SPAR)
     scenes, captions = held_out_scenes(out / "data", SHOWN)
     noise = seeded_noise(model.latent_shape, range(SHOWN))
-    drawn = generate(model, captions, noise, PRESETS["tiny"].sampling)
+    drawn = generate(model, captions, noise, preset_of(recipe_of(run_dir)).sampling)
     rows, labels = [], []
     for first in range(0, SHOWN, 4):
         part = slice(first, first + 4)

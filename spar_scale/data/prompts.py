@@ -107,6 +107,11 @@ def editing_prompt(instruction: str, image_tokens: int) -> Prompt:
     return opening(image_tokens).ask(f"edit : {_plain(instruction)} {IMAGE_START}")
 
 
+def answering_prompt(question: str, image_tokens: int) -> Prompt:
+    """The picture, then `question : QUESTION answer :`, which the answer continues."""
+    return opening(image_tokens).ask(f"question : {question} answer :")
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return the same words as a tokenizer of transformers, to be saved beside the model."""
     from tokenizers import Tokenizer

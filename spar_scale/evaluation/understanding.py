@@ -17,9 +17,10 @@ from transformers import InternVLForConditionalGeneration
 
 from spar_scale.data.images import decode, square
 from spar_scale.data.order import draw_generator
-from spar_scale.data.prompts import TOKENS, opening
+from spar_scale.data.prompts import IMAGE, TOKENS, answering_prompt
 from spar_scale.data.storage import expand_shards, read_member
 from spar_scale.data.tar_index import read_index
+from spar_scale.inference.drawing import padded
 from spar_scale.models.mllm import merge
 from spar_scale.models.vision import features
 
@@ -75,14 +76,11 @@ def answers_right(
         part = questions[first : first + batch]
         seen = None if encode is None else encode(torch.stack([asked.image for asked in part]))
         image_tokens = 0 if seen is None else seen.shape[1]
-        prompts = [opening(image_tokens).ask(f"question : {asked.question} answer :").tokens for asked in part]
-        ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        tokens = torch.zeros(len(part), int(ends.max()) + 1, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        tokens, keep = padded([answering_prompt(asked.question, image_tokens) for asked in part])
+        ends = keep.sum(1).long() - 1
         embedded = language_model.get_input_embeddings()(tokens)  # type: ignore[operator]
         if seen is not None:
-            embedded = merge(embedded, seen, tokens == TOKENS["<IMG_CONTEXT>"])
+            embedded = merge(embedded, seen, tokens == TOKENS[IMAGE])
         states = language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         chosen = head(states[torch.arange(len(part)), ends]).argmax(-1)
         right.append((chosen == torch.tensor([TOKENS[asked.answer] for asked in part])).float())

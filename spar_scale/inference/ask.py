@@ -10,15 +10,15 @@ from PIL import Image
 from torch import nn
 from transformers import InternVLForConditionalGeneration, Qwen2Model
 
-from spar_scale.data.prompts import EOS, IMAGE, TOKENS, Prompt, decode, encode, opening
+from spar_scale.data.prompts import EOS, IMAGE, TOKENS, answering_prompt, decode, encode
 from spar_scale.evaluation.reconstruction import to_tensor
+from spar_scale.evaluation.understanding import own_features
 from spar_scale.inference.pictures import open_image
 from spar_scale.inference.runs import fit_recipe, load_run
 from spar_scale.inference.words import check_length, spaced
 from spar_scale.models.mllm import greedy, merge
 from spar_scale.models.tokenizer import UnifiedTokenizer
 from spar_scale.models.unified import SPAR
-from spar_scale.models.vision import features
 from spar_scale.stages.parts import preset_of
 
 MAX_ANSWER_TOKENS = 16
@@ -32,7 +32,7 @@ def ask(run_dir: Path, image: Path, question: str) -> str:
     preset = preset_of(fit_recipe(run_dir, "ask"))
     words, picture = spaced(question), open_image(image)
     encode(words)  # refuse unknown words before anything is loaded
-    check_length(len(_prompt(words, preset.vision.tokens).tokens), MAX_ANSWER_TOKENS, preset)
+    check_length(len(answering_prompt(words, preset.vision.tokens).tokens), MAX_ANSWER_TOKENS, preset)
     run = load_run(run_dir, "ask")
     said = answer(run.model, picture, words, preset.image_size)
     return f"{said}\n({run}; {image} at {preset.image_size} pixels)"
@@ -49,18 +49,10 @@ def answer(model: nn.Module, picture: Image.Image, question: str, size: int) -> 
         if isinstance(model, SPAR) and isinstance(model.tokenizer, UnifiedTokenizer):
             language, seen = model.language_model, model.tokenizer.features(pixels)
         elif isinstance(model, InternVLForConditionalGeneration):
-            parts, ratio = model.model, model.config.downsample_ratio
-            language, seen = (
-                parts.language_model,
-                features(parts.vision_tower, parts.multi_modal_projector, pixels, ratio),
-            )
+            language, seen = model.model.language_model, own_features(model)(pixels)
         else:
             raise TypeError(f"{type(model).__name__} answers no questions")
-        tokens = torch.tensor([_prompt(question, seen.shape[1]).tokens])
+        tokens = torch.tensor([answering_prompt(question, seen.shape[1]).tokens])
         embedded = merge(language.embed_tokens(tokens), seen, tokens == TOKENS[IMAGE])
     stop = frozenset((TOKENS["."], TOKENS[EOS]))
     return decode(greedy(cast(Qwen2Model, language), model.lm_head, embedded, stop, MAX_ANSWER_TOKENS))
-
-
-def _prompt(question: str, image_tokens: int) -> Prompt:
-    return opening(image_tokens).ask(f"question : {question} answer :")

@@ -108,7 +108,7 @@ def test_the_joint_phase_goes_on_under_another_layout(runs: Path) -> None:
     assert norm <= NORM_RELATIVE
 
 
-def test_the_joint_phase_mixes_its_tasks_and_carries_both_terms(runs: Path) -> None:
+def test_the_joint_phase_carries_both_terms(runs: Path) -> None:
     lines = metrics(runs / run_name("align/joint", (1, 1, 1)))
     assert all(set(line["terms"]) == {"flow_matching", "alignment"} for line in lines)
     assert all(-1 <= line["terms"]["alignment"] <= 1 for line in lines)
