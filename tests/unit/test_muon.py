@@ -29,6 +29,18 @@ def test_a_convolution_is_orthogonalised_as_a_matrix() -> None:
     assert condition(flat) < 2 < 4 < condition(grad.flatten(1))
 
 
+def test_on_a_cpu_the_iteration_runs_in_fp32() -> None:
+    from deepspeed.runtime.zero.muon import original_muon
+
+    dtypes = []
+    with muon_step(CPU):
+        dtypes += [original_muon.ns_compute_dtype(method) for method in ("gram", "standard")]
+        update = muon_update(torch.randn(16, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(16, 32))
+    assert dtypes == [torch.float32] * 2
+    assert not torch.equal(update, update.half().float())
+    assert original_muon.ns_compute_dtype("standard") == torch.bfloat16
+
+
 def condition(matrix: torch.Tensor) -> float:
     """Largest over smallest singular value."""
     singular = torch.linalg.svdvals(matrix)
