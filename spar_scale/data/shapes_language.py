@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from spar_scale.data.shapes_world import COLORS, SHAPES, ZONES, Edit, Object, Scene
+from spar_scale.data.shapes_world import COLORS, SHAPES, ZONES, Edit, Object, Scene, World
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")
-PLURALS = tuple(f"{shape}s" for shape in SHAPES)
+PLURALS = tuple(f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES)
 NUMBERS = ("zero", "one", "two", "three")
 QUESTIONS = ("color", "shape", "count", "where", "exist")
 RELATIONS = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
@@ -27,7 +27,7 @@ def captions(scene: Scene) -> list[str]:
     if scene.kind == "single":
         return [f"{name(first)} {place(first)}", name(first)]
     if scene.kind == "count":
-        return [f"{NUMBERS[len(scene.objects)]} {first.color} {first.shape}s"]
+        return [f"{NUMBERS[len(scene.objects)]} {first.color} {PLURALS[SHAPES.index(first.shape)]}"]
     second = scene.objects[1]
     return [
         f"{name(first)} {_relation(first)} {name(second)}",
@@ -44,11 +44,11 @@ def choose_caption(scene: Scene, draws: np.random.Generator) -> str:
     return said[int(np.searchsorted(np.cumsum(weights)[:-1], draws.random(), side="right"))]
 
 
-def questions(scene: Scene, draws: np.random.Generator) -> list[dict[str, str]]:
+def questions(scene: Scene, world: World, draws: np.random.Generator) -> list[dict[str, str]]:
     """Return the questions a scene answers without ambiguity, as {"type", "question", "answer"}.
 
     "Is there" questions come in pairs of one yes and one no for each object; the no asks for an
-    object that differs from it in shape or in colour alone.
+    object that differs from it in shape or in colour alone, and never for a look that is kept from training.
     """
     objects = scene.objects if scene.kind != "count" else scene.objects[:1]
     asked = [("count", "how many objects are there ?", NUMBERS[len(scene.objects)])]
@@ -61,7 +61,7 @@ def questions(scene: Scene, draws: np.random.Generator) -> list[dict[str, str]]:
         if scene.kind != "count" and o.zone:
             asked.append(("where", f"where is the {o.color} {o.shape} ?", o.zone))
         asked.append(("exist", f"is there {name(o)} ?", "yes"))
-        color, shape = _absent(scene, o, draws)
+        color, shape = _absent(scene, o, world, draws)
         asked.append(("exist", f"is there a {color} {shape} ?", "no"))
     return [{"type": kind, "question": question, "answer": answer} for kind, question, answer in asked]
 
@@ -93,10 +93,12 @@ def _relation(o: Object) -> str:
     return RELATIONS[o.zone]
 
 
-def _absent(scene: Scene, o: Object, draws: np.random.Generator) -> tuple[str, str]:
-    """Return (colour, shape) of an object that is not there and differs from `o` in one of the two."""
+def _absent(scene: Scene, o: Object, world: World, draws: np.random.Generator) -> tuple[str, str]:
+    """Return (colour, shape) of an object that is not there and, if it can, differs from `o` in one of the two."""
     present = {(other.color, other.shape) for other in scene.objects}
-    recolored = [(c, o.shape) for c in COLORS if (c, o.shape) not in present]
-    reshaped = [(o.color, s) for s in SHAPES if (o.color, s) not in present]
-    allowed = recolored if draws.random() < 0.5 else reshaped
+    looks = [(c, s) for c in COLORS for s in world.shapes if f"{c} {s}" not in world.unseen_looks]
+    absent = [look for look in looks if look not in present]
+    recolored = [(c, s) for c, s in absent if s == o.shape]
+    reshaped = [(c, s) for c, s in absent if c == o.color]
+    allowed = (recolored if draws.random() < 0.5 else reshaped) or absent
     return allowed[draws.integers(len(allowed))]

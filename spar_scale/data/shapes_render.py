@@ -48,16 +48,31 @@ def _grounds(scenes: Sequence[Scene], x: np.ndarray, y: np.ndarray, size: int) -
 
 
 def _distance(objects: Sequence[Object], x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the signed distance (N, size, size) in pixels of each pixel to each object's edge, negative inside."""
+    """Return the distance (N, size, size) in pixels of each pixel to each object's edge, negative inside."""
 
     def column(values: list[float]) -> np.ndarray:
         return np.array(values, dtype=np.float32)[:, None, None]
 
-    r = column([o.radius for o in objects])
+    shapes = column([SHAPES.index(o.shape) for o in objects])
     dx, dy = x - column([o.x for o in objects]), y - column([o.y for o in objects])
-    shape = column([float(SHAPES.index(o.shape)) for o in objects])
-    circle = np.sqrt(dx * dx + dy * dy) - r
-    square = np.maximum(np.abs(dx), np.abs(dy)) - 0.88 * r
-    height = 0.95 * r
-    triangle = np.maximum(dy - 0.85 * height, (1.75 * np.abs(dx) - dy - 0.95 * height) / 2.0)
-    return np.select([shape == 0, shape == 1], [circle, square], triangle)
+    return signed_distance(shapes, dx, dy, column([o.radius for o in objects]))
+
+
+def signed_distance(shapes: np.ndarray, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Return the distance in pixels from points (dx, dy) off the centre to the edge of a shape, negative inside.
+
+    `shapes` are indices into SHAPES; all four arrays broadcast. Near corners it is the distance to the nearest side.
+    """
+    x, y, height = np.abs(dx), np.abs(dy), 0.95 * radius
+    sides = {
+        "circle": lambda: np.sqrt(dx * dx + dy * dy) - radius,
+        "square": lambda: np.maximum(x, y) - 0.88 * radius,
+        "triangle": lambda: np.maximum(dy - 0.85 * height, (1.75 * x - dy - 0.95 * height) / 2.0),
+        "cross": lambda: np.minimum(
+            np.maximum(x - radius, y - 0.38 * radius), np.maximum(x - 0.38 * radius, y - radius)
+        ),
+        "diamond": lambda: (x + y - 1.1 * radius) / np.sqrt(2.0),
+    }
+    occurring = list(np.unique(shapes).astype(int))
+    distances = [sides[SHAPES[shape]]() for shape in occurring]
+    return np.select([shapes == shape for shape in occurring], distances)

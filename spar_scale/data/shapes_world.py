@@ -5,24 +5,32 @@ learn to draw and describe them in minutes; `texture` lays stripes over the grou
 world is wanted. Scene n is a function of (seed, purpose, n) alone: it depends neither on how many
 scenes are made nor on how they are cut into shards, and `texture` changes the ground only.
 
+Some contents are kept from training, so that what held-out data ask for can be new: a content is a look
+(shape and colour) in a zone, an unordered pair of looks, or a number of one look. Training draws a scene
+again until its content may be seen; held-out data draw freely.
+
 Lengths are in pixels of a 32-pixel image and scale with `size`; x grows to the right, y downwards.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from parallel.errors import nearest
 from spar_scale.data.order import draw_generator
 
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("circle", "square", "triangle", "cross", "diamond")
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
 ZONES = ("left", "right", "top", "bottom", "center")
 EDITS = ("color", "shape", "remove", "add")
+TRAINING = ("scenes", "edits")  # the purposes that never show an unseen content
 KINDS = ("single", "two", "count")
 KIND_SHARES = (0.40, 0.50, 0.10)
 
@@ -41,8 +49,34 @@ class World(BaseModel):
     scenes: int = Field(default=20000, ge=0, description="captioned scenes for training")
     heldout: int = Field(default=1000, ge=0, description="captioned scenes for evaluation, from draws of their own")
     edits: int = Field(default=8000, ge=0, description="editing triplets: input, instruction, output")
+    heldout_edits: int = Field(default=0, ge=0, description="editing triplets for evaluation")
     per_shard: int = Field(default=2000, ge=1, description="samples in one tar")
     texture: bool = Field(default=False, description="stripes on the ground")
+    shapes: tuple[str, ...] = Field(default=SHAPES[:3], min_length=3, description="the shapes that occur")
+    unseen: float = Field(default=0.1, ge=0, le=0.5, description="share of contents that only held-out data shows")
+    unseen_looks: tuple[str, ...] = Field(default=(), description='looks only held-out data shows, as "red cross"')
+
+    @field_validator("shapes")
+    @classmethod
+    def _known_shapes(cls, shapes: tuple[str, ...]) -> tuple[str, ...]:
+        if strangers := [shape for shape in shapes if shape not in SHAPES]:
+            raise ValueError(
+                f"{strangers[0]!r} is no shape{nearest(strangers[0], SHAPES)}; there are {', '.join(SHAPES)}"
+            )
+        if len(set(shapes)) < len(shapes):
+            raise ValueError("a shape is named twice")
+        return shapes
+
+    @model_validator(mode="after")
+    def _known_looks(self) -> World:
+        looks = [f"{color} {shape}" for color in COLORS for shape in self.shapes]
+        if strangers := [look for look in self.unseen_looks if look not in looks]:
+            raise ValueError(f"unseen_looks: {strangers[0]!r} is no look of this world{nearest(strangers[0], looks)}")
+        if 2 * len(self.unseen_looks) > len(looks):
+            raise ValueError(
+                f"unseen_looks: {len(self.unseen_looks)} of {len(looks)} looks; at most half can be kept away"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -104,14 +138,49 @@ class Edit:
 
 def sample_scene(world: World, purpose: str, number: int) -> Scene:
     """Return scene `number` of a purpose ("scenes", "heldout")."""
-    return _scene(world, draw_generator(world.seed, purpose, number), _ground(world, purpose, number))
+    draws, ground = draw_generator(world.seed, purpose, number), _ground(world, purpose, number)
+    kind = KINDS[int(np.searchsorted(np.cumsum(KIND_SHARES), draws.random() * sum(KIND_SHARES), side="right"))]
+    scene = _scene(world, draws, ground, kind)
+    while purpose in TRAINING and is_unseen(world, scene):
+        scene = _scene(world, draws, ground, kind)
+    return scene
 
 
 def sample_edit(world: World, purpose: str, number: int) -> Edit:
-    """Return editing triplet `number` of a purpose ("edits"); the four kinds are equally likely."""
-    draws = draw_generator(world.seed, purpose, number)
-    ground = _ground(world, purpose, number)
+    """Return editing triplet `number` of a purpose ("edits", "test-edits"); the four kinds are equally likely."""
+    draws, ground = draw_generator(world.seed, purpose, number), _ground(world, purpose, number)
     kind = EDITS[draws.integers(len(EDITS))]
+    edit = _edit(world, draws, ground, kind)
+    while purpose in TRAINING and (is_unseen(world, edit.source) or is_unseen(world, edit.target)):
+        edit = _edit(world, draws, ground, kind)
+    return edit
+
+
+def is_unseen(world: World, scene: Scene) -> bool:
+    """Return whether training never shows what this scene shows: its content, or the look of one of its objects."""
+    looks = [f"{o.color} {o.shape}" for o in scene.objects]
+    if scene.kind == "single":
+        return is_unseen_content(world, looks, scene.objects[0].zone or "")
+    return is_unseen_content(world, looks)
+
+
+def is_unseen_content(world: World, looks: Sequence[str], zone: str = "") -> bool:
+    """The same of what a caption says: its looks ("red circle") and the zone of a single one.
+
+    A single look without a zone is unseen only where the world keeps the look itself away.
+    """
+    if any(look in world.unseen_looks for look in looks):
+        return True
+    told = len(looks) > 1 or bool(zone)
+    return told and _content_draw(world.seed, " + ".join(sorted(looks)) + f" {zone}") < world.unseen
+
+
+@cache
+def _content_draw(seed: int, content: str) -> float:
+    return draw_generator(seed, f"unseen/{content}", 0).random()
+
+
+def _edit(world: World, draws: np.random.Generator, ground: Ground, kind: str) -> Edit:
     if kind in ("remove", "add"):
         return _remove_or_add(_scene(world, draws, ground, "two"), int(draws.integers(2)), kind)
     scene = _scene(world, draws, ground, "single" if draws.random() < 0.5 else "two")
@@ -122,10 +191,10 @@ def sample_edit(world: World, purpose: str, number: int) -> Edit:
         allowed = [c for c in COLORS if (subject.shape, c) not in others]
         result = replace(subject, color=allowed[draws.integers(len(allowed))])
     else:
-        allowed = [s for s in SHAPES if (s, subject.color) not in others]
+        allowed = [s for s in world.shapes if (s, subject.color) not in others]
         result = replace(subject, shape=allowed[draws.integers(len(allowed))])
     objects = tuple(result if i == index else o for i, o in enumerate(scene.objects))
-    return Edit(kind, scene, replace(scene, objects=objects), subject, result)
+    return Edit(kind, scene, replace(scene, objects=objects), subject, result)  # pyright: ignore[reportArgumentType]
 
 
 def _remove_or_add(two: Scene, index: int, kind: str) -> Edit:
@@ -136,19 +205,18 @@ def _remove_or_add(two: Scene, index: int, kind: str) -> Edit:
     return Edit("add", one, two, subject, subject)
 
 
-def _scene(world: World, draws: np.random.Generator, ground: Ground, kind: str | None = None) -> Scene:
-    kind = kind or KINDS[int(np.searchsorted(np.cumsum(KIND_SHARES), draws.random() * sum(KIND_SHARES), side="right"))]
+def _scene(world: World, draws: np.random.Generator, ground: Ground, kind: str) -> Scene:
     if kind == "single":
         zones = [ZONES[draws.integers(len(ZONES))]]
-        places, looks = [_place(draws, zones[0], 1.6, 2.1)], [_look(draws)]
+        places, looks = [_place(draws, zones[0], 1.6, 2.1)], [_look(world, draws)]
     elif kind == "two":
         zones, places = _pair(draws, shift=4.0)
-        looks = [_look(draws), _look(draws)]
+        looks = [_look(world, draws), _look(world, draws)]
         while looks[0] == looks[1]:
-            looks[1] = _look(draws)
+            looks[1] = _look(world, draws)
     else:
         number = int(draws.integers(2, 4))
-        looks = [_look(draws)] * number
+        looks = [_look(world, draws)] * number
         if number == 2:
             zones, places = _pair(draws, shift=0.0)
         else:
@@ -162,8 +230,8 @@ def _scene(world: World, draws: np.random.Generator, ground: Ground, kind: str |
     return Scene(kind, objects, ground)  # pyright: ignore[reportArgumentType]
 
 
-def _look(draws: np.random.Generator) -> tuple[str, str]:
-    return SHAPES[draws.integers(len(SHAPES))], COLORS[draws.integers(len(COLORS))]
+def _look(world: World, draws: np.random.Generator) -> tuple[str, str]:
+    return world.shapes[draws.integers(len(world.shapes))], COLORS[draws.integers(len(COLORS))]
 
 
 def _place(draws: np.random.Generator, zone: str, along: float, across: float) -> tuple[float, float]:

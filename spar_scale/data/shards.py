@@ -5,7 +5,7 @@ and index under a temporary name and renamed, and `complete` last, so an interru
 started again: shards that are there are kept, because the same settings give the same bytes.
 
 Members of a sample: scenes and heldout {png, txt (one caption), json (all captions, questions, the
-scene)}; edits {input.png, output.png, txt (instruction), json}.
+scene)}; edits and test-edits {input.png, output.png, txt (instruction), json (both sides' captions and scenes)}.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from spar_scale.data.tar_index import index_path, index_shard, read_header, writ
 GENERATION = 1  # raised whenever the same settings give other bytes
 SETTINGS = "world.json"
 CHUNK = 200  # scenes drawn at a time
-PURPOSES = ("scenes", "heldout", "edits")
+PURPOSES = {"scenes": "scenes", "heldout": "heldout", "edits": "edits", "test-edits": "heldout_edits"}
+"""Purpose, which names shards, keys and draws -> the setting that says how many."""
 _log = logging.getLogger(__name__)
 
 
@@ -43,7 +44,7 @@ def make_world(world: World, out_dir: Path) -> list[Path]:
     out_dir = Path(out_dir)
     shards = [path for purpose in PURPOSES for path in _shard_paths(world, out_dir, purpose)]
     if not shards:
-        raise UserError("scenes, heldout and edits are all 0; a world holds at least one sample")
+        raise UserError("scenes, heldout, edits and heldout_edits are all 0; a world holds at least one sample")
     complete = _check_settings(world, out_dir)
     if complete and all(_is_whole(path) for path in shards):
         _log.info("%s: this world is there already (%d shards)", out_dir, len(shards))
@@ -57,7 +58,7 @@ def make_world(world: World, out_dir: Path) -> list[Path]:
         for number, path in enumerate(_shard_paths(world, out_dir, purpose)):
             if not _is_whole(path):
                 first = number * world.per_shard
-                last = min(first + world.per_shard, getattr(world, purpose))
+                last = min(first + world.per_shard, getattr(world, PURPOSES[purpose]))
                 chunks = (range(n, min(n + CHUNK, last)) for n in range(first, last, CHUNK))
                 _write_shard(path, (sample for chunk in chunks for sample in _samples(world, purpose, chunk)))
                 _log.info("%s: %d samples", path, last - first)
@@ -66,23 +67,23 @@ def make_world(world: World, out_dir: Path) -> list[Path]:
 
 
 def _samples(world: World, purpose: str, numbers: range) -> Iterator[dict[str, Any]]:
-    if purpose == "edits":
-        yield from _edit_samples(world, numbers)
+    if purpose.endswith("edits"):
+        yield from _edit_samples(world, purpose, numbers)
         return
     scenes = [sample_scene(world, purpose, number) for number in numbers]
     for number, scene, image in zip(numbers, scenes, render(scenes, world.size), strict=True):
         draws = draw_generator(world.seed, f"{purpose}/words", number)
         caption = choose_caption(scene, draws)
-        said = {"captions": captions(scene), "questions": questions(scene, draws), "scene": scene.as_json()}
+        said = {"captions": captions(scene), "questions": questions(scene, world, draws), "scene": scene.as_json()}
         yield {"__key__": f"{purpose}-{number:08d}", "png": _png(image), "txt": caption.encode(), "json": _json(said)}
 
 
-def _edit_samples(world: World, numbers: range) -> Iterator[dict[str, Any]]:
-    edits = [sample_edit(world, "edits", number) for number in numbers]
+def _edit_samples(world: World, purpose: str, numbers: range) -> Iterator[dict[str, Any]]:
+    edits = [sample_edit(world, purpose, number) for number in numbers]
     sources = render([edit.source for edit in edits], world.size)
     targets = render([edit.target for edit in edits], world.size)
     for number, edit, source, target in zip(numbers, edits, sources, targets, strict=True):
-        text = instruction(edit, draw_generator(world.seed, "edits/words", number))
+        text = instruction(edit, draw_generator(world.seed, f"{purpose}/words", number))
         said = {
             "type": edit.kind,
             "instruction": text,
@@ -92,7 +93,7 @@ def _edit_samples(world: World, numbers: range) -> Iterator[dict[str, Any]]:
             "output_scene": edit.target.as_json(),
         }
         members = {"input.png": _png(source), "output.png": _png(target), "txt": text.encode(), "json": _json(said)}
-        yield {"__key__": f"edits-{number:08d}", **members}
+        yield {"__key__": f"{purpose}-{number:08d}", **members}
 
 
 def _write_shard(path: Path, samples: Iterator[dict[str, Any]]) -> None:
@@ -119,7 +120,7 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def _shard_paths(world: World, out_dir: Path, purpose: str) -> list[Path]:
-    number = -(-getattr(world, purpose) // world.per_shard)
+    number = -(-getattr(world, PURPOSES[purpose]) // world.per_shard)
     return [out_dir / f"{purpose}-{shard:05d}.tar" for shard in range(number)]
 
 
@@ -135,7 +136,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _write_settings(world: World, out_dir: Path, complete: bool) -> None:
-    content = {"generation": GENERATION, "complete": complete, "world": world.model_dump()}
+    content = {"generation": GENERATION, "complete": complete, "world": world.model_dump(mode="json")}
     write_atomic(out_dir / SETTINGS, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -155,7 +156,7 @@ def _check_settings(world: World, out_dir: Path) -> bool:
         there, generation, complete = dict(content["world"]), content["generation"], bool(content["complete"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the settings of a world ({error}); {mend}") from None
-    asked = {**world.model_dump(), "generation": GENERATION}
+    asked = {**world.model_dump(mode="json"), "generation": GENERATION}
     there["generation"] = generation
     differing = [name for name in sorted(asked.keys() | there.keys()) if asked.get(name) != there.get(name)]
     if differing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from collections import Counter
 from dataclasses import replace
@@ -18,7 +19,7 @@ from spar_scale.data.commands import make, show
 from spar_scale.data.order import draw_generator
 from spar_scale.data.shapes_language import VOCABULARY, captions, choose_caption, instruction, questions
 from spar_scale.data.shapes_render import RGB, render
-from spar_scale.data.shapes_world import COLORS, SHAPES, Scene, World, sample_edit, sample_scene
+from spar_scale.data.shapes_world import COLORS, SHAPES, Scene, World, is_unseen, sample_edit, sample_scene
 from spar_scale.data.shards import make_world
 from spar_scale.data.storage import read_member
 from spar_scale.data.tar_index import read_index
@@ -42,7 +43,7 @@ def color_of(image: np.ndarray, x: float, y: float) -> str:
 
 def test_the_same_settings_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        make_world(World(scenes=12, heldout=4, edits=6, per_shard=5), tmp_path / name)
+        make_world(World(scenes=12, heldout=4, edits=6, heldout_edits=3, per_shard=5), tmp_path / name)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     make_world(World(scenes=12, heldout=4, edits=6, per_shard=5, seed=1), tmp_path / "c")
     assert files(tmp_path / "a")["scenes-00000.tar"] != files(tmp_path / "c")["scenes-00000.tar"]
@@ -57,15 +58,22 @@ def test_a_scene_does_not_depend_on_how_many_are_made_or_their_texture():
 
 @pytest.mark.parametrize("size", [32, 96])
 def test_every_object_is_drawn_in_its_colour_and_shape(size):
-    scenes = [sample_scene(World(size=size, seed=11), "scenes", number) for number in range(200)]
+    scenes = [sample_scene(World(size=size, seed=11, shapes=SHAPES), "scenes", number) for number in range(200)]
     for scene, image in zip(scenes, render(scenes, size), strict=True):
         for o in scene.objects:
             assert color_of(image, o.x, o.y) == o.color
         if scene.kind == "single" and size > 64:
             (o,) = scene.objects
-            upper, side = (color_of(image, o.x + 0.78 * o.radius, o.y - up * o.radius) for up in (0.78, 0.0))
-            filled = {"circle": (False, True), "square": (True, True), "triangle": (False, False)}
-            assert filled[o.shape] == (upper == o.color, side == o.color)
+            points = [(0.78, 0.78), (0.78, 0.0), (0.0, 0.78), (0.45, 0.45)]  # upper corner, side, top, between them
+            found = [color_of(image, o.x + x * o.radius, o.y - y * o.radius) == o.color for x, y in points]
+            filled = {
+                "circle": [False, True, True, True],
+                "square": [True, True, True, True],
+                "triangle": [False, False, True, False],
+                "cross": [False, True, True, False],
+                "diamond": [False, True, True, True],
+            }
+            assert found == filled[o.shape]
 
 
 def test_captions_are_true_and_in_the_vocabulary():
@@ -102,7 +110,7 @@ def test_questions_are_answered_truly_and_every_type_occurs():
     exists = Counter()
     for number, scene in enumerate(SCENES):
         looks = {(o.color, o.shape) for o in scene.objects}
-        for asked in questions(scene, draw_generator(0, "words", number)):
+        for asked in questions(scene, WORLD, draw_generator(0, "words", number)):
             words, answer = asked["question"].split(), asked["answer"]
             assert {*words, answer} <= set(VOCABULARY)
             types[asked["type"]] += 1
@@ -131,9 +139,72 @@ def test_kinds_and_captions_come_in_their_shares():
     singles = [s for s in SCENES if s.kind == "single"]
     placed = sum("the" in choose_caption(s, draw_generator(0, "w", n)).split() for n, s in enumerate(singles))
     assert 0.5 < placed / len(singles) < 0.82
-    assert {o.shape for s in SCENES for o in s.objects} == set(SHAPES)
+    assert {o.shape for s in SCENES for o in s.objects} == set(SHAPES[:3])
     assert {o.color for s in SCENES for o in s.objects} == set(COLORS)
-    assert len(VOCABULARY) == len(set(VOCABULARY)) == 59
+    assert len(VOCABULARY) == len(set(VOCABULARY)) == 63
+
+
+def content(scene: Scene) -> tuple[object, ...]:
+    looks = tuple(sorted((o.color, o.shape) for o in scene.objects))
+    return (*looks, scene.objects[0].zone) if scene.kind == "single" else looks
+
+
+def test_held_out_data_show_contents_that_training_never_shows():
+    world = World(seed=11, unseen=0.2)
+    trained = [sample_scene(world, "scenes", number) for number in range(1500)]
+    edits = [sample_edit(world, "edits", number) for number in range(300)]
+    trained += [side for edit in edits for side in (edit.source, edit.target)]
+    held_out = [sample_scene(world, "heldout", number) for number in range(600)]
+    seen, new = ({content(s) for s in held_out if is_unseen(world, s) is unseen} for unseen in (False, True))
+    assert not {content(scene) for scene in trained} & new and not seen & new
+    assert 0.12 < len(new) / len(seen | new) < 0.28
+    new_captions = {text for s in held_out if is_unseen(world, s) for text in captions(s) if len(text.split()) > 3}
+    assert not new_captions & {text for s in trained for text in captions(s)}
+    assert {s.kind for s in held_out if is_unseen(world, s)} == {"single", "two", "count"}
+    free = [sample_edit(world, "test-edits", number) for number in range(60)]
+    assert any(is_unseen(world, edit.target) for edit in free)
+
+
+def test_nothing_is_kept_away_where_the_share_is_0_and_kinds_keep_their_shares_where_it_is_not():
+    free, half = World(seed=11, unseen=0), World(seed=11, unseen=0.5)
+    assert not any(is_unseen(free, scene) for scene in SCENES)
+    kinds = [[sample_scene(w, "scenes", n).kind for n in range(50)] for w in (free, half)]
+    assert kinds[0] == kinds[1]
+    assert [sample_scene(half, "heldout", n) for n in range(50)] == [
+        sample_scene(free, "heldout", n) for n in range(50)
+    ]
+
+
+def test_a_look_that_is_kept_away_is_neither_shown_nor_named_in_training():
+    world = World(seed=3, shapes=SHAPES, unseen_looks=("red cross", "blue circle"))
+    scenes = [sample_scene(world, "scenes", number) for number in range(400)]
+    edits = [sample_edit(world, "edits", number) for number in range(200)]
+    shown = scenes + [side for edit in edits for side in (edit.source, edit.target)]
+    looks = {f"{o.color} {o.shape}" for scene in shown for o in scene.objects}
+    assert {*looks, *world.unseen_looks} == {f"{c} {s}" for c in COLORS for s in SHAPES}
+    assert not looks & set(world.unseen_looks)
+    said = [entry["question"] for n, s in enumerate(scenes) for entry in questions(s, world, draw_generator(0, "w", n))]
+    said += [text for scene in scenes for text in captions(scene)]
+    assert not any(look in text for look in world.unseen_looks for text in said)
+    assert {*" ".join(said).split()} <= set(VOCABULARY) and any("crosses" in text for text in said)
+    held_out = [sample_scene(world, "heldout", number) for number in range(400)]
+    assert {f"{o.color} {o.shape}" for scene in held_out for o in scene.objects} >= set(world.unseen_looks)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"shapes": ["circle", "square", "crss"]}, "'crss' is no shape; did you mean 'cross'?"),
+        ({"shapes": ["circle", "circle", "square"]}, "a shape is named twice"),
+        ({"shapes": ["circle", "square"]}, "at least 3 items"),
+        ({"unseen_looks": ["red cross"]}, "'red cross' is no look of this world"),
+        ({"unseen_looks": [f"{c} {s}" for c in COLORS for s in SHAPES[:2]]}, "12 of 18 looks; at most half"),
+        ({"unseen": 0.6}, "less than or equal to 0.5"),
+    ],
+)
+def test_shapes_and_looks_that_cannot_be_are_refused(given, message):
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        World.model_validate(given)
 
 
 def test_an_edit_changes_what_it_names_and_nothing_else():
@@ -189,8 +260,22 @@ def test_shards_hold_what_they_say(tiny_world):
     assert sorted(edits.extensions) == ["input.png", "json", "output.png", "txt"]
 
 
+def test_held_out_edits_lie_apart_and_say_what_a_judge_needs(tmp_path):
+    world = World(scenes=0, heldout=3, edits=3, heldout_edits=3, seed=3)
+    make_world(world, tmp_path)
+    assert [path.name for path in sorted(tmp_path.glob("*edits-*.tar"))] == ["edits-00000.tar", "test-edits-00000.tar"]
+    shard = str(tmp_path / "test-edits-00000.tar")
+    edit, index = sample_edit(world, "test-edits", 1), read_index(shard)
+    assert index.keys[1] == "test-edits-00000001"
+    said = json.loads(read_member(shard, *index.members(1)["json"]))
+    sides = {"input_scene": edit.source.as_json(), "output_scene": edit.target.as_json()}
+    assert said["type"] == edit.kind and {name: said[name] for name in sides} == sides
+    trained = read_index(str(tmp_path / "edits-00000.tar"))
+    assert trained.keys[1] == "edits-00000001"
+
+
 def test_making_the_same_world_again_does_nothing(tmp_path, caplog):
-    world = World(scenes=4, heldout=2, edits=2)
+    world = World(scenes=4, heldout=2, edits=2, unseen_looks=("red circle",))
     make(world, tmp_path / "w")
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "w").iterdir()}
     with caplog.at_level("INFO"):

@@ -171,10 +171,10 @@ PARTS_DAMAGE = {
     ),
     "mllm: other words": (
         "mllm", lambda d: edit_config(d, "text_config", "vocab_size", value=70),
-        "vocab_size = 70, preset 'tiny' needs 64",
+        "vocab_size = 70, preset 'tiny' needs 72",
     ),
     "mllm: another image token": (
-        "mllm", lambda d: edit_config(d, "image_token_id", value=60), "image_token_id = 60, preset 'tiny' needs 61",
+        "mllm", lambda d: edit_config(d, "image_token_id", value=60), "image_token_id = 60, preset 'tiny' needs 65",
     ),
     "mllm: another vision tower": (
         "mllm", lambda d: edit_config(d, "vision_config", "num_hidden_layers", value=5),
