@@ -1,9 +1,10 @@
-"""The phases of SPAR one after another in one process, each starting from what those before it wrote.
+"""The phases of SPAR, each starting from what those before it wrote.
 
 Which phase starts from which stands in the recipes (`init_from`, `model.pretrained`), so asking for one
 phase trains whatever it needs. Switches (dotted key -> value) reach the phases that read them; a run
 directory is named after the switches that had an effect on it, so two studies share what they have in
-common, and a run that is there and finished is not trained again.
+common, and a run that is there and finished is not trained again. `train` runs them one after another in this
+process; `steps` hands them out to be run side by side.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from pathlib import Path, PurePath
 
 from parallel import checkpoint
 from parallel.errors import UserError
+from spar_scale.processes import Step
 from spar_scale.recipe import Recipe, load_recipe
 from spar_scale.rules import reads
+from spar_scale.spending import Spending
 from spar_scale.training.run_directory import refuse_another
 from spar_scale.training.trainer import train
 
@@ -36,7 +39,21 @@ PHASES = (
 """Names of the recipes, in their order."""
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-SIZES = {"demo": "tiny", "smoke": "smoke"}
+SIZES = {"demo": "tiny", "smoke": "smoke", "full": "full"}
+"""Size -> its folder of recipes."""
+SAMPLES_PER_S = {
+    "bootstrap_autoencoder": 200,
+    "bootstrap_mllm": 45,
+    "bootstrap_diffusion": 85,
+    "tokenizer_init": 85,
+    "tokenizer_decoder": 45,
+    "tokenizer_encoder": 35,
+    "align_connector": 80,
+    "align_joint": 31,
+    "instruct": 33,
+}
+"""Of the tiny preset on one idle core: where the estimate of the time left starts from."""
+START_S = 3.0  # of a phase, before its first step
 TEACHER = "model.pretrained.teacher"  # read where model.alignment is
 Switches = Mapping[str, object]
 NONE: Switches = {}
@@ -52,11 +69,12 @@ class Chain:
 
     def __init__(self, out: Path, size: str, seed: int, shared: Path | None = None, overrides: Sequence[str] = ()):
         self.folder = RECIPES / SIZES[size]
-        if not self.folder.is_dir():
-            raise UserError(f"{self.folder}: not there; it needs a checkout of the project")
+        if not (self.folder / "world.yaml").exists():
+            there = [name for name, folder in SIZES.items() if (RECIPES / folder / "world.yaml").exists()]
+            rule = f"there are recipes of size {', '.join(there)}" if there else "it needs a checkout of the project"
+            raise UserError(f"--size {size}: {self.folder} does not exist; {rule}")
         self.out, self.seed, self.shared = out, seed, shared or out
         self.overrides = tuple(overrides)
-        self.core_seconds: dict[str, float] = {}
         self._trained: set[Path] = set()
 
     def train(self, phase: str, switches: Switches = NONE) -> Path:
@@ -66,16 +84,35 @@ class Chain:
             return run_dir
         for parent in self.parents(phase):
             self.train(parent, switches)
-        recipe = self.recipe(phase, switches)
-        refuse_another(run_dir / "recipe.yaml", recipe)
-        if _finished(run_dir, recipe.train.steps):
+        if self.is_trained(phase, switches):
             _log.info("%s is trained already", run_dir)
         else:
-            began = os.times()
-            train(recipe)
-            self.core_seconds[phase] = sum(os.times()[:4]) - sum(began[:4])
+            spending = Spending(run_dir)
+            train(self.recipe(phase, switches))
+            spending.record(finished=True)
         self._trained.add(run_dir)
         return run_dir
+
+    def is_trained(self, phase: str, switches: Switches = NONE) -> bool:
+        """Whether the run of a phase is there and finished; one of another recipe is refused."""
+        recipe = self.recipe(phase, switches)
+        refuse_another(recipe.run_dir / "recipe.yaml", recipe)
+        return _finished(recipe.run_dir, recipe.train.steps)
+
+    def steps(self) -> list[Step]:
+        """All phases without switches as steps for `processes.run_steps`; the shards are made by a step `data`."""
+        return [self._step(phase) for phase in PHASES]
+
+    def _step(self, phase: str) -> Step:
+        recipe = self.recipe(phase)
+        return Step(
+            phase,
+            recipe.run_dir,
+            work=functools.partial(train, recipe),
+            after=("data", *self.parents(phase)),
+            seconds=START_S + recipe.train.steps * recipe.global_batch / SAMPLES_PER_S[phase],
+            finished=functools.partial(self.is_trained, phase),
+        )
 
     def run_dir(self, phase: str, switches: Switches = NONE) -> Path:
         """The run directory of a phase under switches."""

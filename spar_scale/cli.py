@@ -1,4 +1,4 @@
-"""The command line: `spar-scale train | data | checkpoint | doctor | demo | ablate`, and of a trained run
+"""The command line: `spar-scale train | data | checkpoint | track | doctor | demo | ablate`, and of a trained run
 `generate | edit | routes | reconstruct | ask`.
 
 Nothing heavy is imported until a command needs it, so `--help` and a refused recipe take a fraction
@@ -80,14 +80,20 @@ def build_parser() -> argparse.ArgumentParser:
     verify = _command(checkpoint, "verify", _verify, "compare every file with the manifest")
     verify.add_argument("path", type=Path, help="checkpoint or run directory")
 
+    track = commands.add_parser("track", help="what MLflow is told").add_subparsers(metavar="COMMAND", required=True)
+    sent = _command(track, "sync", _track_sync, "send MLflow what it lacks of a run, or of all runs of a directory")
+    sent.add_argument("path", type=Path, help="run directory, or the directory that holds them")
+    sent.add_argument("--uri", help="server or database to send it to (default: the recipe's tracking.uri)")
+
     _command(commands, "doctor", _doctor, "say what is installed here and whether it fits together")
 
-    demo = _command(commands, "demo", _demo, "make the miniature world, train on it, draw reconstructions")
+    demo = _command(commands, "demo", _demo, "make the miniature world, train all of SPAR on it, score and show it")
     demo.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="directory of all that it writes (default runs/demo)"
     )
-    demo.add_argument("--size", choices=("demo", "smoke"), default="demo", help="minutes, or seconds to see it run")
-    demo.add_argument("--seed", type=int, default=0, help="seed of the runs (default 0)")
+    demo.add_argument("--size", choices=("demo", "smoke", "full"), default="demo", help="which recipes (default demo)")
+    demo.add_argument("--seed", type=_seed, default=0, help="seed of the runs (default 0)")
+    demo.add_argument("--jobs", type=_positive, help="phases side by side (default 2, where there are two cores)")
 
     ablate = _command(commands, "ablate", _ablate, "train what each switch of SPAR changes, compare on held-out data")
     ablate.add_argument(
@@ -102,6 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--row", action="append", dest="rows", help="only this row and what it is compared with (may be repeated)"
     )
     _overrides(ablate)
+
+    report = _command(commands, "report", _report, "write the report of a trained chain, one HTML file")
+    report.add_argument("run_dir", type=Path, help="directory of the chain's runs, or one of them")
 
     generate = _command(commands, "generate", _generate, "draw a picture from words")
     generate.add_argument(
@@ -180,6 +189,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     return _say(verify(arguments.path))
 
 
+def _track_sync(arguments: argparse.Namespace) -> int:
+    from spar_scale.training.mlflow_sync import sync
+
+    return _say(sync(arguments.path, arguments.uri))
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from spar_scale.doctor import report
 
@@ -187,9 +202,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from spar_scale.demo import run
+    try:
+        from spar_scale.demo import run
 
-    run(arguments.out, arguments.size, arguments.seed)
+        run(arguments.out, arguments.size, arguments.seed, arguments.jobs)
+    except KeyboardInterrupt:
+        print("stopped; the same command again goes on from here", file=sys.stderr)
+        raise
     return 0
 
 
@@ -197,6 +216,12 @@ def _ablate(arguments: argparse.Namespace) -> int:
     from spar_scale.ablation import ablate
 
     return _say(ablate(arguments.out, arguments.size, range(arguments.seeds), arguments.rows, arguments.overrides))
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from spar_scale.evaluation.report import write_report
+
+    return _say(str(write_report(arguments.run_dir)))
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -1,12 +1,29 @@
-"""What a person sees while a run goes on: a bar on a terminal, one plain line per log step otherwise."""
+"""What a person sees while a run goes on: a bar on a terminal, one plain line per log step otherwise.
+
+Where the run is part of a larger one, which shows all its parts, `told_to` hands the same over to that.
+"""
 
 from __future__ import annotations
 
-import logging
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-log = logging.getLogger(__name__)
+Listener = Callable[[int, int, str], None]
+"""Takes the steps done, the steps of the run, and the metrics as a line."""
+_listener: Listener | None = None
+
+
+@contextmanager
+def told_to(listener: Listener) -> Iterator[None]:
+    """Within it, runs of this process tell `listener` how far they are instead of showing it."""
+    global _listener
+    _listener = listener
+    try:
+        yield
+    finally:
+        _listener = None
 
 
 class Progress:
@@ -16,7 +33,9 @@ class Progress:
         self._steps, self._title = steps, title
         self._bar: Any = None
         self._speaks = speaks
-        if speaks and sys.stderr.isatty():
+        if speaks and _listener is not None:
+            _listener(first, steps, "")
+        elif speaks and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -37,7 +56,9 @@ class Progress:
             return
         terms = " ".join(f"{name} {value:.4f}" for name, value in line["terms"].items())
         note = f"loss {line['loss']:.4f} ({terms}) norm {line['grad_norm']:.3f} {line['samples_per_s']:.0f} samples/s"
-        if self._bar is not None:
+        if _listener is not None:
+            _listener(line["step"], self._steps, note)
+        elif self._bar is not None:
             self._bar.update(self._task, completed=line["step"], note=note)
         else:
             print(f"{self._title} step {line['step']}/{self._steps}  {note}", file=sys.stderr, flush=True)
