@@ -1,8 +1,9 @@
-# The four commands of the house. VENV, OUT, SIZE and PYTHON can be given: `make demo OUT=runs/other SIZE=smoke`.
+# The commands of the house. VENV, OUT, SIZE, PORT and PYTHON can be given: `make demo OUT=runs/other SIZE=smoke`.
 
 VENV ?= .venv
 OUT ?= runs/demo
 SIZE ?= demo
+PORT ?= 5000
 CONSTRAINTS ?= constraints/cpu.txt
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -14,7 +15,7 @@ export PIP_CONSTRAINT = $(abspath $(CONSTRAINTS))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: venv demo test lint
+.PHONY: venv demo ui test lint
 
 venv: $(STAMP)
 
@@ -28,6 +29,13 @@ $(STAMP): setup.py $(CONSTRAINTS)
 
 demo: venv
 	$(BIN)/spar-scale demo --out $(OUT) --size $(SIZE)
+
+# What MLflow shows of the runs in OUT, to this machine only.
+ui: venv
+	@test -f $(OUT)/mlflow.db || { echo "error: $(OUT)/mlflow.db is not there; runs make it in the directory that holds theirs: make ui OUT=runs/tiny" >&2; exit 2; }
+	@echo "MLflow shows $(OUT) at http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
+	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(OUT))/mlflow.db \
+		--artifacts-destination $(abspath $(OUT))/mlartifacts --host 127.0.0.1 --port $(PORT) --workers 1
 
 test: venv
 	$(BIN)/python -m pytest -q

@@ -19,6 +19,7 @@ setup(
         "diffusers>=0.42,<0.44",
         "webdataset>=1.0.2",
         "fsspec",
+        "mlflow>=3.17,<4",
         "numpy",
         "pillow",
         "psutil",

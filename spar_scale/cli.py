@@ -85,6 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
     sent.add_argument("path", type=Path, help="run directory, or the directory that holds them")
     sent.add_argument("--uri", help="server or database to send it to (default: the recipe's tracking.uri)")
 
+    track = commands.add_parser("track", help="what MLflow is told").add_subparsers(metavar="COMMAND", required=True)
+    sent = _command(track, "sync", _track_sync, "send MLflow what it lacks of a run, or of all runs of a directory")
+    sent.add_argument("path", type=Path, help="run directory, or the directory that holds them")
+    sent.add_argument("--uri", help="server or database to send it to (default: the recipe's tracking.uri)")
+
     _command(commands, "doctor", _doctor, "say what is installed here and whether it fits together")
 
     demo = _command(commands, "demo", _demo, "make the miniature world, train all of SPAR on it, score and show it")
@@ -187,6 +192,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     from parallel.checkpoint import verify
 
     return _say(verify(arguments.path))
+
+
+def _track_sync(arguments: argparse.Namespace) -> int:
+    from spar_scale.training.mlflow_sync import sync
+
+    return _say(sync(arguments.path, arguments.uri))
 
 
 def _track_sync(arguments: argparse.Namespace) -> int:

@@ -167,10 +167,12 @@ class GuardsConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where the metrics are mirrored to."""
+    """Where the metrics are mirrored to, beside metrics.jsonl."""
 
+    mirror: bool = True
+    """Whether the run is shown in MLflow at all."""
     uri: str | None = None
-    """Address of the tracking server; null keeps a database in the run's root."""
+    """Address of the MLflow server; null keeps a database in the directory that holds the run's."""
     experiment: str = "spar"
     """Name that the runs of one study share."""
 
@@ -276,7 +278,7 @@ def _read_by_this_stage(value: Lookup) -> Iterator[Contradiction]:
     for key, readers in READ_BY.items():
         with contextlib.suppress(KeyError):
             if not reads(key, stage, phase) and value(key) != _default(key):
-                only = f"only {' and '.join(readers)} would" if readers else "no stage does yet"
+                only = f"only {' and '.join(readers)} would"
                 some = any(reader.startswith(f"{stage}/") for reader in readers)
                 reader = f"{stage}/{phase}" if some else f"stage {stage}"
                 yield key, f"found {show(value(key))}, but {reader} does not read it ({only})"

@@ -6,6 +6,7 @@ a key up that is itself broken raises KeyError, which ends the rule: its error i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 from parallel.errors import nearest
@@ -37,8 +38,6 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "objective.align_weight": ("align/joint", "instruct"),
     "objective.align_block": ("align/joint", "instruct"),
     "objective.caption_dropout": ("bootstrap/diffusion", "align", "instruct"),
-    "tracking.uri": (),
-    "tracking.experiment": (),
     "init_from": ("tokenizer/decoder", "tokenizer/encoder", "align/joint", "instruct"),
 }
 """The stages, or phases as stage/phase, that read a key.
@@ -90,10 +89,18 @@ def _block_fits_batch(value: Lookup) -> Iterator[Contradiction]:
         yield "data.task_block", f"found {block}, must not be above global_batch ({batch})"
 
 
+def _tracking_uri_is_an_address(value: Lookup) -> Iterator[Contradiction]:
+    uri = value("tracking.uri")
+    if uri is not None and not re.match(r"https?://[^/]|(sqlite|postgresql|mysql|mssql)(\+\w+)?://", uri):
+        rule = "must be null, an MLflow server (http://host:5000) or its database (sqlite:///file, postgresql://...)"
+        yield "tracking.uri", f"found {show(uri)}, {rule}"
+
+
 RULES: tuple[Callable[[Lookup], Iterator[Contradiction]], ...] = (
     _phase_belongs_to_stage,
     _pipeline_needs_zero_1,
     _muon_keeps_matrices_whole,
     _rate_falls,
     _block_fits_batch,
+    _tracking_uri_is_an_address,
 )

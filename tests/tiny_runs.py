@@ -69,6 +69,7 @@ def recipe_values(run_dir: Path, shards: str, autoencoder: Path, **changes: Any)
         "data": {"task_block": 7, "sources": [{"name": "images", "shards": shards}], "workers": 0},
         "checkpoint": {"every": 5, "keep": 3},
         "parallel": {"zero": 1, "micro_batch": 2},
+        "tracking": {"mirror": False},
     }
     for key, value in changes.items():
         place = values

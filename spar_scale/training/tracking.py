@@ -3,20 +3,24 @@
 `metrics.jsonl` has one line per step, `samples.jsonl` the sample numbers that step consumed,
 `bad_samples.jsonl` those it had to leave out. At a resume all three are cut back to the checkpoint,
 so what remains is the surviving lineage: no gap, no repeat. Lines are written in blocks, and forced
-to disk before each checkpoint.
+to disk before each checkpoint. Where they are mirrored to knows the run by `run_id`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import threading
+import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from parallel.errors import UserError
 
+TRACKING = "tracking.json"
 FILES = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl")
 
 
@@ -79,6 +83,38 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def run_id(folder: Path, known: str | None = None) -> str:
+    """The id of what a directory holds, made at the first call and kept in `folder/tracking.json`.
+
+    `known`, out of a checkpoint, is taken where that file is not there. Of two processes that make
+    one at the same time, both get the one that was first.
+    """
+    file = folder / TRACKING
+    if not file.exists():
+        temporary = _write_beside(file, {"id": known or uuid.uuid4().hex})
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, file)
+        temporary.unlink()
+    return json.loads(file.read_text(encoding="utf-8"))["id"]
+
+
+def note_artifacts(root: Path, names: Sequence[str]) -> None:
+    """Note the files of a root, by their paths in it, that belong to its parent run."""
+    os.replace(_write_beside(root / TRACKING, {"id": run_id(root), "artifacts": list(names)}), root / TRACKING)
+
+
+def noted_artifacts(root: Path) -> list[str]:
+    """The files that were noted."""
+    file = root / TRACKING
+    return json.loads(file.read_text(encoding="utf-8")).get("artifacts", []) if file.exists() else []
+
+
+def _write_beside(file: Path, content: dict[str, Any]) -> Path:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    return temporary
 
 
 def _cut_back(path: Path, step: int) -> None:

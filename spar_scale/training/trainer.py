@@ -31,12 +31,13 @@ from spar_scale.recipe import Recipe
 from spar_scale.training.attention_choice import attention_of
 from spar_scale.training.export import export
 from spar_scale.training.guards import BadSampleGuard, NonFiniteGuard
+from spar_scale.training.mlflow_mirror import Mirror
 from spar_scale.training.optimizers import DISCRIMINATOR, optimizer_factory, parameter_groups
 from spar_scale.training.parent import choose_parent, started_stage
 from spar_scale.training.progress import Progress
 from spar_scale.training.run_directory import RunDirectory
 from spar_scale.training.schedule import learning_rate
-from spar_scale.training.tracking import RunLog
+from spar_scale.training.tracking import RunLog, run_id
 
 log = logging.getLogger(__name__)
 
@@ -102,11 +103,15 @@ class Trainer:
             self.adversary.bind(replica, launch.device)
         self.non_finite = NonFiniteGuard(recipe.guards.max_skipped_steps)
         self.bad_samples = BadSampleGuard(recipe.guards.max_bad_fraction)
+        self.tracked: str | None = None  # the id that MLflow knows the run by
         self.step, shards = self._resume()
         self.loader = self._loader()
         if shards not in (None, self.loader.digest):
             raise UserError("data.sources: the shards are not those that this run was trained on; restore them")
         self.log = RunLog(directory.path, self.step) if topology.rank == 0 else None
+        mirrored = recipe.tracking.mirror and topology.rank == 0
+        self.tracked = run_id(directory.path, self.tracked) if mirrored else self.tracked
+        self.mirror = Mirror(directory.path, recipe.tracking) if mirrored else None
         self.pending: list[Pending] = []
         self.since = time.monotonic()
 
@@ -133,6 +138,8 @@ class Trainer:
         self.loader.close()
         if self.log is not None:
             self.log.close()
+        if self.mirror is not None:
+            self.mirror.close()
         self.engine.close()
 
     # -- one step -------------------------------------------------------------------------------
@@ -215,6 +222,7 @@ class Trainer:
             "references": {name: str(path) for name, path in self.stage.references.items()},
             "optimizer_steps": self._optimizer_steps(),
             "non_finite": self.non_finite.state_dict(),
+            "tracking": self.tracked,
         }
         checkpoint.save(
             self.directory.checkpoints,
@@ -242,6 +250,7 @@ class Trainer:
                 raise UserError(f"{found}: the frozen part '{part}' differs from the one that this run trained with")
         self.engine.state.restore(state["optimizer_steps"])
         self.non_finite.load_state_dict(state["non_finite"])
+        self.tracked = state.get("tracking")
         self._announce(f"goes on from {found}, step {state['step']}")
         return state["step"], state["shards"]
 

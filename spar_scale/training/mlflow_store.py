@@ -1,0 +1,252 @@
+"""What is asked of MLflow: one run for each training run, a parent for those of one directory, metrics, artifacts.
+
+A training run has an id of ours (`tracking.run_id`), made where it trains and kept in its directory and
+checkpoints; its MLflow run is the one with that id in a tag. So a restart, a lost answer and another server
+lead to one run, and no server is needed to have an id. What is already there is asked of the server, not
+remembered: sending again sends what is missing.
+
+MLflow is imported by `load_mlflow` alone: that takes 3 core-seconds, a new database as many once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import math
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from spar_scale.recipe import Recipe, TrackingConfig, flatten, load_recipe
+from spar_scale.training.tracking import run_id
+
+OUR_ID = "spar_scale.id"
+PACKAGES = ("spar-scale", "torch", "deepspeed", "transformers", "diffusers", "mlflow")
+BATCH = 1000  # values that MLflow takes at once; params 100
+PARAMS = 100
+SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+"""Environment that MLflow (3.17) reads: its own defaults retry for minutes, and report on their use."""
+_SECRETS = frozenset({"token", "password", "passwd", "secret", "credential", "credentials", "key", "apikey"})
+_CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def load_mlflow() -> None:
+    """Import MLflow, bounded in its retries and quiet in the log. Raises ImportError where it is not installed."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import mlflow.tracking
+
+    with contextlib.suppress(ImportError):  # mlflow-skinny talks to servers only
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the runs under `root` go: a server, or the database in `root` where `uri` is None."""
+
+    root: Path
+    uri: str | None
+    experiment: str
+
+    @classmethod
+    def of(cls, run_dir: Path, tracking: TrackingConfig, uri: str | None = None) -> Target:
+        """The target of one run; `uri` stands in for the recipe's."""
+        return cls(run_dir.resolve().parent, uri or tracking.uri, tracking.experiment)
+
+    @property
+    def address(self) -> str:
+        """What MLflow is given."""
+        return self.uri or f"sqlite:///{self.root / 'mlflow.db'}"
+
+    @property
+    def shown(self) -> str:
+        """The address without credentials."""
+        return without_credentials(self.address)
+
+    def fault(self, error: BaseException) -> str:
+        """One short line on what went wrong."""
+        text = f"{type(error).__name__}: {error}".replace(self.address, self.shown).split("\n")[0]
+        return without_credentials(text)[:200]
+
+
+class Store:
+    """An open MLflow store with the experiment and the parent run of `target.root`."""
+
+    def __init__(self, target: Target):
+        from mlflow.tracking import MlflowClient
+
+        self.target = target
+        with _alone(target.root):  # two that make one database at once both fail
+            self.client = MlflowClient(target.address)
+            found = self.client.get_experiment_by_name(target.experiment)
+            self.experiment_id = found.experiment_id if found else self._make_experiment()
+            self.parent_id = self.run(run_id(target.root), target.root.name, {}).info.run_id
+
+    def run(self, our_id: str, name: str, tags: Mapping[str, str]) -> Any:
+        """The MLflow run of an id of ours, made if it is not there."""
+        there = self.client.search_runs([self.experiment_id], f"tags.`{OUR_ID}` = '{our_id}'", max_results=1)
+        return there[0] if there else self.client.create_run(
+            self.experiment_id, run_name=name, tags={OUR_ID: our_id, **tags}
+        )  # fmt: skip
+
+    def log_files(self, files: Sequence[Path]) -> None:
+        """Log files under the root as artifacts of the parent run, at their place there."""
+        for file in files:
+            folder = file.resolve().parent.relative_to(self.target.root)
+            self.client.log_artifact(self.parent_id, str(file), None if folder == Path() else str(folder))
+
+    def log_scores(self, scores: Mapping[str, float]) -> None:
+        """Log numbers as metrics of the parent run, those that it does not have with this value."""
+        from mlflow.entities import Metric
+
+        there, now = self.client.get_run(self.parent_id).data.metrics, _milliseconds(time.time())
+        new = [Metric(name, float(value), now, 0) for name, value in scores.items() if there.get(name) != float(value)]
+        for first in range(0, len(new), BATCH):
+            self.client.log_batch(self.parent_id, metrics=new[first : first + BATCH])
+        self.client.set_terminated(self.parent_id)
+
+    def _make_experiment(self) -> str:
+        folder = None if self.target.uri else (self.target.root / "mlartifacts").as_uri()
+        return self.client.create_experiment(self.target.experiment, artifact_location=folder)
+
+
+class TrackedRun:
+    """The MLflow run of one run directory, open for what is missing there."""
+
+    def __init__(self, run_dir: Path, target: Target):
+        from mlflow.entities import Param, RunTag
+
+        recipe = load_recipe(run_dir / "recipe.yaml")
+        self.steps, self.step, self.sent = recipe.train.steps, 0, 0
+        self._store = store = Store(target)
+        self._client = store.client
+        about = {"mlflow.parentRunId": store.parent_id, "stage": recipe.stage, "phase": recipe.phase, **origin()}
+        run = store.run(run_id(run_dir), run_dir.resolve().name, about)
+        self.id: str = run.info.run_id
+        self._started = run.info.start_time
+        params = public_params(recipe)
+        there = run.data.params
+        new = [Param(key, value) for key, value in params.items() if key not in there]
+        for first in range(0, len(new), PARAMS):
+            self._client.log_batch(self.id, params=new[first : first + PARAMS])
+        changed = [RunTag(f"changed.{key}", value) for key, value in params.items() if there.get(key, value) != value]
+        self._client.log_batch(self.id, tags=changed)  # a param keeps its first value
+        self._client.update_run(self.id, status="RUNNING")
+        self._there = self._losses()
+
+    def send(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Log those lines of metrics.jsonl, in their order, that the run does not have with this loss.
+
+        A step that was replayed after a restart is there already with the same loss, bit for bit; where it
+        differs, it is logged once more and the later value counts.
+        """
+        from mlflow.entities import Metric
+
+        batch: list[Metric] = []
+        for line in lines:
+            self.step = line["step"]
+            there = self._there.pop(line["step"], _ABSENT)
+            if there == line["loss"]:
+                continue
+            time_ms = _milliseconds(line["time"])
+            values = [Metric(name, value, time_ms, line["step"]) for name, value in metrics_of(line).items()]
+            if len(batch) + len(values) > BATCH:
+                self._client.log_batch(self.id, metrics=batch)
+                batch = []
+            batch += values
+            self.sent += 1
+        if batch:
+            self._client.log_batch(self.id, metrics=batch)
+
+    def send_system(self, samples: Sequence[tuple[float, Mapping[str, float]]]) -> None:
+        """Log samples (Unix time in s, values) of the machine; their step is the run's age in seconds."""
+        from mlflow.entities import Metric
+
+        values = [
+            Metric(name, value, _milliseconds(time_s), max(0, int(time_s - self._started / 1000)))
+            for time_s, sample in samples
+            for name, value in sample.items()
+        ]
+        for first in range(0, len(values), BATCH):
+            self._client.log_batch(self.id, metrics=values[first : first + BATCH])
+
+    def end(self) -> None:
+        """Close the run, as finished or as stopped on its way, and its parent."""
+        self._client.set_terminated(self.id, "FINISHED" if self.step >= self.steps else "KILLED")
+        self._client.set_terminated(self._store.parent_id)
+
+    def _losses(self) -> dict[int, float | None]:
+        """Step -> loss as it is there; of a step logged twice the later."""
+        history = sorted(self._client.get_metric_history(self.id, "loss"), key=lambda entry: entry.timestamp)
+        return {entry.step: None if math.isnan(entry.value) else entry.value for entry in history}
+
+
+_ABSENT = object()
+
+
+def metrics_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of one line by MLflow's names; what was not finite is NaN."""
+    named = {name: line[name] for name in ("loss", "grad_norm", "lr", "samples_per_s")}
+    named |= {f"terms/{name}": value for name, value in line["terms"].items()}
+    return {name: math.nan if value is None else float(value) for name, value in named.items()}
+
+
+def public_params(recipe: Recipe) -> dict[str, str]:
+    """The recipe by dotted keys, without what a database of many readers should not hold."""
+    values = recipe.model_dump(mode="json", exclude={"tracking"})
+    values["data"]["sources"] = {str(place): source for place, source in enumerate(values["data"]["sources"])}
+    return {
+        key: without_credentials(str(value))
+        for key, value in flatten(values)
+        if not _SECRETS & set(re.split(r"[._-]", key.lower()))
+    }
+
+
+def without_credentials(text: str) -> str:
+    """A text whose URLs have lost user, password and query."""
+    text = re.sub(r"(\w[\w+.-]*://)[^/\s@]*@", r"\1", text)
+    return re.sub(r"(\w[\w+.-]*://[^\s?]*)\?\S*", r"\1", text)
+
+
+def origin() -> dict[str, str]:
+    """Tags that say which code ran: the commit of the checkout, the versions of what it stands on."""
+    tags = {"mlflow.source.name": "spar-scale"}
+    if (_CHECKOUT / ".git").exists():
+        asked = ["git", "-C", str(_CHECKOUT), "rev-parse", "HEAD"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True)
+            tags["mlflow.source.git.commit"] = done.stdout.strip()
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            tags[f"version.{package}"] = metadata.version(package)
+    return tags
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Hold `root/tracking.lock`: one process at a time makes the database, the experiment and the parent."""
+    with open(root / "tracking.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # a forked loader worker holds the same open file
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)

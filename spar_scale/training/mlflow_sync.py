@@ -1,0 +1,101 @@
+"""What runs and their root still owe to MLflow, sent in one go: `spar-scale track sync`, and the end of a demo.
+
+Sending again sends what is missing, so this may be repeated, and stopped anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from parallel.errors import UserError
+from parallel.run_lock import RunLock
+from spar_scale.recipe import load_recipe
+from spar_scale.training.mlflow_store import Store, Target, TrackedRun, load_mlflow
+from spar_scale.training.tracking import note_artifacts, noted_artifacts, read_lines
+
+SCORES = "scores.json"
+_log = logging.getLogger(__name__)
+
+
+def sync(directory: Path, uri: str | None = None) -> str:
+    """Send what is missing of a run, or of all runs in a directory with its artifacts; one line on each.
+
+    `uri` stands in for the recipes' tracking.uri. Raises UserError where there is no run, one is in
+    training, or MLflow does not answer.
+    """
+    if _is_run(directory):
+        return _send([directory], None, uri)
+    runs = _runs(directory)
+    if not runs:
+        raise UserError(f"{directory}: found no run here; a run directory has recipe.yaml and metrics.jsonl")
+    return _send(runs, directory, uri)
+
+
+def log_artifacts(root: Path, files: Sequence[Path]) -> None:
+    """Log files under `root` as artifacts of its parent run, and the numbers of a `scores.json` as its metrics.
+
+    First sends what the mirrored runs in `root` still owe; where no run is mirrored, nothing is sent. A
+    failure is a warning, and `track sync ROOT` sends these files too.
+    """
+    noted = [*noted_artifacts(root), *(os.path.relpath(file, root) for file in files)]
+    runs = [run for run in _runs(root) if load_recipe(run / "recipe.yaml").tracking.mirror]
+    if not runs:
+        return
+    note_artifacts(root, list(dict.fromkeys(noted)))
+    try:
+        _log.info("%s", _send(runs, root, None).rpartition("\n")[2])
+    except (UserError, OSError) as error:
+        _log.warning("warning: %s. `spar-scale track sync %s` sends what is missing", error, root)
+
+
+def _send(runs: Sequence[Path], root: Path | None, uri: str | None) -> str:
+    try:
+        load_mlflow()
+    except ImportError as error:
+        raise UserError(f"{error}; install mlflow") from None
+    said = [_send_run(run, uri) for run in runs]
+    if root is not None:
+        said.append(_send_artifacts(root, Target.of(runs[-1], load_recipe(runs[-1] / "recipe.yaml").tracking, uri)))
+    return "\n".join(said)
+
+
+def _send_run(run_dir: Path, uri: str | None) -> str:
+    target = Target.of(run_dir, load_recipe(run_dir / "recipe.yaml").tracking, uri)
+    with RunLock(run_dir):
+        try:
+            lines = read_lines(run_dir / "metrics.jsonl")
+            run = TrackedRun(run_dir, target)
+            run.send(lines)
+            run.end()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{run_dir}: MLflow at {target.shown} failed ({target.fault(error)})") from None
+    return f"{run_dir}: {run.sent} of {len(lines)} steps sent to {target.shown}, run {run.id}"
+
+
+def _send_artifacts(root: Path, target: Target) -> str:
+    files = [root / name for name in noted_artifacts(root) if (root / name).is_file()]
+    try:
+        store = Store(target)
+        store.log_files(files)
+        if root / SCORES in files:
+            scores = json.loads((root / SCORES).read_text(encoding="utf-8"))
+            store.log_scores({name: value for name, value in scores.items() if isinstance(value, int | float)})
+    except Exception as error:
+        raise UserError(f"{root}: MLflow at {target.shown} failed ({target.fault(error)})") from None
+    return f"{root}: {len(files)} artifacts sent to {target.shown}, run {store.parent_id}"
+
+
+def _runs(root: Path) -> list[Path]:
+    """The runs in a directory, the one last trained at the end."""
+    found = [folder for folder in root.iterdir() if _is_run(folder)] if root.is_dir() else []
+    return sorted(found, key=lambda folder: (folder / "metrics.jsonl").stat().st_mtime)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "recipe.yaml").is_file() and (folder / "metrics.jsonl").is_file()
