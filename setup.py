@@ -11,6 +11,7 @@ setup(
     description="Distributed pretraining of SPAR: one recipe, one run, under every parallel layout",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["spar_scale", "spar_scale.*", "parallel", "parallel.*"]),
+    package_data={"spar_scale.evaluation.report": ["page.html", "page.css"]},
     entry_points={"console_scripts": ["spar-scale = spar_scale.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.14",
@@ -19,6 +20,7 @@ setup(
         "diffusers>=0.42,<0.44",
         "webdataset>=1.0.2",
         "fsspec",
+        "jinja2",
         "mlflow>=3.17,<4",
         "numpy",
         "pillow",

@@ -1,0 +1,151 @@
+"""The numbers: headlines with their controls, and a table for each ability."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from spar_scale.evaluation.report.sources import Found
+from spar_scale.evaluation.report.tables import Cell, Table, number
+
+KINDS = {
+    "color": "single colour",
+    "position": "position",
+    "count": "count",
+    "two": "two objects",
+    "relation": "relation",
+}
+OPERATIONS = {"color": "recolour", "shape": "reshape", "remove": "remove", "add": "add"}
+HEADLINES = (
+    (
+        "Text to image",
+        "t2i.average",
+        "",
+        (
+            ("prompts shuffled", "t2i.control"),
+            ("judge's ceiling", "t2i.judge_ceiling"),
+            ("unseen contents", "t2i.unseen.average"),
+        ),
+    ),
+    ("Questions", "vqa.after", "", (("before the tokenizer", "vqa.before"), ("without picture", "vqa.blind"))),
+    ("Reconstruction", "tokenizer.psnr", "dB", (("frozen encoder", "tokenizer.psnr_frozen_encoder"),)),
+    (
+        "Edits, right objects",
+        "edit.objects",
+        "",
+        (("exact scene", "edit.exact"), ("control", "edit.control"), ("source unchanged", "edit.copy")),
+    ),
+)
+
+
+class Headline(NamedTuple):
+    """A score in large, and what it is to be held against: (what, number)."""
+
+    title: str
+    value: str
+    unit: str
+    beside: list[tuple[str, str]]
+
+
+class Column(NamedTuple):
+    """A column of scores: `key` with {row}, `whole` for the last row, the unit; `bar` draws shares."""
+
+    title: str
+    key: str
+    whole: str
+    unit: str = ""
+    bar: bool = False
+
+
+def headlines(found: Found) -> list[Headline]:
+    """Return those headlines whose score is there."""
+    return [
+        Headline(
+            title,
+            number(found.scores[key], unit),
+            unit,
+            [(name, number(found.scores[other], unit)) for name, other in beside if other in found.scores],
+        )
+        for title, key, unit, beside in HEADLINES
+        if key in found.scores
+    ]
+
+
+def tables(found: Found) -> list[Table]:
+    """Return the score tables; one without any score has only the line that says so."""
+    return [_generation(found), _editing(found), _questions(found), _reconstruction(found)]
+
+
+def _generation(found: Found) -> Table:
+    columns = [
+        Column("score", "t2i.{row}", "t2i.average", bar=True),
+        Column("unseen", "t2i.unseen.{row}", "t2i.unseen.average"),
+        Column("control", "t2i.control.{row}", "t2i.control"),
+        Column("ceiling", "t2i.judge_ceiling.{row}", "t2i.judge_ceiling"),
+    ]
+    table = _table(found, "Text to image, by kind of prompt", "kind", KINDS, columns, "average")
+    if {"flow.right", "flow.shuffled"} <= set(found.scores):
+        right, shuffled = (number(found.scores[f"flow.{name}"]) for name in ("right", "shuffled"))
+        table.notes.append(
+            f"Held-out flow-matching loss: {right} with their own prompts, {shuffled} with shuffled ones."
+        )
+    return table
+
+
+def _editing(found: Found) -> Table:
+    columns = [
+        Column("exact scene", "edit.exact.{row}", "edit.exact", bar=True),
+        Column("right objects", "edit.objects.{row}", "edit.objects", bar=True),
+        Column("PSNR, dB", "edit.psnr.{row}", "edit.psnr", "dB"),
+        Column("source unchanged", "edit.copy.{row}", "edit.copy"),
+        Column("control", "edit.control.{row}", "edit.control"),
+    ]
+    return _table(found, "Edits, by operation", "operation", OPERATIONS, columns, "all")
+
+
+def _questions(found: Found) -> Table:
+    columns = [
+        Column("before", "vqa.before.{row}", "vqa.before"),
+        Column("after", "vqa.after.{row}", "vqa.after", bar=True),
+        Column("blind", "vqa.blind.{row}", "vqa.blind"),
+    ]
+    types = sorted({name.split(".")[2] for name in found.scores if name.startswith("vqa.") and name.count(".") == 2})
+    names = {name: name for name in types if name != "all"}
+    table = _table(found, "Questions, by type", "type", names, columns, "all")
+    table.notes.append(
+        "Before and after the tokenizer trained the vision tower; blind: the same model without the picture."
+    )
+    return table
+
+
+def _reconstruction(found: Found) -> Table:
+    """PSNR and SSIM of each tokenizer: ours, then `tokenizer.psnr_<name>`."""
+    prefix = "tokenizer.psnr_"
+    others = sorted(name.removeprefix(prefix) for name in found.scores if name.startswith(prefix))
+    names = {f"_{name}": name.replace("_", " ") for name in others}
+    columns = [
+        Column("PSNR, dB", "tokenizer.psnr{row}", "tokenizer.psnr", "dB"),
+        Column("SSIM", "tokenizer.ssim{row}", "tokenizer.ssim"),
+    ]
+    return _table(found, "Reconstruction of held-out scenes", "tokenizer", names, columns, "ours")
+
+
+def _table(found: Found, title: str, what: str, names: dict[str, str], columns: Iterable[Column], whole: str) -> Table:
+    """A row for each name and one for the whole; rows and columns without a score are left out and said."""
+    shown, gone = [], []
+    for column in columns:
+        keys = [column.key.format(row=name) for name in names] + [column.whole]
+        (shown if any(key in found.scores for key in keys) else gone).append(column)
+    rows = []
+    for name, label in [*names.items(), (None, whole)]:
+        cells = [Cell(label)]
+        for column in shown:
+            value = found.scores.get(column.whole if name is None else column.key.format(row=name))
+            cells.append(Cell(number(value, column.unit), value if column.bar else None))
+        if any(cell.text != number(None) for cell in cells[1:]):
+            rows.append(cells)
+    notes = [f"Not in scores.json: {', '.join(column.title for column in gone)}."] if gone else []
+    if not shown:
+        notes = ["Not measured: scores.json has none of these."]
+    ends = bool(rows) and rows[-1][0].text == whole
+    return Table(title, [what, *(column.title for column in shown)], rows, notes, whole=ends)
