@@ -1,8 +1,11 @@
-"""Held-out scenes of the miniature world, and one photograph: what the reports show."""
+"""Held-out data of the miniature world, and one photograph: what is measured and shown."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -10,6 +13,8 @@ from torch import Tensor
 
 from parallel.errors import UserError
 from spar_scale.data.images import decode
+from spar_scale.data.shapes_world import Object, World
+from spar_scale.data.shards import SETTINGS
 from spar_scale.data.storage import expand_shards, read_member
 from spar_scale.data.tar_index import read_index
 from spar_scale.evaluation.reconstruction import to_tensor
@@ -17,16 +22,82 @@ from spar_scale.evaluation.reconstruction import to_tensor
 PHOTO_WIDTH = 320  # pixels
 
 
+@dataclass(frozen=True)
+class HeldOutScene:
+    """A picture (3, S, S) in [0, 1], one caption of it, and the objects that it shows."""
+
+    image: Tensor
+    caption: str
+    objects: tuple[Object, ...]
+
+
+@dataclass(frozen=True)
+class HeldOutEdit:
+    """Two pictures (3, S, S) in [0, 1], the instruction that leads from one to the other, and the target's objects."""
+
+    kind: str
+    instruction: str
+    source: Tensor
+    target: Tensor
+    objects: tuple[Object, ...]
+
+
+def world_of(folder: Path) -> World:
+    """Return the settings of the world whose shards lie in a folder. Raises UserError where there are none."""
+    path = folder / SETTINGS
+    try:
+        return World.model_validate(json.loads(path.read_text())["world"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there; shards that `spar-scale data make` wrote are needed") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the settings of a world ({error})") from None
+
+
+def scenes_of(folder: Path, count: int) -> list[HeldOutScene]:
+    """The first held-out scenes of a world."""
+    return [
+        HeldOutScene(_picture(sample["png"]), sample["txt"].decode(), _objects(sample, "scene"))
+        for sample in _samples(folder / "heldout-*.tar", count)
+    ]
+
+
+def edits_of(folder: Path, count: int) -> list[HeldOutEdit]:
+    """The first held-out edits of a world."""
+    return [
+        HeldOutEdit(
+            json.loads(sample["json"])["type"],
+            sample["txt"].decode(),
+            _picture(sample["input.png"]),
+            _picture(sample["output.png"]),
+            _objects(sample, "output_scene"),
+        )
+        for sample in _samples(folder / "test-edits-*.tar", count)
+    ]
+
+
 def held_out_scenes(folder: Path, count: int) -> tuple[Tensor, list[str]]:
     """The first held-out scenes of a world: images (n, 3, S, S) in [0, 1] and one caption each."""
-    images, captions = [], []
-    for shard in expand_shards(str(folder / "heldout-*.tar")):
+    scenes = scenes_of(folder, count)
+    return torch.stack([scene.image for scene in scenes]), [scene.caption for scene in scenes]
+
+
+def _samples(shards: Path, count: int) -> list[dict[str, bytes]]:
+    samples: list[dict[str, bytes]] = []
+    for shard in expand_shards(str(shards)):
         index = read_index(shard)
-        for member in range(min(len(index), count - len(images))):
-            table = index.members(member)
-            images.append(to_tensor(decode(read_member(shard, *table["png"]))))
-            captions.append(read_member(shard, *table["txt"]).decode())
-    return torch.stack(images), captions
+        for number in range(min(len(index), count - len(samples))):
+            members = index.members(number)
+            samples.append({name: read_member(shard, *place) for name, place in members.items()})
+    return samples
+
+
+def _picture(png: bytes) -> Tensor:
+    return to_tensor(decode(png))
+
+
+def _objects(sample: dict[str, bytes], name: str) -> tuple[Object, ...]:
+    said: dict[str, Any] = json.loads(sample["json"])
+    return tuple(Object(**o) for o in said[name]["objects"])
 
 
 def photograph(name: str = "china.jpg") -> Image.Image:

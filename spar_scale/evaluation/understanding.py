@@ -58,7 +58,6 @@ def own_features(mllm: InternVLForConditionalGeneration) -> Callable[[Tensor], T
     return lambda images: features(tower, projector, images, mllm.config.downsample_ratio)
 
 
-@torch.no_grad()
 def answers_right(
     language_model: nn.Module,
     head: nn.Module,
@@ -66,12 +65,25 @@ def answers_right(
     questions: Sequence[VisualQuestion],
     batch: int = 100,
 ) -> Tensor:
-    """Return for each question whether it is answered right, (n,) fp32.
+    """Return for each question whether it is answered right, (n,) fp32; the parameters are those of `answers`."""
+    given = answers(language_model, head, encode, questions, batch)
+    return torch.tensor([float(word == asked.answer) for word, asked in zip(given, questions, strict=True)])
+
+
+@torch.no_grad()
+def answers(
+    language_model: nn.Module,
+    head: nn.Module,
+    encode: Callable[[Tensor], Tensor] | None,
+    questions: Sequence[VisualQuestion],
+    batch: int = 100,
+) -> list[str]:
+    """Return the word that answers each question; "" where the model's first choice is no word.
 
     `encode` maps images (B, 3, S, S) to the tokens (B, N, D) that the language model reads; None asks
     without pictures.
     """
-    right = []
+    words, given = dict(enumerate(TOKENS)), []
     for first in range(0, len(questions), batch):
         part = questions[first : first + batch]
         seen = None if encode is None else encode(torch.stack([asked.image for asked in part]))
@@ -83,8 +95,8 @@ def answers_right(
             embedded = merge(embedded, seen, tokens == TOKENS[IMAGE])
         states = language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         chosen = head(states[torch.arange(len(part)), ends]).argmax(-1)
-        right.append((chosen == torch.tensor([TOKENS[asked.answer] for asked in part])).float())
-    return torch.cat(right)
+        given += [words.get(token, "") for token in chosen.tolist()]
+    return given
 
 
 def by_type(questions: Sequence[VisualQuestion], right: Tensor) -> dict[str, float]:

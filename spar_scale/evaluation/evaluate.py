@@ -1,0 +1,244 @@
+"""Every score of trained phases that lie beside each other, on held-out data, each with its control.
+
+Writes `scores.json` (flat dotted names; what others measured, core_seconds.*, stays) and `evaluation/`:
+`details.json` with a row for each sample, and the pictures. What needs a phase that is not there is left
+out, and a line says so. At full size the miniature takes about a core-minute, most of it drawing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.errors import UserError
+from spar_scale.data.prompts import generation_prompt
+from spar_scale.data.shapes_world import World
+from spar_scale.data.storage import write_atomic
+from spar_scale.evaluation.detector import detect
+from spar_scale.evaluation.editing import edit_and_judge
+from spar_scale.evaluation.generation import draw_and_judge
+from spar_scale.evaluation.held_out import held_out_terms
+from spar_scale.evaluation.judge import shows_looks
+from spar_scale.evaluation.reconstruction import psnr, ssim
+from spar_scale.evaluation.requests import UNSEEN_KINDS, requests
+from spar_scale.evaluation.scenes import edits_of, scenes_of, world_of
+from spar_scale.evaluation.sections import Scores, Section, mean
+from spar_scale.evaluation.understanding import answers, by_type, held_out_questions, own_features
+from spar_scale.inference.pipeline import reconstruct
+from spar_scale.inference.routes import route
+from spar_scale.models.presets import PRESETS
+from spar_scale.models.unified import SPAR
+from spar_scale.stages.parts import preset_of
+from spar_scale.training.export import recipe_of, trained_model
+
+MLLM, TOKENIZER, FINAL = "bootstrap_mllm", "tokenizer_encoder", "instruct"
+FROZEN = f"{TOKENIZER},encoder=frozen"
+EARLIER = ("bootstrap_autoencoder", "tokenizer_init", "tokenizer_decoder")  # phases with a decoder before the last
+SHOWN = 64  # rows of reconstructions and questions with their pictures
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many samples are behind the scores; fewer where the held-out shards hold fewer."""
+
+    scenes: int = 256
+    questions: int = 600
+    per_kind: int = 50
+    edits: int = 240
+
+
+QUICK = Counts(scenes=32, questions=32, per_kind=4, edits=8)
+Measured = tuple[Scores, dict[str, Section]]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Run directories of the phases beside each other, the folder of their data, and how much to measure."""
+
+    root: Path
+    counts: Counts
+
+    def has(self, phase: str) -> bool:
+        """Whether a phase has been trained, at least to its first checkpoint."""
+        return (self.root / phase / "recipe.yaml").is_file() and any((self.root / phase / "checkpoints").glob("step-*"))
+
+    @cached_property
+    def data(self) -> Path:
+        """The folder of the shards: `data` beside the phases, else where the recipe of one of them has them."""
+        if (self.root / "data").is_dir():
+            return self.root / "data"
+        phase = next(phase for phase in (FINAL, TOKENIZER, MLLM) if self.has(phase))
+        return Path(recipe_of(self.root / phase).data.sources[0].shards).parent
+
+    @cached_property
+    def world(self) -> World:
+        """The settings of the world they were trained on."""
+        return world_of(self.data)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The unified tokenizer after its last phase."""
+        return trained_model(self.root / TOKENIZER)[0]
+
+    @cached_property
+    def final(self) -> SPAR:
+        """The whole model after the last phase."""
+        model = trained_model(self.root / FINAL)[0]
+        assert isinstance(model, SPAR)
+        return model
+
+    @property
+    def sampling(self):
+        """How the preset of the last phase samples."""
+        return preset_of(recipe_of(self.root / FINAL)).sampling
+
+
+def evaluate(root: Path, counts: Counts = Counts()) -> Scores:
+    """Measure what lies under `root` (or beside it, if it is the run directory of one phase); write and return it.
+
+    Raises UserError where there are no runs or no shards.
+    """
+    trained = Trained(root.absolute().parent if (root / "recipe.yaml").is_file() else root, counts)
+    if not any(trained.has(phase) for needed, _ in MEASUREMENTS.values() for phase in needed):
+        raise UserError(
+            f"{trained.root}: holds no trained run of {MLLM}, {TOKENIZER} or {FINAL}; a directory that"
+            " `spar-scale demo` wrote is needed"
+        )
+    _ = trained.world
+    folder = trained.root / "evaluation"
+    folder.mkdir(exist_ok=True)
+    scores: Scores = {}
+    details: dict[str, Any] = {}
+    for name, (needed, measure) in MEASUREMENTS.items():
+        if missing := [phase for phase in needed if not trained.has(phase)]:
+            log.info("evaluation: no %s, because %s is not there", name, " and ".join(missing))
+            continue
+        began = time.process_time()
+        measured, sections = measure(trained)
+        scores |= measured
+        details |= {section: content.write(folder, section) for section, content in sections.items()}
+        log.info("evaluation: %s took %.0f core-seconds", name, time.process_time() - began)
+    scores = {name: round(value, 4) for name, value in scores.items()}
+    write_atomic(folder / "details.json", (json.dumps(details) + "\n").encode())
+    path = trained.root / "scores.json"
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    merged = scores | {name: value for name, value in kept.items() if name.startswith("core_seconds.")}
+    write_atomic(path, (json.dumps(merged, indent=1) + "\n").encode())
+    return merged
+
+
+def _reconstruction(trained: Trained) -> Measured:
+    scenes = scenes_of(trained.data, trained.counts.scenes)
+    images = torch.stack([scene.image for scene in scenes])
+    phases = [*EARLIER, *([FROZEN] if trained.has(FROZEN) else [])]
+    made = {
+        phase: _reconstructed(trained_model(trained.root / phase)[0], images) for phase in phases if trained.has(phase)
+    }
+    made[TOKENIZER] = _reconstructed(trained.tokenizer, images)
+    decibels = {phase: psnr(pictures, images) for phase, pictures in made.items()}
+    scores = {f"tokenizer.psnr_{phase}": float(value.mean()) for phase, value in decibels.items() if phase != FROZEN}
+    if FROZEN in made:
+        scores["tokenizer.psnr_frozen_encoder"] = float(decibels[FROZEN].mean())
+    scores["tokenizer.psnr"] = scores[f"tokenizer.psnr_{TOKENIZER}"]
+    scores["tokenizer.ssim"] = float(ssim(made[TOKENIZER], images).mean())
+    found = detect(made[TOKENIZER], trained.world.shapes)
+    right = [shows_looks(scene.objects, seen) for scene, seen in zip(scenes, found, strict=True)]
+    scores["t2i.judge_ceiling"] = mean(right)
+    shown = {"frozen_encoder": FROZEN, "ours": TOKENIZER}
+    columns = {name: phase for name, phase in shown.items() if phase in made}
+    rows = [
+        {"psnr": [round(float(decibels[phase][number]), 2) for phase in columns.values()]}
+        for number in range(len(images[:SHOWN]))
+    ]
+    tiles = torch.stack([images[:SHOWN], *(made[phase][:SHOWN] for phase in columns.values())], 1)
+    return scores, {"reconstruction": Section(rows, ("source", *columns), tiles)}
+
+
+def _reconstructed(model: Any, images: Tensor) -> Tensor:
+    return torch.cat([reconstruct(model, part) for part in images.split(64)])
+
+
+def _questions(trained: Trained) -> Measured:
+    mllm: Any = trained_model(trained.root / MLLM)[0]
+    size = PRESETS[trained.tokenizer.preset].image_size
+    asked = held_out_questions(str(trained.data / "heldout-*.tar"), trained.counts.questions, size)
+    ways = {"before": own_features(mllm), "after": trained.tokenizer.features, "blind": None}
+    given = {name: answers(mllm.model.language_model, mllm.lm_head, seen, asked) for name, seen in ways.items()}
+    scores: Scores = {}
+    for name, words in given.items():
+        right = torch.tensor([float(word == q.answer) for word, q in zip(words, asked, strict=True)])
+        shares = by_type(asked, right)
+        scores[f"vqa.{name}"] = shares.pop("all")
+        scores |= {f"vqa.{name}.{kind}": share for kind, share in shares.items()}
+    rows = [
+        {
+            "type": q.type,
+            "question": q.question,
+            "answer": q.answer,
+            **{name: words[n] for name, words in given.items()},
+        }
+        for n, q in enumerate(asked[:SHOWN])
+    ]
+    tiles = torch.stack([q.image for q in asked[:SHOWN]])[:, None]
+    return scores, {"questions": Section(rows, ("scene",), tiles)}
+
+
+def _generation(trained: Trained) -> Measured:
+    scores, section = draw_and_judge(trained.final, trained.sampling, trained.world, trained.counts.per_kind)
+    return scores, {"generation": section}
+
+
+def _editing(trained: Trained) -> Measured:
+    if not any(trained.data.glob("test-edits-*.tar")):
+        log.info("evaluation: %s holds no test-edits-*.tar, so no edits", trained.data)
+        return {}, {}
+    edits = edits_of(trained.data, trained.counts.edits)
+    scores, section = edit_and_judge(trained.final, trained.sampling, edits, trained.world.shapes)
+    return scores, {"editing": section}
+
+
+def _flow(trained: Trained) -> Measured:
+    shards = {"generation": str(trained.data / "heldout-*.tar")}
+    scores = {}
+    for name, shuffled in (("right", False), ("shuffled", True)):
+        terms = held_out_terms(trained.root / FINAL, shards, trained.counts.scenes, shuffled)
+        scores[f"flow.{name}"] = float(terms["flow_matching"].mean())
+    return scores, {}
+
+
+def _routes(trained: Trained) -> Measured:
+    rows = []
+    for kind in UNSEEN_KINDS:
+        prompt = requests(trained.world, kind, False, 1)[0].prompt
+        routed = route(trained.final, generation_prompt(prompt))
+        queries = [f"query {number + 1}" for number in range(len(routed.weights) - len(routed.words))]
+        rows.append(
+            {
+                "prompt": prompt,
+                "tokens": [*routed.words, *queries],
+                "layers": list(routed.layers),
+                "weights": [[round(weight, 4) for weight in weights] for weights in routed.weights.tolist()],
+            }
+        )
+    return {}, {"routes": Section(rows)}
+
+
+MEASUREMENTS: dict[str, tuple[tuple[str, ...], Callable[[Trained], Measured]]] = {
+    "reconstruction": ((TOKENIZER,), _reconstruction),
+    "questions": ((MLLM, TOKENIZER), _questions),
+    "generation": ((FINAL,), _generation),
+    "editing": ((FINAL,), _editing),
+    "flow": ((FINAL,), _flow),
+    "routes": ((FINAL,), _routes),
+}
+"""What is measured -> the phases that it needs, and how."""

@@ -1,0 +1,42 @@
+"""What an evaluation leaves for a reader: rows of what was measured, and the pictures beside them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from spar_scale.data.storage import write_atomic
+from spar_scale.evaluation.reconstruction import to_image
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows, and the pictures of each under the names of the columns: `tiles` (rows, columns, 3, S, S) in [0, 1]."""
+
+    rows: list[dict[str, Any]]
+    columns: tuple[str, ...] = ()
+    tiles: Tensor | None = None
+
+    def write(self, folder: Path, name: str) -> dict[str, Any]:
+        """Write the pictures as one PNG, row below row, and return the section as plain values."""
+        if self.tiles is None:
+            return {"rows": self.rows}
+        tile = self.tiles.shape[-1]
+        whole = self.tiles.permute(2, 0, 3, 1, 4).reshape(3, len(self.rows) * tile, len(self.columns) * tile)
+        buffer = io.BytesIO()
+        picture: Image.Image = to_image(whole)
+        picture.save(buffer, "png")
+        write_atomic(folder / f"{name}.png", buffer.getvalue())
+        return {"sheet": f"{name}.png", "tile": tile, "columns": list(self.columns), "rows": self.rows}
+
+
+def mean(values: list[bool] | list[float]) -> float:
+    """Return the mean of values, for shares of what is true too."""
+    return sum(values) / len(values)
