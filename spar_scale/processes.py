@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from parallel.errors import UserError
 from spar_scale.board import Board, clock
 from spar_scale.spending import Spending, spent, unfinish
@@ -268,8 +270,6 @@ def _work(step: Step, num_threads: int, parent: int, events: Connection, output:
     for number in (1, 2):
         os.dup2(output, number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
-    import torch
-
     torch.set_num_threads(num_threads)
     spending, code = Spending(step.folder), 1
 
