@@ -2,8 +2,8 @@
 
 Training never waits for it and never calls MLflow. The first new line starts it, when the loader's workers
 have been forked: a fork amid an import would leave them its locks. A server that does not answer costs
-one warning; the lines stay in the file, are sent when it answers again, and `spar-scale track sync` sends
-what is missing then. At the end of training it has PATIENCE_S to send the rest.
+one warning; the lines stay in the file and are sent when it answers again, or by `spar-scale track sync`. At the
+end of training it has PATIENCE_S to send the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spar_scale.training.mlflow_store import Target, TrackedRun, load_mlflow
 
 EVERY_S = 10.0  # between two looks at the file, and two samples of the machine
 LONGEST_S = 300.0  # between two attempts at a server that does not answer
-PATIENCE_S = {"server": 10.0, "database": 60.0}  # a new database takes a while to make, a file does not hang
+PATIENCE_S = {"stopped": 3.0, "server": 10.0, "database": 60.0}  # a new database takes a while, but does not hang
 BLOCK_BYTES = 1 << 20
 SAMPLES = 360  # of the machine, kept while a server does not answer
 _log = logging.getLogger(__name__)
@@ -45,10 +45,16 @@ class Mirror:
         self._thread = threading.Thread(target=self._mirror, name="mlflow-mirror", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Send the rest, for as long as PATIENCE_S allows; say so where something is left."""
+    def close(self, finished: bool) -> None:
+        """Send the rest, for as long as PATIENCE_S allows, and say so where something is left.
+
+        Of a run that has not `finished`, its continuation sends it: that one is not waited for.
+        """
         self._stop.set()
-        self._loaded.wait()  # imports end; a fork of the next run must not come amid one
+        if not finished:
+            self._thread.join(PATIENCE_S["stopped"])
+            return
+        self._loaded.wait()  # imports end; the workers of the next run must not be forked amid one
         self._thread.join(PATIENCE_S["database" if self._target.address.startswith("sqlite:") else "server"])
         if not self._done:
             self._warned &= not self._recovered  # it was said that nothing is missing

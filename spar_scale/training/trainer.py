@@ -139,7 +139,7 @@ class Trainer:
         if self.log is not None:
             self.log.close()
         if self.mirror is not None:
-            self.mirror.close()
+            self.mirror.close(finished=self.step >= self.recipe.train.steps)
         self.engine.close()
 
     # -- one step -------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def trained(run_dir: Path, tracking: TrackingConfig, first: int, last: int, loss
     mirror = Mirror(run_dir, tracking)
     log.metrics([line(step, loss) for step in range(first, last + 1)])
     log.close()
-    mirror.close()
+    mirror.close(finished=True)
 
 
 def client_of(root: Path) -> Any:
@@ -139,7 +139,7 @@ def test_where_a_replay_differs_the_surviving_value_is_the_last(root: Path) -> N
     log, mirror = RunLog(run_dir, 5), Mirror(run_dir, HERE)
     log.metrics([line(step, 0.7 + step) | {"time": 1_700_000_100 + step} for step in range(6, 11)])
     log.close()
-    mirror.close()
+    mirror.close(finished=True)
     assert_curve_is_the_truth(root, run_dir, repeats=3)
 
 
@@ -168,7 +168,7 @@ def test_a_dead_server_costs_one_warning_and_no_time_and_sync_sends_all(
         assert step != 20 or warned.wait(60)  # then it tries again and again, the last time in close
     log.close()
     began = time.perf_counter()
-    mirror.close()
+    mirror.close(finished=True)
     assert time.perf_counter() - began < 5
     assert longest < 1
     assert len(read_lines(run_dir / "metrics.jsonl")) == 40
@@ -200,7 +200,7 @@ def test_a_run_without_a_new_step_starts_nothing(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, "done", 3)
     RunLog(run_dir, 0).metrics([line(1)])
     mirror = Mirror(run_dir, HERE)
-    mirror.close()
+    mirror.close(finished=True)
     assert not (tmp_path / "mlflow.db").exists()
 
 
