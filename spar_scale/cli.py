@@ -72,6 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--count", type=_positive, default=8, help="how many samples (default 8)")
     show.add_argument("-o", "--out", type=Path, metavar="PNG", help="write the images as one picture")
 
+    encode = _command(data, "encode", _encode, "store what a recipe's frozen parts make of its samples")
+    encode.add_argument("recipe", type=Path, help="recipe file (YAML) with data.encoded, the directory to write")
+    _overrides(encode)
+
     checkpoint = commands.add_parser("checkpoint", help="look at and check checkpoints").add_subparsers(
         metavar="COMMAND", required=True
     )
@@ -79,11 +83,6 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", type=Path, help="checkpoint or run directory")
     verify = _command(checkpoint, "verify", _verify, "compare every file with the manifest")
     verify.add_argument("path", type=Path, help="checkpoint or run directory")
-
-    track = commands.add_parser("track", help="what MLflow is told").add_subparsers(metavar="COMMAND", required=True)
-    sent = _command(track, "sync", _track_sync, "send MLflow what it lacks of a run, or of all runs of a directory")
-    sent.add_argument("path", type=Path, help="run directory, or the directory that holds them")
-    sent.add_argument("--uri", help="server or database to send it to (default: the recipe's tracking.uri)")
 
     track = commands.add_parser("track", help="what MLflow is told").add_subparsers(metavar="COMMAND", required=True)
     sent = _command(track, "sync", _track_sync, "send MLflow what it lacks of a run, or of all runs of a directory")
@@ -182,6 +181,15 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _encode(arguments: argparse.Namespace) -> int:
+    from spar_scale.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from spar_scale.training.encode import encode
+
+    return _say(encode(recipe))
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     from parallel.checkpoint import inspect
 
@@ -192,12 +200,6 @@ def _verify(arguments: argparse.Namespace) -> int:
     from parallel.checkpoint import verify
 
     return _say(verify(arguments.path))
-
-
-def _track_sync(arguments: argparse.Namespace) -> int:
-    from spar_scale.training.mlflow_sync import sync
-
-    return _say(sync(arguments.path, arguments.uri))
 
 
 def _track_sync(arguments: argparse.Namespace) -> int:

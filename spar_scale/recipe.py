@@ -22,7 +22,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from spar_scale.rules import READ_BY, RULES, reads
 from spar_scale.settings import Contradiction, Lookup, load, show
 
-RESUME_MAY_CHANGE = ("parallel", "data.workers", "checkpoint", "tracking", "train.log_every", "guards", "attention")
+RESUME_MAY_CHANGE = (
+    "parallel",
+    "data.workers",
+    "data.encoded",
+    "checkpoint",
+    "tracking",
+    "train.log_every",
+    "guards",
+    "attention",
+)
 """Keys (with all below them) that may differ between a run and its continuation."""
 
 Positive = Annotated[float, Field(gt=0)]
@@ -146,6 +155,8 @@ class DataConfig(Section):
     """Consecutive samples of a global batch that share one task."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Loader processes per rank; 0 loads in the training process."""
+    encoded: str | None = None
+    """Directory, relative to the run directory, of what `spar-scale data encode` stored; null computes it anew."""
 
 
 class CheckpointConfig(Section):

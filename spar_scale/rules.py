@@ -38,6 +38,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "objective.align_weight": ("align/joint", "instruct"),
     "objective.align_block": ("align/joint", "instruct"),
     "objective.caption_dropout": ("bootstrap/diffusion", "align", "instruct"),
+    "data.encoded": ("bootstrap/diffusion", "align", "instruct"),
     "init_from": ("tokenizer/decoder", "tokenizer/encoder", "align/joint", "instruct"),
 }
 """The stages, or phases as stage/phase, that read a key.

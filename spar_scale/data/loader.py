@@ -28,12 +28,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from parallel.errors import UserError
+from spar_scale.data.encoded import Encoded, EncodedShard
 from spar_scale.data.images import BadSample
 from spar_scale.data.order import PADDING, Blocks, Layout, Order, SourceShape, draw_generator
 from spar_scale.data.spec import Draw, SampleSpec
 from spar_scale.data.storage import ShardReader, expand_shards
 from spar_scale.data.tar_index import ShardIndex, check_fresh, digest, read_header, read_index
-from spar_scale.data.tasks import Members, source_task
+from spar_scale.data.tasks import Conditioned, Members, source_task
 
 Batch = dict[str, Any]
 OPEN_SHARDS = 32  # files and indexes that a worker keeps at hand
@@ -58,7 +59,8 @@ class Loader:
     is zero throughout; a bad sample keeps its number and draws.
 
     `micro_steps` is the number of batches of one global step, the same on every rank; `digest` the
-    sha256 over the sources' names and shards. `close()` ends the workers; a loop that runs to its end
+    sha256 over the sources' names and shards. With `encoded` the stored slots come in
+    place of the images, everything else as it is. `close()` ends the workers; a loop that runs to its end
     does so by itself. Raises UserError for sources that cannot be read or mixed.
     """
 
@@ -76,6 +78,7 @@ class Loader:
         first_step: int,
         steps: int,
         prefetch: int = 4,
+        encoded: Encoded | None = None,
     ):
         shards = [expand_shards(source.shards) for source in sources]
         shapes = [
@@ -91,7 +94,7 @@ class Loader:
         for source, group in zip(sources, shards, strict=True):
             total.update(f"{source.name}\0{digest(group)}\n".encode())
         self.digest = total.hexdigest()
-        self._dataset = _MicroBatches(self.order, layout, shards, spec, seed, dp_rank)
+        self._dataset = _MicroBatches(self.order, layout, shards, spec, seed, dp_rank, encoded)
         self._numbers = range(first_step * layout.per_step, (first_step + steps) * layout.per_step)
         self._workers, self._prefetch = workers, prefetch
         self._batches: Iterator[Batch | _Failure] | None = None
@@ -155,6 +158,15 @@ class Loader:
 
 
 @dataclass(frozen=True)
+class _Opened:
+    """What a worker keeps of a shard."""
+
+    reader: ShardReader
+    index: ShardIndex
+    encoded: EncodedShard | None
+
+
+@dataclass(frozen=True)
 class _Failure:
     """A system error on its way out of a worker."""
 
@@ -165,12 +177,19 @@ class _MicroBatches(Dataset):
     """Micro-batch number -> batch. Holds open shards only where it is used, never across processes."""
 
     def __init__(
-        self, order: Order, layout: Layout, shards: list[list[str]], spec: SampleSpec, seed: int, dp_rank: int
+        self,
+        order: Order,
+        layout: Layout,
+        shards: list[list[str]],
+        spec: SampleSpec,
+        seed: int,
+        dp_rank: int,
+        encoded: Encoded | None,
     ):
         self.order, self.layout, self.shards, self.spec = order, layout, shards, spec
-        self.seed, self.dp_rank = seed, dp_rank
+        self.seed, self.dp_rank, self.encoded = seed, dp_rank, encoded
         self.tasks = [source_task(spec.task, source.name) for source in order.sources]
-        self.opened: OrderedDict[str, tuple[ShardReader, ShardIndex]] = OrderedDict()
+        self.opened: OrderedDict[tuple[int, int], _Opened] = OrderedDict()
 
     def __getitem__(self, micro_step: int) -> Batch | _Failure:
         try:
@@ -180,7 +199,12 @@ class _MicroBatches(Dataset):
 
     def load(self, micro_step: int) -> Batch:
         numbers = self.layout.samples(micro_step, self.dp_rank)
-        slots = self.tasks[self.order.source(self.layout.place(micro_step)[0])].slots(self.spec)
+        source = self.order.source(self.layout.place(micro_step)[0])
+        slots, stored = self.tasks[source].slots(self.spec), {}
+        if self.encoded is not None:
+            del slots["images"]
+            (length,), _ = slots["tokens"]
+            stored = self.encoded.empty(self.order.sources[source].name, len(numbers), length)
         arrays = {name: np.zeros((len(numbers), *shape), dtype) for name, (shape, dtype) in slots.items()}
         arrays |= {name: np.zeros((len(numbers), *d.shape), np.float32) for name, d in self.spec.draws.items()}
         weight = np.zeros(len(numbers), np.float32)
@@ -190,41 +214,53 @@ class _MicroBatches(Dataset):
                 continue
             for name, wanted in self.spec.draws.items():
                 arrays[name][slot] = _draw(draw_generator(self.seed, f"draw/{name}", number), wanted)
-            error = self._fill(arrays, slot, number)
+            error = self._fill(arrays, stored, slot, number)
             if error is None:
                 weight[slot] = 1
             else:
                 errors.append(error)
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()} | stored
         return {**tensors, "weight": torch.from_numpy(weight), "sample": torch.from_numpy(numbers), "errors": errors}
 
-    def _fill(self, arrays: dict[str, np.ndarray], slot: int, number: int) -> dict[str, Any] | None:
+    def _fill(
+        self, arrays: dict[str, np.ndarray], stored: dict[str, torch.Tensor], slot: int, number: int
+    ) -> dict[str, Any] | None:
         """Write a sample into its slot; return what to report where it is bad."""
         place = self.order.locate(number)
-        shard = self.shards[place.source][place.shard]
-        reader, index = self._open(shard)
-        table = index.members(place.member)
-        members = Members(tuple(table), lambda extension: reader.read_member(*table[extension]))
+        shard, opened = self.shards[place.source][place.shard], self._open(place.source, place.shard)
+        table = opened.index.members(place.member)
+        members = Members(tuple(table), lambda extension: opened.reader.read_member(*table[extension]))
+        task = self.tasks[place.source]
+
+        def draws(purpose: str) -> np.random.Generator:
+            return draw_generator(self.seed, purpose, number)
+
         try:
-            task = self.tasks[place.source]
-            values = task.fill(members, self.spec, lambda purpose: draw_generator(self.seed, purpose, number))
+            if opened.encoded is None:
+                values = task.fill(members, self.spec, draws)
+            else:
+                assert isinstance(task, Conditioned)
+                values = task.said(members, self.spec, draws)
+                opened.encoded.fill(stored, slot, place.member, values["tokens"][values["keep"] > 0])
         except BadSample as error:
-            source, key = self.order.sources[place.source].name, index.keys[place.member]
+            source, key = self.order.sources[place.source].name, opened.index.keys[place.member]
             return {"sample": number, "source": source, "shard": shard, "key": key, "reason": str(error)}
         for name, value in values.items():
             arrays[name][slot] = value
         return None
 
-    def _open(self, shard: str) -> tuple[ShardReader, ShardIndex]:
-        if shard in self.opened:
-            self.opened.move_to_end(shard)
-            return self.opened[shard]
+    def _open(self, source: int, number: int) -> _Opened:
+        if (source, number) in self.opened:
+            self.opened.move_to_end((source, number))
+            return self.opened[source, number]
+        shard, name = self.shards[source][number], self.order.sources[source].name
         reader, index = ShardReader(shard), read_index(shard)
         check_fresh(shard, index.tar_bytes, reader.size_bytes)
         if len(self.opened) >= OPEN_SHARDS:
-            self.opened.popitem(last=False)[1][0].close()
-        self.opened[shard] = reader, index
-        return reader, index
+            self.opened.popitem(last=False)[1].reader.close()
+        encoded = None if self.encoded is None else self.encoded.shard(name, number)
+        self.opened[source, number] = _Opened(reader, index, encoded)
+        return self.opened[source, number]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "opened": OrderedDict()}

@@ -8,6 +8,7 @@ Their lengths may differ between tasks, because a micro-batch holds samples of o
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Task:
     fill: Callable[[Members, SampleSpec, Draws], Mapping[str, np.ndarray]]
 
 
-def find_task(name: str) -> Task:
+def find_task(name: str) -> Task | Conditioned:
     """Return the task of a name, of a mixture the first of its tasks; an unknown name raises UserError."""
     if name in MIXTURES:
         return TASKS[MIXTURES[name][0]]
@@ -66,7 +67,7 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-def source_task(name: str, source: str) -> Task:
+def source_task(name: str, source: str) -> Task | Conditioned:
     """Return the task that decodes a source: in a mixture the one it is named after, else `name`'s.
 
     Raises UserError for a source whose name is no task of the mixture.
@@ -139,58 +140,77 @@ def _said(members: Members) -> Mapping[str, Any]:
     return said
 
 
-def _generation_slots(spec: SampleSpec) -> Slots:
-    """`images` (1, 3, S, S) is the target; `keep` is 1 where a token is real, padded on the right."""
-    return _conditioned_slots(spec, pictures=1, length=spec.num_tokens)
+@dataclass(frozen=True)
+class Conditioned:
+    """The task of a picture and the prompt that it is drawn from. Nothing random but which words are given.
+
+    `sides` are the beginnings of the names of its pictures' members, the target first; more than one makes
+    the prompt begin with the others. `texts(members)` are the words of which one sample's are chosen, and
+    `prompt(text, spec)` what is made of them.
+    """
+
+    sides: tuple[str, ...]
+    texts: Callable[[Members], list[str]]
+    prompt: Callable[[str, SampleSpec], Prompt]
+
+    @property
+    def illustrated(self) -> bool:
+        """Whether the prompt shows a picture."""
+        return len(self.sides) > 1
+
+    def slots(self, spec: SampleSpec) -> Slots:
+        """`images` (M, 3, S, S), the target first; `keep` is 1 where a token is real, padded on the right."""
+        return {
+            "images": ((len(self.sides), 3, spec.image_size, spec.image_size), np.float32),
+            "tokens": ((self.length(spec),), np.int64),
+            "keep": ((self.length(spec),), np.uint8),
+        }
+
+    def length(self, spec: SampleSpec) -> int:
+        """Tokens of the longest prompt."""
+        return spec.num_tokens + (spec.image_tokens + 2 if self.illustrated else 0)
+
+    def fill(self, members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
+        """The prompt and the pictures."""
+        return {**self.said(members, spec, draws), "images": self.pictures(members, spec)}
+
+    def said(self, members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
+        """`tokens` and `keep` of the prompt that the draws choose; a dropped caption leaves the bare instruction."""
+        texts, chosen = self.texts(members), draws("words").random()
+        dropped = draws("caption_drop").random() < spec.caption_dropout
+        return self.padded(self._tokens("" if dropped else texts[int(chosen * len(texts))], spec), spec)
+
+    def prompts(self, members: Members, spec: SampleSpec) -> list[np.ndarray]:
+        """The tokens of every prompt that the draws may choose, the bare instruction last; bad ones are left out."""
+        found = []
+        for text in (*self.texts(members), ""):
+            with contextlib.suppress(BadSample):
+                found.append(self._tokens(text, spec))
+        return found
+
+    def padded(self, tokens: np.ndarray, spec: SampleSpec) -> dict[str, np.ndarray]:
+        """Tokens (n,) as the slots `tokens` and `keep`."""
+        behind = (0, self.length(spec) - len(tokens))
+        return {"tokens": np.pad(tokens, behind), "keep": np.pad(np.ones(len(tokens), np.uint8), behind)}
+
+    def pictures(self, members: Members, spec: SampleSpec) -> np.ndarray:
+        """The middle squares (M, 3, S, S), never mirrored: the words name their sides."""
+        data = [members.first(f"{side}{extension}" for extension in EXTENSIONS) for side in self.sides]
+        return np.stack([square(decode(picture), spec.image_size, along=0.5, mirrored=False) for picture in data])
+
+    def _tokens(self, text: str, spec: SampleSpec) -> np.ndarray:
+        tokens = _worded(lambda: self.prompt(text, spec)).tokens
+        if len(tokens) > self.length(spec):
+            raise BadSample(f"{len(tokens)} tokens; at most {self.length(spec)} are read")
+        return np.array(tokens, np.int64)
 
 
-def _editing_slots(spec: SampleSpec) -> Slots:
-    """`images` (2, 3, S, S) are the target and the picture to edit, whose tokens stand in the prompt."""
-    return _conditioned_slots(spec, pictures=2, length=spec.num_tokens + spec.image_tokens + 2)
-
-
-def _conditioned_slots(spec: SampleSpec, pictures: int, length: int) -> Slots:
-    return {
-        "images": ((pictures, 3, spec.image_size, spec.image_size), np.float32),
-        "tokens": ((length,), np.int64),
-        "keep": ((length,), np.uint8),
-    }
-
-
-def _generation(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
-    """Any one of the captions of the json, else the txt."""
+def _captions(members: Members) -> list[str]:
+    """The captions of the json, else the txt."""
     listed = _said(members).get("captions", []) if "json" in members.extensions else []
     if not isinstance(listed, list) or not all(isinstance(caption, str) for caption in listed):
         raise BadSample("its captions are no list of texts")
-    said = listed or [_text(members)]
-    chosen = draws("words").random()
-    dropped = _drops(spec, draws)
-    prompt = _worded(lambda: generation_prompt("" if dropped else said[int(chosen * len(said))]))
-    return _conditioned(_generation_slots(spec), prompt, [members.first(EXTENSIONS)], spec)
-
-
-def _editing(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
-    """The txt is the instruction. The picture to edit is never dropped."""
-    instruction = "" if _drops(spec, draws) else _text(members)
-    prompt = _worded(lambda: editing_prompt(instruction, spec.image_tokens))
-    pictures = [members.first(f"{side}.{extension}" for extension in EXTENSIONS) for side in ("output", "input")]
-    return _conditioned(_editing_slots(spec), prompt, pictures, spec)
-
-
-def _conditioned(slots: Slots, prompt: Prompt, pictures: list[bytes], spec: SampleSpec) -> dict[str, np.ndarray]:
-    """The middle squares, never mirrored: the words name their sides."""
-    arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in slots.items()}
-    length, limit = len(prompt.tokens), len(arrays["tokens"])
-    if length > limit:
-        raise BadSample(f"{length} tokens; at most {limit} are read")
-    arrays["tokens"][:length], arrays["keep"][:length] = prompt.tokens, 1
-    for place, picture in enumerate(pictures):
-        arrays["images"][place] = square(decode(picture), spec.image_size, along=0.5, mirrored=False)
-    return arrays
-
-
-def _drops(spec: SampleSpec, draws: Draws) -> bool:
-    return bool(draws("caption_drop").random() < spec.caption_dropout)
+    return listed or [_text(members)]
 
 
 def _text(members: Members) -> str:
@@ -200,13 +220,17 @@ def _text(members: Members) -> str:
         raise BadSample(f"its txt is no UTF-8 ({error})") from None
 
 
-TASKS = {
+TASKS: dict[str, Task | Conditioned] = {
     "images": Task(_image_slots, _image),
     "captions": _language("", caption_prompt),
     "questions": _language("", question_prompt),
     "edits": _language("input.", edit_prompt),
     "texts": _language(None, text_prompt),
-    "generation": Task(_generation_slots, _generation),
-    "editing": Task(_editing_slots, _editing),
+    "generation": Conditioned(("",), _captions, lambda text, _: generation_prompt(text)),
+    "editing": Conditioned(
+        ("output.", "input."),
+        lambda members: [_text(members)],  # the instruction; the picture to edit is never dropped
+        lambda text, spec: editing_prompt(text, spec.image_tokens),
+    ),
 }
 MIXTURES = {"language": ("captions", "questions", "edits", "texts"), "conditioned": ("generation", "editing")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,25 @@ class Export:
     calibrated: bool = False
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """The part of a stage's forward that depends on the sample alone, so that it can be stored once.
+
+    `layers` compute it from a batch's slots: of its pictures the slots `pictures`, of its prompt the slots
+    `states` (B, P, D), one vector for each token, which depends on the tokens up to it. `text` are the
+    layers to `states` of a prompt without pictures. `remaining` is the stage's forward from there on; it
+    reads the stored slots as inputs and gives bit for bit what all of the stage's layers do. `constants`
+    are the numbers, beside weights, that the stored values depend on.
+    """
+
+    layers: list[Layer]
+    text: list[Layer]
+    pictures: tuple[str, ...]
+    states: tuple[str, ...]
+    remaining: list[Layer]
+    constants: dict[str, float]
+
+
 @dataclass
 class Stage:
     """One phase of training, complete but for how it is spread and optimised.
@@ -56,7 +75,8 @@ class Stage:
     sum_b weight_b * sum_t terms[t] * value_t[b] / global_batch, with one fp32 value (B,) per term.
     `groups` maps a learning-rate group to the parameter-name prefixes that train in it; what matches no
     group is frozen. `references` are the frozen parts that were read from disk. `export` writes what
-    later stages load. `adversary` is the discriminator behind the last terms.
+    later stages load. `adversary` is the discriminator behind the last terms. `encoding` says what can be
+    read from disk instead of computed.
     """
 
     model: nn.Module
@@ -68,6 +88,16 @@ class Stage:
     references: dict[str, Path] = field(default_factory=dict)
     export: Export | None = None
     adversary: Adversary | None = None
+    encoding: Encoding | None = None
+
+    def encoded(self) -> Stage:
+        """Return this stage with the forward that reads stored slots; UserError where there is none."""
+        encoding = self.encoding
+        if encoding is None:
+            raise UserError("data.encoded: this phase has no frozen part whose output could be stored; leave it out")
+        stored = {*encoding.pictures, *encoding.states}
+        inputs = (*(name for name in self.inputs if name != "images"), *sorted(stored))
+        return replace(self, layers=encoding.remaining, inputs=inputs)
 
     def group_of(self, parameter: str) -> str | None:
         """Return the learning-rate group of a parameter name, None if it is frozen.
@@ -102,6 +132,7 @@ def build(recipe: Any) -> Stage:
     for name, parameter in stage.model.named_parameters():
         parameter.requires_grad_(stage.group_of(name) is not None)
     stage.model.train()
-    for layer in stage.layers:
+    more = [] if stage.encoding is None else [*stage.encoding.layers, *stage.encoding.text, *stage.encoding.remaining]
+    for layer in (*stage.layers, *more):
         layer.train()
     return stage

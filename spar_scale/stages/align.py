@@ -30,8 +30,8 @@ from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import Preset
 from spar_scale.models.tokenizer import InitialEncoder, UnifiedTokenizer
 from spar_scale.models.unified import SPAR, PixelTokenizer
-from spar_scale.stages import Stage
-from spar_scale.stages.conditioning_layers import conditioning_layers
+from spar_scale.stages import Encoding, Stage
+from spar_scale.stages.conditioning_layers import conditioning_layers, prefix_layers, prefix_states, query_layers
 from spar_scale.stages.diffusion_layers import Alignment, AutoencoderLatent, ScaleLatent, diffusion_layers
 from spar_scale.stages.parts import (
     copy_weights,
@@ -76,18 +76,25 @@ def connector(recipe: Any) -> Stage:
     autoencoder, scale = load_autoencoder(directories["pixel_autoencoder"], preset)
     tokenizer = PixelTokenizer(autoencoder, preset)
     model = _model(recipe, preset, directories, tokenizer, scale, aligned=False)
+    latent = AutoencoderLatent(tokenizer, scale)
+    drawing = diffusion_layers(model.diffusion, preset.conditioning.num_queries)
+    text = prefix_layers(model, illustrated=False)
     return Stage(
         model=model,
-        layers=[
-            *conditioning_layers(model, illustrated=False),
-            AutoencoderLatent(tokenizer, scale),
-            *diffusion_layers(model.diffusion, preset.conditioning.num_queries),
-        ],
+        layers=[*conditioning_layers(model, illustrated=False), latent, *drawing],
         inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
         terms={"flow_matching": 1.0},
         groups={"main": CONDITIONING},
         sample=conditioned_sample(preset, recipe.objective.caption_dropout, task="generation"),
         references=directories,
+        encoding=Encoding(
+            layers=[*text, latent],
+            text=text,
+            pictures=("latent",),
+            states=prefix_states(model),
+            remaining=[*query_layers(model), *drawing],
+            constants={"latent_scale": scale},
+        ),
     )
 
 
@@ -111,26 +118,31 @@ def joint(recipe: Any) -> Stage:
         )
     tokenizer, scale = load_tokenizer(directories["tokenizer"], preset)
     model = _model(recipe, preset, directories, tokenizer, scale, aligned)
-    layers: list[Layer] = [
-        *encoder_layers(tokenizer, frozen=True),
-        *conditioning_layers(model, illustrated=True),
-        *latent_layers(tokenizer),
-        ScaleLatent(scale),
-    ]
-    tap = None
+    seen, drawn = encoder_layers(tokenizer, frozen=True), [*latent_layers(tokenizer), ScaleLatent(scale)]
+    tap, teacher = None, ()
     if aligned:
+        teacher = ("teacher",) if external else ("features",)
         if external:
             model.teacher = _teacher(directories["teacher"], preset)
-            layers.append(ExternalTeacher(model.teacher))
-        tap = objective.align_block, Alignment(model.alignment_head, "teacher" if external else "features")
+            drawn.append(ExternalTeacher(model.teacher))
+        tap = objective.align_block, Alignment(model.alignment_head, *teacher)
+    drawing = diffusion_layers(model.diffusion, preset.conditioning.num_queries, tap)
     return Stage(
         model=model,
-        layers=[*layers, *diffusion_layers(model.diffusion, preset.conditioning.num_queries, tap)],
+        layers=[*seen, *conditioning_layers(model, illustrated=True), *drawn, *drawing],
         inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
         terms={"flow_matching": 1.0} | ({"alignment": objective.align_weight} if aligned else {}),
         groups={"main": CONDITIONING, "diffusion": ("diffusion", "alignment_head")},
         sample=conditioned_sample(preset, objective.caption_dropout, task="conditioned"),
         references=directories,
+        encoding=Encoding(
+            layers=[*seen, *prefix_layers(model, illustrated=True), *drawn],
+            text=prefix_layers(model, illustrated=False),
+            pictures=("latent", *teacher),
+            states=prefix_states(model),
+            remaining=[*query_layers(model), *drawing],
+            constants={"latent_scale": scale},
+        ),
     )
 
 

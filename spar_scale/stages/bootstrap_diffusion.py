@@ -17,7 +17,7 @@ from spar_scale.models.diffusion import Diffusion
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import Preset
 from spar_scale.models.unified import LatentDiffusion, PixelTokenizer
-from spar_scale.stages import Export, Stage
+from spar_scale.stages import Encoding, Export, Stage
 from spar_scale.stages.align import conditioned_sample
 from spar_scale.stages.bootstrap_mllm import DecoderLayer
 from spar_scale.stages.conditioning_layers import ProjectCaptions
@@ -91,22 +91,30 @@ def diffusion(recipe: Any) -> Stage:
     tokenizer = PixelTokenizer(autoencoder, preset)
     model = CaptionedDiffusion(preset, language, tokenizer, scale)
     initialise(model, recipe.seed, loaded=("language_model", "tokenizer"))
+    text: list[Layer] = [
+        EmbedWords(language.embed_tokens),
+        *(DecoderLayer(layer, language.config) for layer in language.layers),
+        FinalStates(language.norm),
+    ]
+    latent = AutoencoderLatent(tokenizer, scale)
+    trained = [ProjectCaptions(nn.Identity(), model.caption_projection), *diffusion_layers(model.diffusion, 0)]
     return Stage(
         model=model,
-        layers=[
-            EmbedWords(language.embed_tokens),
-            *(DecoderLayer(layer, language.config) for layer in language.layers),
-            FinalStates(language.norm),
-            ProjectCaptions(nn.Identity(), model.caption_projection),
-            AutoencoderLatent(tokenizer, scale),
-            *diffusion_layers(model.diffusion, num_queries=0),
-        ],
+        layers=[*text, latent, *trained],
         inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
         terms={"flow_matching": 1.0},
         groups={"main": ("diffusion", "caption_projection")},
         sample=conditioned_sample(preset, recipe.objective.caption_dropout, task="generation"),
         references=directories,
         export=Export(save_diffusion),
+        encoding=Encoding(
+            layers=[*text, latent],
+            text=text,
+            pictures=("latent",),
+            states=("captions",),
+            remaining=trained,
+            constants={"latent_scale": scale},
+        ),
     )
 
 

@@ -3,10 +3,12 @@
 Slots (B samples, M pictures of a sample: the target first, P prompt tokens, Q queries, D width, K states):
     images (B, M, 3, S, S)   tokens (B, P) int64    keep (B, P) uint8, 1 where a token is real
     features (B * M, N, D), then the target's (B, N, D)
-    embedded (B, P, D)       prefix (B, P, D)       queries (B, Q, D)
-    prefix_state_k (B, P, D), query_state_k (B, Q, D): sampled hidden state k
+    prefix (B, P, D)         queries (B, Q, D)
+    prefix_state_k (B, P, D), query_state_k (B, Q, D): hidden state k; 0 is the embedding, the last after the norm
     captions (B, P + Q, D), at the end (B, P + Q, C)
-All but the queries and what follows from them is without gradient.
+All but the queries and what follows from them is without gradient. So the prefix's states depend on the
+sample alone: `prefix_layers` is the way to them by itself, `query_layers` the rest of the way from
+stored ones, bit-equal to `conditioning_layers`, which does both at once.
 """
 
 from __future__ import annotations
@@ -15,18 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from parallel.program import Layer
-from spar_scale.models.conditioning import Rotary, conditioned_layer, final_state, sequence_keep
+from spar_scale.models.conditioning import (
+    Rotary,
+    conditioned_layer,
+    final_state,
+    prefix_layer,
+    query_layer,
+    sequence_keep,
+)
 from spar_scale.models.connector import connector_layer
 from spar_scale.models.mllm import merge
 from spar_scale.models.unified import SPAR, keep_references
 
 
 class EmbedPrompt(Layer):
-    """`tokens` to `embedded` and `prefix`, and the `queries`."""
+    """`tokens` to `prefix_state_0` and `prefix`, and the `queries`."""
 
     reads: tuple[str, ...] = ("tokens",)
-    writes: tuple[str, ...] = ("embedded", "prefix", "queries")
-    detached = frozenset({"embedded", "prefix"})
+    writes: tuple[str, ...] = ("prefix_state_0", "prefix", "queries")
+    detached = frozenset({"prefix_state_0", "prefix"})
 
     def __init__(self, embedding: nn.Module, queries: nn.Module):
         super().__init__()
@@ -35,15 +44,15 @@ class EmbedPrompt(Layer):
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         """Embed the words."""
         embedded = self.embedding(tokens)
-        return {"embedded": embedded, "prefix": embedded, "queries": self.queries(len(tokens))}
+        return {"prefix_state_0": embedded, "prefix": embedded, "queries": self.queries(len(tokens))}
 
 
 class EmbedIllustratedPrompt(EmbedPrompt):
     """The same with the features of the picture to edit in their places; of `features` the target's remain."""
 
     reads = ("tokens", "features")
-    writes = ("embedded", "prefix", "queries", "features")
-    detached = frozenset({"embedded", "prefix", "features"})
+    writes = ("prefix_state_0", "prefix", "queries", "features")
+    detached = frozenset({"prefix_state_0", "prefix", "features"})
 
     def __init__(self, embedding: nn.Module, queries: nn.Module, image_token_id: int):
         super().__init__(embedding, queries)
@@ -56,7 +65,7 @@ class EmbedIllustratedPrompt(EmbedPrompt):
         if pictures.shape[1] > 1:
             embedded = merge(embedded, pictures[:, 1:].flatten(1, 2), tokens == self.image_token_id)
         queries = self.queries(len(tokens))
-        return {"embedded": embedded, "prefix": embedded, "queries": queries, "features": pictures[:, 0]}
+        return {"prefix_state_0": embedded, "prefix": embedded, "queries": queries, "features": pictures[:, 0]}
 
 
 class ConditionedLayer(Layer):
@@ -78,6 +87,55 @@ class ConditionedLayer(Layer):
         return {"prefix": both[0], "queries": both[1], **dict(zip(self.states, states, strict=False))}
 
 
+class PrefixLayer(Layer):
+    """The prefix's half of layer number `index` (from 1): `prefix`, and `prefix_state_k` of whatever k it is."""
+
+    reads = ("prefix", "keep")
+
+    def __init__(self, layer: nn.Module, rotary: Rotary, index: int, norm: nn.Module | None):
+        super().__init__()
+        self.layer, self.rotary, self.norm = layer, rotary, norm
+        self.writes = ("prefix", f"prefix_state_{index}")
+        self.detached = frozenset(self.writes)
+
+    def forward(self, prefix: Tensor, keep: Tensor) -> dict[str, Tensor]:
+        """Pass the layer; the last one's state is that after the final norm."""
+        prefix = prefix_layer(self.layer, self.rotary, prefix, keep)
+        return dict(zip(self.writes, (prefix, prefix if self.norm is None else self.norm(prefix)), strict=True))
+
+
+class BeginQueries(Layer):
+    """The `queries`, one set for each of `tokens`."""
+
+    reads = ("tokens",)
+    writes = ("queries",)
+
+    def __init__(self, queries: nn.Module):
+        super().__init__()
+        self.queries = queries
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Repeat them."""
+        return {"queries": self.queries(len(tokens))}
+
+
+class QueryLayer(Layer):
+    """The queries' half of layer number `index`, on the prefix state that enters it."""
+
+    def __init__(self, layer: nn.Module, rotary: Rotary, index: int, sampled: bool, norm: nn.Module | None):
+        super().__init__()
+        self.layer, self.rotary, self.norm = layer, rotary, norm
+        self.prefix = f"prefix_state_{index - 1}"
+        self.reads = (self.prefix, "queries", "keep")
+        self.writes = ("queries", f"query_state_{index}") if sampled else ("queries",)
+
+    def forward(self, queries: Tensor, keep: Tensor, **states: Tensor) -> dict[str, Tensor]:
+        """Pass the layer; the last one's state is that after the final norm."""
+        queries = query_layer(self.layer, self.rotary, states[self.prefix], queries, keep)
+        state = queries if self.norm is None else self.norm(queries)
+        return dict(zip(self.writes, (queries, state), strict=False))
+
+
 class RouteTokens(Layer):
     """The sampled states, routed token by token, to `captions`; the picture to edit stays as it was embedded."""
 
@@ -87,13 +145,13 @@ class RouteTokens(Layer):
         super().__init__()
         self.routing, self.sampled, self.image_token_id = routing, sampled, image_token_id
         states = (f"{part}_state_{index}" for index in sampled for part in ("prefix", "query"))
-        self.reads = (*states, "embedded", "tokens")
+        self.reads = (*states, "prefix_state_0", "tokens")
 
-    def forward(self, embedded: Tensor, tokens: Tensor, **states: Tensor) -> dict[str, Tensor]:
+    def forward(self, tokens: Tensor, **states: Tensor) -> dict[str, Tensor]:
         """Stack, route, put the picture back."""
         stacked = [torch.cat([states[f"prefix_state_{k}"], states[f"query_state_{k}"]], dim=1) for k in self.sampled]
         routed = self.routing(torch.stack(stacked, dim=1))
-        return {"captions": keep_references(routed, embedded, tokens == self.image_token_id)}
+        return {"captions": keep_references(routed, states["prefix_state_0"], tokens == self.image_token_id)}
 
 
 class ConnectorLayer(Layer):
@@ -128,20 +186,62 @@ class ProjectCaptions(Layer):
 
 def conditioning_layers(model: SPAR, illustrated: bool) -> list[Layer]:
     """Return the way from `tokens` (and `features`, where prompts are `illustrated`) to `captions`."""
-    language, routing, connector = model.language_model, model.routing, model.connector
-    rotary, depth = Rotary(language.config), len(language.layers)
-    num_queries = model.queries.weight.shape[1]
-    begin = (
-        EmbedIllustratedPrompt(language.embed_tokens, model.queries, model.image_token_id)
-        if illustrated
-        else EmbedPrompt(language.embed_tokens, model.queries)
-    )
+    rotary, sampled = Rotary(model.language_model.config), model.routing.sampled
     return [
-        begin,
+        _begin(model, illustrated),
         *(
-            ConditionedLayer(layer, rotary, index, index in routing.sampled, language.norm if index == depth else None)
-            for index, layer in enumerate(language.layers, start=1)
+            ConditionedLayer(layer, rotary, index, index in sampled, norm)
+            for index, (layer, norm) in enumerate(_language_layers(model), start=1)
         ),
+        *_routed_layers(model),
+    ]
+
+
+def prefix_layers(model: SPAR, illustrated: bool) -> list[Layer]:
+    """Return the way from `tokens` (and `features`) to every `prefix_state_k`."""
+    rotary = Rotary(model.language_model.config)
+    layers = enumerate(_language_layers(model), start=1)
+    return [
+        _begin(model, illustrated),
+        *(PrefixLayer(layer, rotary, index, norm) for index, (layer, norm) in layers),
+    ]
+
+
+def query_layers(model: SPAR) -> list[Layer]:
+    """Return the way from `tokens` and every `prefix_state_k` to `captions`."""
+    rotary, sampled = Rotary(model.language_model.config), model.routing.sampled
+    return [
+        BeginQueries(model.queries),
+        *(
+            QueryLayer(layer, rotary, index, index in sampled, norm)
+            for index, (layer, norm) in enumerate(_language_layers(model), start=1)
+        ),
+        *_routed_layers(model),
+    ]
+
+
+def prefix_states(model: SPAR) -> tuple[str, ...]:
+    """Return the slots that `prefix_layers` writes for `query_layers`."""
+    return tuple(f"prefix_state_{index}" for index in range(len(model.language_model.layers) + 1))
+
+
+def _begin(model: SPAR, illustrated: bool) -> Layer:
+    embedding = model.language_model.embed_tokens
+    if illustrated:
+        return EmbedIllustratedPrompt(embedding, model.queries, model.image_token_id)
+    return EmbedPrompt(embedding, model.queries)
+
+
+def _language_layers(model: SPAR) -> list[tuple[nn.Module, nn.Module | None]]:
+    """The language model's layers, the last with the final norm."""
+    *others, last = model.language_model.layers
+    return [*((layer, None) for layer in others), (last, model.language_model.norm)]
+
+
+def _routed_layers(model: SPAR) -> list[Layer]:
+    routing, connector = model.routing, model.connector
+    num_queries = model.queries.weight.shape[1]
+    return [
         RouteTokens(routing, routing.sampled, model.image_token_id),
         *(ConnectorLayer(layer, connector.rotary, num_queries) for layer in connector.layers),
         ProjectCaptions(connector.norm, connector.projection),

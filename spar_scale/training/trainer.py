@@ -6,7 +6,6 @@ device; metrics stay there and are read in blocks, at log steps and before each 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import time
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from parallel import checkpoint
 from parallel.agreement import first
@@ -29,6 +27,7 @@ from spar_scale.data.loader import Loader, Source
 from spar_scale.data.order import micro_steps
 from spar_scale.recipe import Recipe
 from spar_scale.training.attention_choice import attention_of
+from spar_scale.training.encode import frozen_digests, open_encoded
 from spar_scale.training.export import export
 from spar_scale.training.guards import BadSampleGuard, NonFiniteGuard
 from spar_scale.training.mlflow_mirror import Mirror
@@ -80,6 +79,9 @@ class Trainer:
         self.recipe, self.topology, self.directory = recipe, topology, directory
         choose_parent(recipe, topology.files_group)
         self.stage = started_stage(recipe)
+        self.encoded = open_encoded(recipe, self.stage)
+        if self.encoded is not None:
+            self.stage = self.stage.encoded()
         name_parameters(self.stage.model)
         groups = parameter_groups(self.stage, recipe.optimizer)
         self.multipliers = {group["name"]: group.pop("multiplier") for group in groups}
@@ -288,6 +290,7 @@ class Trainer:
             workers=recipe.data.workers,
             first_step=self.step,
             steps=recipe.train.steps - self.step,
+            encoded=self.encoded,
         )
 
     def _engine_settings(self) -> EngineSettings:
@@ -305,14 +308,3 @@ class Trainer:
     def _announce(self, text: str) -> None:
         if self.topology.rank == 0:
             log.info("%s/%s %s", self.recipe.stage, self.recipe.phase, text)
-
-
-def frozen_digests(model: nn.Module) -> dict[str, str]:
-    """sha256 of the frozen parameters of each top-level part: what a checkpoint refers to instead of holding."""
-    hashes: dict[str, Any] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            part = hashes.setdefault(name.split(".")[0], hashlib.sha256())
-            part.update(name.encode())
-            part.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return {part: digest.hexdigest() for part, digest in hashes.items()}

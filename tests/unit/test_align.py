@@ -191,8 +191,8 @@ def test_the_kind_of_routing_decides_which_weights_exist_and_which_states_are_re
     assert {name for name, _ in model.routing.named_parameters()} == kept | gate
     assert model.routing.scales.shape == (len(sampled),)
     states = {f"{part}_state_{k}" for part in ("prefix", "query") for k in sampled}
-    assert set(layer_of(stage, RouteTokens).reads) == states | {"embedded", "tokens"}
-    assert {name for layer in stage.layers for name in layer.writes if "_state_" in name} == states
+    assert set(layer_of(stage, RouteTokens).reads) == states | {"prefix_state_0", "tokens"}
+    assert {name for layer in stage.layers for name in layer.writes if "_state_" in name} == states | {"prefix_state_0"}
     other = model_of(shared("align/joint"))
     for name, weight in model.routing.named_parameters():
         assert weight.shape != other.routing.get_parameter(name).shape or torch.equal(

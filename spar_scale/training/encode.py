@@ -1,0 +1,278 @@
+"""`spar-scale data encode RECIPE`: the frozen part of a stage over all samples once, stored for training.
+
+The frozen layers run on the recipe's micro-batches, source by source, so that every multiplication has
+the shape that it has in training and a run that reads the result is bit-equal to one that computes it
+(same machine and threads). Pictures are encoded once per sample; prompts of words alone once per
+distinct prompt; a prompt that shows a picture per sample, with its words and without.
+
+One file per shard, each under a temporary name and renamed, the manifest last: an interrupted command
+is started again, and goes on behind the files that are whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from parallel.errors import UserError
+from parallel.launch import device_type
+from parallel.program import Layer, live_slots, run_layer
+from spar_scale import stages
+from spar_scale.data.encoded import (
+    MANIFEST,
+    VERSION,
+    Encoded,
+    MadeOf,
+    PromptStates,
+    file_name,
+    hash_of,
+    is_whole,
+    read_manifest,
+    save,
+)
+from spar_scale.data.images import BadSample
+from spar_scale.data.spec import SampleSpec
+from spar_scale.data.storage import ShardReader, expand_shards, write_atomic
+from spar_scale.data.tar_index import check_fresh, digest, read_index
+from spar_scale.data.tasks import Conditioned, Members, source_task
+from spar_scale.recipe import Recipe
+from spar_scale.stages import Encoding, Stage
+from spar_scale.training.attention_choice import attention_of
+
+_log = logging.getLogger(__name__)
+
+
+def encode(recipe: Recipe) -> str:
+    """Store what the recipe's frozen parts make of its samples in `data.encoded`; return what is there as text.
+
+    Raises UserError for a recipe that names no directory and a phase without such parts.
+    """
+    directory = _directory(recipe)
+    stage = stages.build(recipe)
+    encoding, made_of = _encoding(stage), made_of_stage(recipe, stage)
+    sources = _sources(recipe)
+    tasks = {name: _task(stage.sample, name) for name in sources}
+    manifest = _begin(directory, made_of, sources)
+    model = stage.model.to(device_type(), torch.bfloat16 if recipe.precision == "bf16" else torch.float32).eval()
+    with attention_of(recipe), torch.no_grad():
+        assert model is stage.model
+        for name, shards in sources.items():
+            writer = _Writer(directory, name, shards, hash_of(made_of), encoding, tasks[name], stage.sample)
+            writer.write(recipe.parallel.micro_batch)
+            manifest["sources"][name] = digest(shards)
+            write_atomic(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return f"{directory}: {', '.join(sources)} of {recipe.stage}/{recipe.phase}, {size / 1e6:.1f} MB"
+
+
+def open_encoded(recipe: Recipe, stage: Stage) -> Encoded | None:
+    """Return the stored values that the recipe trains on, None where it computes them.
+
+    Raises UserError for what is not there, is of other shards or was made of other things.
+    """
+    if recipe.data.encoded is None:
+        return None
+    sources = _sources(recipe)
+    for name in sources:
+        _task(stage.sample, name)
+    command = f"spar-scale data encode RECIPE (the recipe of {recipe.run_dir})"
+    return Encoded(_directory(recipe), made_of_stage(recipe, stage), sources, command)
+
+
+def made_of_stage(recipe: Recipe, stage: Stage) -> MadeOf:
+    """What the stored values follow from: weights, by part, and everything else that a recipe can change."""
+    encoding, sample = _encoding(stage), stage.sample
+    parts = nn.ModuleList([*encoding.layers, *encoding.text])
+    used = {id(parameter) for parameter in parts.parameters()}
+    weights = frozen_digests(stage.model, used)
+    return {
+        "preset": recipe.model.preset,
+        "precision": recipe.precision,
+        "image_size": sample.image_size,
+        "num_tokens": sample.num_tokens,
+        "image_tokens": sample.image_tokens,
+        **{f"slot {name}": "of the pictures" for name in encoding.pictures},
+        **{f"slot {name}": "of the prompt" for name in encoding.states},
+        **encoding.constants,
+        **{f"weights of {part}": value for part, value in weights.items()},
+    }
+
+
+def frozen_digests(model: nn.Module, used: set[int] | None = None) -> dict[str, str]:
+    """sha256 of the frozen parameters of each top-level part, with `used` of those whose id is in it."""
+    hashes: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and (used is None or id(parameter) in used):
+            part = hashes.setdefault(name.split(".")[0], hashlib.sha256())
+            part.update(name.encode())
+            part.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return {part: value.hexdigest() for part, value in hashes.items()}
+
+
+def _directory(recipe: Recipe) -> Path:
+    if recipe.data.encoded is None:
+        raise UserError("data.encoded: not given; name the directory to write, relative to run_dir")
+    return (Path(recipe.run_dir) / recipe.data.encoded).resolve()
+
+
+def _encoding(stage: Stage) -> Encoding:
+    if stage.encoding is None:
+        raise UserError("data.encoded: this phase has no frozen part whose output could be stored; leave it out")
+    return stage.encoding
+
+
+def _sources(recipe: Recipe) -> dict[str, list[str]]:
+    return {source.name: expand_shards(source.shards) for source in recipe.data.sources}
+
+
+def _task(sample: SampleSpec, source: str) -> Conditioned:
+    task = source_task(sample.task, source)
+    if not isinstance(task, Conditioned):
+        raise UserError(
+            f"data.encoded: source '{source}' is cropped, mirrored or worded anew whenever it is read, so nothing"
+            " of it can be stored; leave data.encoded out"
+        )
+    return task
+
+
+def _begin(directory: Path, made_of: MadeOf, sources: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return the manifest to go on from. What it said of other weights, or of shards that changed, is taken back."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.encoded: {directory} cannot be made ({error.strerror})") from None
+    path = directory / MANIFEST
+    found = read_manifest(path)
+    manifest: dict[str, Any] = {"version": VERSION, "made_of": made_of, "sources": {}}
+    if found is not None and found["made_of"] == made_of:
+        manifest["sources"] = {n: v for n, v in found["sources"].items() if n not in sources or v == digest(sources[n])}
+    if found is not None and (found["made_of"] != made_of or found["sources"] != manifest["sources"]):
+        _log.info("%s: was made of other things, is encoded anew", directory)
+        path.unlink()
+    return manifest
+
+
+class _Writer:
+    """Writes the files of one source."""
+
+    def __init__(
+        self,
+        directory: Path,
+        source: str,
+        shards: Sequence[str],
+        key: str,
+        encoding: Encoding,
+        task: Conditioned,
+        sample: SampleSpec,
+    ):
+        self.directory, self.source, self.shards, self.key = directory, source, shards, key
+        self.encoding, self.task, self.sample = encoding, task, sample
+        self.slots = task.slots(sample)
+
+    def write(self, micro_batch: int) -> None:
+        """Write what is not there yet."""
+        for number, shard in enumerate(self.shards):
+            path = self.directory / file_name(self.source, number)
+            if not is_whole(path, self.key, digest([shard])):
+                self._write_shard(path, shard, micro_batch)
+        path = self.directory / file_name(self.source, None)
+        if not self.task.illustrated and not is_whole(path, self.key, digest(self.shards)):
+            self._write_prompts(path, micro_batch)
+
+    def _write_shard(self, path: Path, shard: str, micro_batch: int) -> None:
+        """The pictures' slots of every sample and, where its prompts show a picture, the states of each of them."""
+        encoding, illustrated = self.encoding, self.task.illustrated
+        states = PromptStates(encoding.states) if illustrated else None
+        run = _Forward(encoding.layers, (*encoding.pictures, *(encoding.states if illustrated else ())))
+        again = _Forward(encoding.layers, encoding.states)
+        pictures: dict[str, list[Tensor]] = {name: [] for name in encoding.pictures}
+        bad: dict[str, str] = {}
+        for batch in _batches(shard, micro_batch):
+            numbers = [number for number, _ in batch]
+            slots, prompts = self._empty(micro_batch), [[] for _ in batch]
+            for row, (number, members) in enumerate(batch):
+                try:
+                    slots["images"][row] = torch.from_numpy(self.task.pictures(members, self.sample))
+                    prompts[row] = self.task.prompts(members, self.sample) if illustrated else []
+                except BadSample as error:
+                    bad[str(number)] = str(error)
+            for turn in range(max(1, *map(len, prompts))):
+                said = {row: listed[turn] for row, listed in enumerate(prompts) if len(listed) > turn}
+                found = (run if turn == 0 else again)(self._said(slots, said))
+                if states is not None:
+                    states.add(found, said, numbers)
+                for name in pictures if turn == 0 else ():
+                    pictures[name].append(found[name][: len(batch)].cpu())
+        tensors = {name: torch.cat(values) for name, values in pictures.items()}
+        save(path, self.key, digest([shard]), tensors, states, bad)
+        _log.info("%s: %d samples, %d of them bad", path, len(read_index(shard)), len(bad))
+
+    def _write_prompts(self, path: Path, micro_batch: int) -> None:
+        """The states of every prompt that a sample of the source may give."""
+        distinct: dict[bytes, np.ndarray] = {}
+        for _, members in (sample for shard in self.shards for batch in _batches(shard, 1) for sample in batch):
+            with contextlib.suppress(BadSample):
+                distinct |= {tokens.tobytes(): tokens for tokens in self.task.prompts(members, self.sample)}
+        run, states = _Forward(self.encoding.text, self.encoding.states), PromptStates(self.encoding.states)
+        listed = list(distinct.values())
+        for first in range(0, len(listed), micro_batch):
+            said = dict(enumerate(listed[first : first + micro_batch]))
+            states.add(run(self._said(self._empty(micro_batch), said)), said, None)
+        save(path, self.key, digest(self.shards), {}, states, {})
+        _log.info("%s: %d prompts", path, len(listed))
+
+    def _empty(self, batch: int) -> dict[str, Tensor]:
+        arrays = {name: np.zeros((batch, *shape), kind) for name, (shape, kind) in self.slots.items()}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _said(self, slots: dict[str, Tensor], said: Mapping[int, np.ndarray]) -> dict[str, Tensor]:
+        """The slots with these prompts in their rows, and none in the others."""
+        slots = {**slots, **{name: torch.zeros_like(slots[name]) for name in ("tokens", "keep")}}
+        for row, tokens in said.items():
+            for name, value in self.task.padded(tokens, self.sample).items():
+                slots[name][row] = torch.from_numpy(value)
+        return slots
+
+
+class _Forward:
+    """Those of a list of layers that lead to the wanted slots."""
+
+    def __init__(self, layers: Sequence[Layer], wanted: Sequence[str]):
+        live, kept = set(wanted), []
+        for layer in reversed(layers):
+            if live & set(layer.writes):
+                live = (live - set(layer.writes)) | set(layer.reads)
+                kept.append(layer)
+        self.layers = kept[::-1]
+        self.edges = live_slots(self.layers, tuple(live), wanted)
+
+    def __call__(self, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        live = {name: slots[name].to(device_type()) for name in self.edges[0]}
+        for layer, keep in zip(self.layers, self.edges[1:], strict=True):
+            live = run_layer(layer, live, keep)
+        return live
+
+
+def _batches(shard: str, size: int) -> Iterator[list[tuple[int, Members]]]:
+    """The samples of a shard, each with its number in it, `size` at a time."""
+    reader, index = ShardReader(shard), read_index(shard)
+    check_fresh(shard, index.tar_bytes, reader.size_bytes)
+
+    def members(number: int) -> Members:
+        table = index.members(number)
+        return Members(tuple(table), lambda extension: reader.read_member(*table[extension]))
+
+    try:
+        for first in range(0, len(index), size):
+            yield [(number, members(number)) for number in range(first, min(first + size, len(index)))]
+    finally:
+        reader.close()
