@@ -99,6 +99,12 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=_seed, default=0, help="seed of the runs (default 0)")
     demo.add_argument("--jobs", type=_positive, help="phases side by side (default 2, where there are two cores)")
 
+    evaluate = _command(commands, "evaluate", _evaluate, "score trained phases on held-out data, each with its control")
+    evaluate.add_argument(
+        "run_dir", type=Path, help="directory of the phases (of the demo), or the run directory of one of them"
+    )
+    evaluate.add_argument("--quick", action="store_true", help="few samples, to see it run")
+
     ablate = _command(commands, "ablate", _ablate, "train what each switch of SPAR changes, compare on held-out data")
     ablate.add_argument(
         "--out",
@@ -223,6 +229,13 @@ def _demo(arguments: argparse.Namespace) -> int:
         print("stopped; the same command again goes on from here", file=sys.stderr)
         raise
     return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from spar_scale.evaluation.evaluate import QUICK, Counts, evaluate
+
+    scores = evaluate(arguments.run_dir, QUICK if arguments.quick else Counts())
+    return _say("\n".join(f"{name:42} {value:g}" for name, value in scores.items()))
 
 
 def _ablate(arguments: argparse.Namespace) -> int:
