@@ -18,8 +18,8 @@ TITLES = {"tokenizer": "Tokenizer", "unified": "Alignment"}
 METRICS = {
     "psnr": "PSNR, dB",
     "vqa": "questions right",
-    "drift": "encoder drift, MSE",
-    "teacher": "MSE to pixel encoder",
+    "drift": "encoder drift",
+    "teacher": "from pixel encoder",
     "sharpness": "sharpness",
     "flow": "held-out flow matching",
     "gap": "caption gap",
@@ -52,12 +52,10 @@ def table(found: Found) -> Ablation:
 
 def _table(rows: Mapping[str, Mapping[str, Sequence[float]]], full: str, names: list[str]) -> Table:
     metrics = list(rows[full])
-    first = [Cell("full system")]
-    for metric in metrics:
-        values = rows[full][metric]
-        spread = f" (spread {_short(max(values) - min(values))})" if len(values) > 1 else ""
-        first.append(Cell(f"{_short(sum(values) / len(values))}{spread}"))
-    body = [first]
+    values = [rows[full][metric] for metric in metrics]
+    body = [[Cell("full system"), *(Cell(_short(sum(seeds) / len(seeds))) for seeds in values)]]
+    if max(map(len, values)) > 1:
+        body.append([Cell("spread over seeds"), *(Cell(_short(max(seeds) - min(seeds))) for seeds in values)])
     for name in names:
         cells = [Cell(name)]
         for metric in metrics:
@@ -81,4 +79,4 @@ def _difference(full: Sequence[float], other: Sequence[float] | None) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3f}" if abs(value) >= 0.0005 or value == 0 else f"{value:.0e}"
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.1g}"

@@ -31,20 +31,28 @@ _AGAINST_CONTROL = (
 def remarks(found: Found) -> list[str]:
     """Return what this run's own files say against it."""
     scores, said = found.scores, []
-    for key, control, name in _AGAINST_CONTROL:
-        if key in scores and control in scores and scores[key] <= scores[control]:
+    compared = [entry for entry in _AGAINST_CONTROL if entry[0] in scores and entry[1] in scores]
+    for key, control, name in compared:
+        if scores[key] <= scores[control]:
             unit = "dB" if key == "tokenizer.psnr" else ""
-            said.append(
-                f"{name} is not above its control: {number(scores[key], unit)} and {number(scores[control], unit)}."
-            )
-    if not said and scores:
+            score, other = (number(scores[one], unit) for one in (key, control))
+            said.append(f"{name} is not above its control: {score} and {other}.")
+    if compared and not said:
         said.append("Every score that has a control in scores.json is above it.")
+    if {"flow.right", "flow.shuffled"} <= set(scores) and scores["flow.right"] >= scores["flow.shuffled"]:
+        said.append("Shuffling the prompts does not raise the held-out loss: the model does not listen to them.")
     before, after = scores.get("vqa.before"), scores.get("vqa.after")
     if before is not None and after is not None and before - after > FALL:
         said.append(f"Training the tokenizer cost answers: {number(before)} right before, {number(after)} after.")
-    average, unseen = scores.get("t2i.average"), scores.get("t2i.unseen.average")
-    if average is not None and unseen is not None and unseen < average:
-        said.append(f"Contents that training never showed score {number(average - unseen)} less than the others.")
+    both = [
+        (scores[f"t2i.{kind}"], scores[f"t2i.unseen.{kind}"])
+        for kind in KINDS
+        if {f"t2i.{kind}", f"t2i.unseen.{kind}"} <= set(scores)
+    ]
+    if (fall := sum(seen - unseen for seen, unseen in both)) > 0:
+        said.append(
+            f"Contents that training never showed score {number(fall / len(both))} less than others of their kind."
+        )
     ceiling = scores.get("t2i.judge_ceiling")
     if ceiling is not None and ceiling < CEILING:
         said.append(

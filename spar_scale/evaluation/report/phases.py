@@ -68,19 +68,30 @@ def tables(found: Found) -> list[Table]:
     """Return the table of the chain's phases with a row of the whole, and one of what was trained beside it."""
     chain = [run for run in found.runs if not run.variant]
     beside = [run for run in found.runs if run.variant]
-    notes = []
+    tables = [_table(found, "Phases", chain, _notes(found))] if chain else []
+    return [*tables, _table(found, "Trained beside the chain, counted apart", beside, [])] if beside else tables
+
+
+def _notes(found: Found) -> list[str]:
+    """What the table has no row for: steps that train nothing, phases side by side, files that are absent."""
+    notes, runs = [], {run.name for run in found.runs}
+    for name, spent in found.training.get("phases", {}).items():
+        if name not in runs and (core := spent.get("core_seconds")):
+            counted = "" if f"core_seconds.{name}" in found.scores else "not "
+            notes.append(f"{name.capitalize()}: {core:,.0f} core-seconds, {counted}in the sum.")
+    if (jobs := found.training.get("jobs") or 1) > 1:
+        notes.append(f"Up to {jobs} phases ran side by side, so their wall times overlap.")
     if not found.training:
         notes.append("training.json is not there: wall time, machine and versions are unknown.")
     if missing := [run.name for run in found.runs if not run.metrics]:
         notes.append(f"Without metrics.jsonl: {', '.join(missing)}.")
-    tables = [_table(found, "Phases", chain, notes)] if chain else []
-    return [*tables, _table(found, "Trained beside the chain, counted apart", beside, [])] if beside else tables
+    return notes
 
 
 def _table(found: Found, title: str, runs: list[Run], notes: list[str]) -> Table:
     seconds = "core\N{NON-BREAKING HYPHEN}seconds"
     head = ["phase", "stage", "steps", seconds, "wall", f"loss, last {LAST} steps", "trains"]
-    rows, sums = [], {"steps": 0, "core_seconds": 0.0, "wall_seconds": 0.0}
+    rows, sums = [], {"steps": 0, "core_seconds": 0.0}
     for run in runs:
         spent, number = _spent(found, run), NUMBERS.get(run.stage)
         for key in sums:
@@ -92,7 +103,8 @@ def _table(found: Found, title: str, runs: list[Run], notes: list[str]) -> Table
     if len(rows) > 1:
         if not runs[0].variant and "core_seconds.total" in found.scores:
             sums["core_seconds"] = found.scores["core_seconds.total"]
-        rows.append([Cell(text) for text in ("all", "", *_times({k: v or None for k, v in sums.items()}), "", "")])
+        steps, core, _ = _times({key: value or None for key, value in sums.items()})
+        rows.append([Cell(text) for text in ("all", "", steps, core, "", "", "")])
     return Table(title, head, rows, notes, whole=len(rows) > 1, text=(0, 5, 6))
 
 
@@ -114,15 +126,15 @@ def lead(found: Found) -> str:
     core = found.scores.get("core_seconds.total") or sum(item.get("core_seconds") or 0 for item in spent)
     if core:
         said += f", {core:,.0f} core-seconds"
-    if wall := sum(item.get("wall_seconds") or 0 for item in spent):
-        said += f", {minutes(wall)} of wall time"
+    if wall := found.training.get("wall_seconds"):
+        said += f"; {minutes(wall)} for all of it"
     return f"{said}."
 
 
 def origin(found: Found) -> list[tuple[str, str]]:
     """Return how the run was made: (what, value)."""
     training = found.training
-    said = [(name, training.get(name)) for name in ("command", "size", "seed", "machine")]
+    said = [(name, training.get(name)) for name in ("command", "size", "seed", "machine", "jobs", "threads")]
     return [(name, str(value)) for name, value in said if value is not None]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from spar_scale.evaluation.report.sources import Found
+from spar_scale.evaluation.report.sources import ORDER, Found
 from spar_scale.evaluation.report.tables import Cell, Table, number
 
 KINDS = {
@@ -16,6 +16,7 @@ KINDS = {
     "relation": "relation",
 }
 OPERATIONS = {"color": "recolour", "shape": "reshape", "remove": "remove", "add": "add"}
+OURS = "tokenizer_encoder"  # the phase that the last tokenizer comes from
 HEADLINES = (
     (
         "Text to image",
@@ -33,7 +34,7 @@ HEADLINES = (
         "Edits, right objects",
         "edit.objects",
         "",
-        (("exact scene", "edit.exact"), ("control", "edit.control"), ("source unchanged", "edit.copy")),
+        (("exact scene", "edit.exact"), ("its control", "edit.control"), ("leaving the source", "edit.copy")),
     ),
 )
 
@@ -48,13 +49,17 @@ class Headline(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column of scores: `key` with {row}, `whole` for the last row, the unit; `bar` draws shares."""
+    """A column of scores: `key` with {row}, `whole` for the last row, the unit; `bar` draws shares.
+
+    Where only the whole is there, `note` with {} says it below the table instead.
+    """
 
     title: str
     key: str
     whole: str
     unit: str = ""
     bar: bool = False
+    note: str = ""
 
 
 def headlines(found: Found) -> list[Headline]:
@@ -84,6 +89,10 @@ def _generation(found: Found) -> Table:
         Column("ceiling", "t2i.judge_ceiling.{row}", "t2i.judge_ceiling"),
     ]
     table = _table(found, "Text to image, by kind of prompt", "kind", KINDS, columns, "average")
+    if "t2i.unseen.average" in found.scores and (
+        rest := [KINDS[k] for k in KINDS if f"t2i.unseen.{k}" not in found.scores]
+    ):
+        table.notes.append(f"The average of unseen contents is without {', '.join(rest)}: training shows all of those.")
     if {"flow.right", "flow.shuffled"} <= set(found.scores):
         right, shuffled = (number(found.scores[f"flow.{name}"]) for name in ("right", "shuffled"))
         table.notes.append(
@@ -97,8 +106,8 @@ def _editing(found: Found) -> Table:
         Column("exact scene", "edit.exact.{row}", "edit.exact", bar=True),
         Column("right objects", "edit.objects.{row}", "edit.objects", bar=True),
         Column("PSNR, dB", "edit.psnr.{row}", "edit.psnr", "dB"),
-        Column("source unchanged", "edit.copy.{row}", "edit.copy"),
-        Column("control", "edit.control.{row}", "edit.control"),
+        Column("control", "edit.control.{row}", "edit.control", note="Control, judged by another edit's target: {}."),
+        Column("copy", "edit.copy.{row}", "edit.copy", note="Leaving the source as it is would reach {}."),
     ]
     return _table(found, "Edits, by operation", "operation", OPERATIONS, columns, "all")
 
@@ -121,7 +130,11 @@ def _questions(found: Found) -> Table:
 def _reconstruction(found: Found) -> Table:
     """PSNR and SSIM of each tokenizer: ours, then `tokenizer.psnr_<name>`."""
     prefix = "tokenizer.psnr_"
-    others = sorted(name.removeprefix(prefix) for name in found.scores if name.startswith(prefix))
+    chain = [f"{stage}_{phase}" for stage, phase in ORDER]
+    others = [name.removeprefix(prefix) for name in found.scores if name.startswith(prefix)]
+    others = sorted(
+        {*others} - {OURS}, key=lambda name: (name not in chain, chain.index(name) if name in chain else 0, name)
+    )
     names = {f"_{name}": name.replace("_", " ") for name in others}
     columns = [
         Column("PSNR, dB", "tokenizer.psnr{row}", "tokenizer.psnr", "dB"),
@@ -132,10 +145,16 @@ def _reconstruction(found: Found) -> Table:
 
 def _table(found: Found, title: str, what: str, names: dict[str, str], columns: Iterable[Column], whole: str) -> Table:
     """A row for each name and one for the whole; rows and columns without a score are left out and said."""
-    shown, gone = [], []
+    shown, gone, notes = [], [], []
     for column in columns:
-        keys = [column.key.format(row=name) for name in names] + [column.whole]
-        (shown if any(key in found.scores for key in keys) else gone).append(column)
+        if any(column.key.format(row=name) in found.scores for name in names):
+            shown.append(column)
+        elif column.whole not in found.scores:
+            gone.append(column.title)
+        elif column.note:
+            notes.append(column.note.format(number(found.scores[column.whole], column.unit)))
+        else:
+            shown.append(column)
     rows = []
     for name, label in [*names.items(), (None, whole)]:
         cells = [Cell(label)]
@@ -144,7 +163,8 @@ def _table(found: Found, title: str, what: str, names: dict[str, str], columns: 
             cells.append(Cell(number(value, column.unit), value if column.bar else None))
         if any(cell.text != number(None) for cell in cells[1:]):
             rows.append(cells)
-    notes = [f"Not in scores.json: {', '.join(column.title for column in gone)}."] if gone else []
+    if gone:
+        notes.append(f"Not in scores.json: {', '.join(gone)}.")
     if not shown:
         notes = ["Not measured: scores.json has none of these."]
     ends = bool(rows) and rows[-1][0].text == whole

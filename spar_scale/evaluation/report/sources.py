@@ -12,7 +12,8 @@ import yaml
 from parallel.errors import UserError
 from spar_scale.rules import PHASES
 
-_ORDER = [(stage, phase) for stage, names in PHASES.items() for phase in names]
+ORDER = [(stage, phase) for stage, names in PHASES.items() for phase in names]
+"""Stage and phase, in the order of the chain."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ def _run_dirs(root: Path) -> list[Path]:
 
 def _place(run: Run) -> int:
     """Where the run's phase stands in the chain; behind it if it is no phase of ours."""
-    known = (run.stage, run.phase) in _ORDER
-    return _ORDER.index((run.stage, run.phase)) if known else len(_ORDER)
+    known = (run.stage, run.phase) in ORDER
+    return ORDER.index((run.stage, run.phase)) if known else len(ORDER)
 
 
 def _run(folder: Path) -> Run:
