@@ -123,8 +123,8 @@ class ObjectiveConfig(Section):
     """Step from which the discriminator takes part."""
     lecam_weight: NotNegative = 0.001
     """Coefficient of the LeCam regulariser in the discriminator's loss."""
-    latent_noise: NotNegative = 0.1
-    """Standard deviation of the noise on the autoencoder's latent while it trains."""
+    latent_noise: NotNegative = 0.0
+    """Standard deviation of the noise on the latent that the pixel decoder reads while it trains."""
     latent_power_weight: NotNegative = 0.0
     """Coefficient of the penalty on the latent's mean square above 1, which keeps it from growing."""
     align_weight: NotNegative = 0.5

@@ -28,7 +28,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "model.routing": ("align", "instruct"),
     "model.alignment": ("align/joint", "instruct"),
     "objective.perceptual_weight": ("bootstrap/autoencoder", "tokenizer"),
-    "objective.latent_noise": ("bootstrap/autoencoder",),
+    "objective.latent_noise": ("bootstrap/autoencoder", "tokenizer"),
     "objective.latent_power_weight": ("bootstrap/autoencoder",),
     "objective.pixel_alignment_weight": ("tokenizer/init",),
     "objective.semantic_distillation_weight": ("tokenizer/encoder",),

@@ -14,7 +14,7 @@ _TINY = PRESETS["tiny"]
 NANO = replace(
     _TINY,
     name="nano",
-    vision=replace(_TINY.vision, width=32, layers=2, heads=2, mlp_width=64, patch_size=4),
+    vision=replace(_TINY.vision, width=32, layers=2, heads=2, mlp_width=64, patch_size=4, downsample_ratio=0.5),
     autoencoder=replace(_TINY.autoencoder, channels=(8, 16, 32, 64), latent_channels=8),
     streams=replace(_TINY.streams, width=32, residual_blocks=1, pixel_layers=2, pixel_heads=2),
     language=replace(_TINY.language, layers=4, heads=4, key_value_heads=2, mlp_width=64),

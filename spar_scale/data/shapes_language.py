@@ -22,10 +22,13 @@ VOCABULARY = (*SPECIAL, *SHAPES, *PLURALS, *COLORS, *NUMBERS, *ZONES, *_REST.spl
 
 
 def captions(scene: Scene) -> list[str]:
-    """Return the different captions of a scene, those that say most first."""
+    """Return the captions of a scene, those that say most first.
+
+    One of them is chosen at random: two thirds of single objects are told with their place.
+    """
     first = scene.objects[0]
     if scene.kind == "single":
-        return [f"{name(first)} {place(first)}", name(first)]
+        return [f"{name(first)} {place(first)}"] * 2 + [name(first)]
     if scene.kind == "count":
         return [f"{NUMBERS[len(scene.objects)]} {first.color} {PLURALS[SHAPES.index(first.shape)]}"]
     second = scene.objects[1]
@@ -38,10 +41,9 @@ def captions(scene: Scene) -> list[str]:
 
 
 def choose_caption(scene: Scene, draws: np.random.Generator) -> str:
-    """Return one caption; two thirds of single objects are told with their place."""
+    """Return one of the captions."""
     said = captions(scene)
-    weights = [2 / 3, 1 / 3] if scene.kind == "single" else [1 / len(said)] * len(said)
-    return said[int(np.searchsorted(np.cumsum(weights)[:-1], draws.random(), side="right"))]
+    return said[int(draws.random() * len(said))]
 
 
 def questions(scene: Scene, world: World, draws: np.random.Generator) -> list[dict[str, str]]:

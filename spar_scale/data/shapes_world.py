@@ -32,7 +32,7 @@ ZONES = ("left", "right", "top", "bottom", "center")
 EDITS = ("color", "shape", "remove", "add")
 TRAINING = ("scenes", "edits")  # the purposes that never show an unseen content
 KINDS = ("single", "two", "count")
-KIND_SHARES = (0.40, 0.50, 0.10)
+KIND_SHARES = (0.46, 0.42, 0.12)
 
 UNIT_SIZE = 32  # the image side in which the lengths below are given
 CENTER, EDGE = 16.0, 8.2  # where objects stand: in the middle, or this far from an edge

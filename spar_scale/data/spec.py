@@ -25,9 +25,9 @@ class SampleSpec:
 
     `task` names the decoder, or a mixture of decoders, one for each source; `image_size` is the side in
     pixels of the square image; `crop` and `flip` are the augmentations; `num_tokens` is the length of
-    the text, `image_tokens` how many tokens stand for a picture; `caption_dropout` is the share of
-    samples whose caption gives way to the bare instruction; `draws` maps a slot name to the random
-    tensor it carries, fp32.
+    the text and `task_tokens` that of each language task, `image_tokens` how many tokens stand for a
+    picture; `caption_dropout` is the share of samples whose caption gives way to the bare instruction;
+    `draws` maps a slot name to the random tensor it carries, fp32.
     """
 
     task: str
@@ -35,6 +35,7 @@ class SampleSpec:
     crop: Literal["random", "center"] = "random"
     flip: bool = True
     num_tokens: int = 0
+    task_tokens: Mapping[str, int] = field(default_factory=dict)
     image_tokens: int = 0
     caption_dropout: float = 0.0
     draws: Mapping[str, Draw] = field(default_factory=dict)

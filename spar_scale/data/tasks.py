@@ -12,12 +12,13 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from parallel.errors import UserError, nearest
 from spar_scale.data.images import EXTENSIONS, BadSample, decode, square
+from spar_scale.data.patches import UNKNOWN, shown_patches
 from spar_scale.data.prompts import (
     Prompt,
     caption_prompt,
@@ -30,6 +31,7 @@ from spar_scale.data.prompts import (
 from spar_scale.data.spec import SampleSpec
 
 Draws = Callable[[str], np.random.Generator]
+Value = TypeVar("Value")
 Slots = dict[str, tuple[tuple[int, ...], type]]  # name -> shape without batch, numpy type
 
 
@@ -94,12 +96,18 @@ def _image(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.nda
     return {"images": square(picture, spec.image_size, along, mirrored)}
 
 
-def _language_slots(spec: SampleSpec) -> Slots:
-    """`counts` is 1 where a token is to be predicted; `tokens` is padded on the right with 0."""
-    return {**_image_slots(spec), "tokens": ((spec.num_tokens,), np.int64), "counts": ((spec.num_tokens,), np.uint8)}
+def _language_slots(spec: SampleSpec, length: int) -> Slots:
+    """`counts` is 1 where a token is to be predicted; `tokens` is padded on the right with 0.
+
+    `patches` (N, 2) names what the picture shows where each of its N tokens stands, a shape and a colour.
+    """
+    text: Slots = {"tokens": ((length,), np.int64), "counts": ((length,), np.uint8)}
+    return {**_image_slots(spec), **text, "patches": ((spec.image_tokens, 2), np.uint8)}
 
 
-def _language(picture: str | None, make: Callable[[Mapping[str, Any], np.random.Generator, int], Prompt]) -> Task:
+def _language(
+    name: str, picture: str | None, make: Callable[[Mapping[str, Any], np.random.Generator, int], Prompt]
+) -> Task:
     """The task of a prompt and the member with its picture (its name before the extension; None: no picture).
 
     The picture is the middle square, never mirrored: the words name its sides.
@@ -108,22 +116,25 @@ def _language(picture: str | None, make: Callable[[Mapping[str, Any], np.random.
     def fill(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
         said = _said(members)
         prompt = _worded(lambda: make(said, draws("words"), spec.image_tokens))
-        length = len(prompt.tokens)
-        if length > spec.num_tokens:
-            raise BadSample(f"{length} tokens; at most {spec.num_tokens} are read")
-        slots = _language_slots(spec)
-        arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in slots.items()}
+        length, limit = len(prompt.tokens), spec.task_tokens[name]
+        if length > limit:
+            raise BadSample(f"{length} tokens; at most {limit} are read")
+        slots = _language_slots(spec, limit)
+        arrays = {slot: np.zeros(shape, dtype) for slot, (shape, dtype) in slots.items()}
         arrays["tokens"][:length], arrays["counts"][:length] = prompt.tokens, prompt.counts
+        arrays["patches"][:] = UNKNOWN
         if picture is not None:
+            scene = said.get(f"{picture.replace('.', '_')}scene")
+            arrays["patches"] = _worded(lambda: shown_patches(scene, spec.image_size, spec.image_tokens))
             image = decode(members.first(f"{picture}{extension}" for extension in EXTENSIONS))
             arrays["images"] = square(image, spec.image_size, along=0.5, mirrored=False)
         return arrays
 
-    return Task(_language_slots, fill)
+    return Task(lambda spec: _language_slots(spec, spec.task_tokens[name]), fill)
 
 
-def _worded(make: Callable[[], Prompt]) -> Prompt:
-    """The prompt that `make` words; whatever is wrong with what it reads is the sample's fault."""
+def _worded(make: Callable[[], Value]) -> Value:
+    """What `make` words; whatever is wrong with what it reads is the sample's fault."""
     try:
         return make()
     except (KeyError, IndexError, TypeError, ValueError, UserError) as error:
@@ -222,10 +233,10 @@ def _text(members: Members) -> str:
 
 TASKS: dict[str, Task | Conditioned] = {
     "images": Task(_image_slots, _image),
-    "captions": _language("", caption_prompt),
-    "questions": _language("", question_prompt),
-    "edits": _language("input.", edit_prompt),
-    "texts": _language(None, text_prompt),
+    "captions": _language("captions", "", caption_prompt),
+    "questions": _language("questions", "", question_prompt),
+    "edits": _language("edits", "input.", edit_prompt),
+    "texts": _language("texts", None, text_prompt),
     "generation": Conditioned(("",), _captions, lambda text, _: generation_prompt(text)),
     "editing": Conditioned(
         ("output.", "input."),

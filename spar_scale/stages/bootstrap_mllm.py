@@ -1,11 +1,14 @@
 """Stage 0, phase `mllm`, for the miniature only: the vision tower and the language model, from scratch.
 
 Everything trains, on the cross-entropy of the next token where an answer stands (`data/prompts.py`): captions,
-answers, descriptions of what an edit will make. That is what stages 1 to 3 take from InternVL3.
+answers, descriptions of what an edit will make. That is what stages 1 to 3 take from InternVL3. Beside it a linear
+head, thrown away afterwards, names the shape and the colour that each image token shows: a vision tower that
+learns from a few words an image alone needs several times the steps.
 
 Slots (B samples, T tokens, N image tokens, W and D widths):
     images (B, 3, S, S) in [0, 1]   tokens (B, T) int64   counts (B, T) uint8, 1 where a token is predicted
-    hidden (B, 1 + P, W)            features (B, N, D)    states (B, T, D)    next_token (B,), the term
+    patches (B, N, 2) uint8, what each image token shows    hidden (B, 1 + P, W)    features (B, N, D)
+    states (B, T, D)    next_token (B,), patch_naming (B,): the terms
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration, Qwen2Config
 
 from parallel.program import Layer
+from spar_scale.data.patches import NUM_LABELS, UNKNOWN
 from spar_scale.data.prompts import build_tokenizer
 from spar_scale.data.spec import SampleSpec
 from spar_scale.models.initialise import initialise
@@ -25,7 +30,8 @@ from spar_scale.stages import Export, Stage
 from spar_scale.stages.parts import preset_of, pretrained_directories
 from spar_scale.stages.tokenizer_layers import EmbedImages, ProjectFeatures, VisionBlock
 
-NUM_TOKENS = 60  # the longest prompt: a picture of 16 tokens and three questions
+NUM_TOKENS = {"captions": 30, "questions": 56, "edits": 40, "texts": 48}
+"""The longest prompt of each task, with a picture of 16 tokens where it has one."""
 
 
 class EmbedTokens(Layer):
@@ -66,6 +72,28 @@ class DecoderLayer(Layer):
         return {"states": self.layer(states, attention_mask=mask, position_embeddings=positions)}
 
 
+class NamePatches(Layer):
+    """The term `patch_naming` (B,): the head's mean cross-entropy over a picture's tokens, shape and colour summed."""
+
+    reads = ("features", "patches")
+    writes = ("patch_naming",)
+
+    def __init__(self, head: nn.Linear):
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """Name what each token shows; a picture of which nothing is known costs nothing."""
+        scores = self.head(features).float().split(NUM_LABELS, dim=-1)
+        known = (patches[..., 0] != UNKNOWN).float()
+        labels = patches.long() * (patches != UNKNOWN)
+        each = [
+            F.cross_entropy(score.transpose(1, 2), labels[..., kind], reduction="none")
+            for kind, score in enumerate(scores)
+        ]
+        return {"patch_naming": (sum(each[1:], each[0]) * known).mean(1)}
+
+
 class NextTokenLoss(Layer):
     """The term `next_token` (B,): `states` through the last norm and the head, against `tokens`."""
 
@@ -90,17 +118,18 @@ def mllm(recipe: Any) -> Stage:
     pretrained_directories(recipe, allowed=(), required=())
     preset = preset_of(recipe)
     model = build_mllm(preset)
+    model.naming_head = nn.Linear(preset.streams.width, sum(NUM_LABELS))
     initialise(model, recipe.seed)
     return Stage(
         model=model,
         layers=mllm_layers(model),
-        inputs=("images", "tokens", "counts"),
-        terms={"next_token": 1.0},
-        groups={"main": ("model", "lm_head")},
+        inputs=("images", "tokens", "counts", "patches"),
+        terms={"next_token": 1.0, "patch_naming": 1.0},
+        groups={"main": ("model", "lm_head", "naming_head")},
         sample=SampleSpec(
             task="language",
             image_size=preset.image_size,
-            num_tokens=NUM_TOKENS,
+            task_tokens=NUM_TOKENS,
             image_tokens=preset.vision.grid**2,
         ),
         export=Export(save_mllm),
@@ -108,12 +137,13 @@ def mllm(recipe: Any) -> Stage:
 
 
 def mllm_layers(model: InternVLForConditionalGeneration) -> list[Layer]:
-    """Return the model's training forward, from `images` and `tokens` to the term `next_token`."""
+    """Return the model's training forward, from `images` and `tokens` to the terms `patch_naming` and `next_token`."""
     tower, language, config = model.model.vision_tower, model.model.language_model, model.config
     return [
         EmbedImages(tower.embeddings, frozen=False),
         *(VisionBlock(block, frozen=False) for block in tower.encoder.layer),
         ProjectFeatures(tower.layernorm, model.model.multi_modal_projector, config.downsample_ratio, frozen=False),
+        NamePatches(model.naming_head),
         EmbedTokens(language.embed_tokens, config.image_token_id),
         *(DecoderLayer(layer, language.config) for layer in language.layers),
         NextTokenLoss(language.norm, model.lm_head),
@@ -124,5 +154,7 @@ def save_mllm(model: nn.Module, directory: Path, images: Tensor | None = None) -
     """Write InternVL in transformers' published layout: config.json, safetensors, the tokenizer's files."""
     if not isinstance(model, InternVLForConditionalGeneration):
         raise TypeError(f"expected InternVLForConditionalGeneration, got {type(model).__name__}")
+    if hasattr(model, "naming_head"):
+        del model.naming_head  # no part of the published layout
     model.save_pretrained(str(directory))
     build_tokenizer().save_pretrained(str(directory))

@@ -10,6 +10,9 @@ the vision tower and projector as they were when the stage began: both start fro
 the earlier phases keep theirs frozen, so a phase that starts from another finds them still equal. L_p
 needs no L_s beside it. The perceptual term is `gradient_difference`, which is no perceptual network.
 
+objective.latent_noise (not in the paper, 0 by default): the decoder reads the latent with noise of this
+deviation, so that what matters for the picture is not written in differences that a diffusion model misses.
+
 Switches of the ablations, the same over all phases of a study:
     model.streams              dual: z_f = F([z_s, z_p]); semantic: z_f = z_s; pixel: z_f = z_p. What is
                                left out has no parameters. Without z_p there is no L_p; L_s stays.
@@ -27,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.program import Layer
-from spar_scale.data.spec import SampleSpec
+from spar_scale.data.spec import Draw, SampleSpec
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import Preset
 from spar_scale.models.tokenizer import Streams, UnifiedTokenizer
@@ -46,6 +49,7 @@ from spar_scale.stages.pixel_decoder import decoder_layers
 from spar_scale.stages.tokenizer_files import save_tokenizer
 from spar_scale.stages.tokenizer_layers import (
     InitialFeatures,
+    PerturbLatent,
     PixelAlignment,
     PixelTeacher,
     SemanticDistillation,
@@ -89,10 +93,13 @@ class Settings:
         return ("fusion",) if self.streams == "dual" else ()
 
 
-def tokenizer_layers(model: UnifiedTokenizer, frozen_encoder: bool, teacher_side: int) -> list[Layer]:
+def tokenizer_layers(
+    model: UnifiedTokenizer, frozen_encoder: bool, teacher_side: int, latent_noise: float = 0.0
+) -> list[Layer]:
     """Return the tokenizer's training forward, with a loss for each teacher that the model has.
 
-    `teacher_side` is the size in pixels of the images that the pixel teacher sees.
+    `teacher_side` is the size in pixels of the images that the pixel teacher sees; `latent_noise` the deviation
+    of the noise before the decoder.
     """
     layers: list[Layer] = [InitialFeatures(model.initial_encoder)] if hasattr(model, "initial_encoder") else []
     layers += encoder_layers(model, frozen_encoder)
@@ -101,6 +108,8 @@ def tokenizer_layers(model: UnifiedTokenizer, frozen_encoder: bool, teacher_side
     layers += latent_layers(model)
     if hasattr(model, "pixel_encoder"):
         layers += [PixelTeacher(model.pixel_encoder, teacher_side), PixelAlignment()]
+    if latent_noise > 0:
+        layers.append(PerturbLatent(latent_noise))
     return [*layers, *decoder_layers(model.decoder, model.image_size), ReconstructionLoss()]
 
 
@@ -108,7 +117,7 @@ def init(recipe: Any) -> Stage:
     """Build phase `init`: groups `main` (streams) and `fusion`.
 
     Reads from the recipe, as all phases do, model.preset, model.pretrained.{pixel_autoencoder, mllm},
-    seed, objective.perceptual_weight and model.streams; and model.pixel_alignment,
+    seed, objective.{perceptual_weight, latent_noise} and model.streams; and model.pixel_alignment,
     objective.pixel_alignment_weight. The pixel autoencoder is required. Without `mllm` the vision tower
     and projector are initialised from the seed, which is logged.
     """
@@ -156,14 +165,15 @@ def _phase(
         note_random_part("mllm", recipe.seed)
     terms = {"mean_squared_error": 1.0, "gradient_difference": recipe.objective.perceptual_weight}
     optional = {"pixel_alignment": lambda_p, "semantic_distillation": lambda_s}
-    teacher_side = preset.vision.grid * preset.autoencoder.compression
+    teacher_side, level = preset.vision.grid * preset.autoencoder.compression, recipe.objective.latent_noise
+    draws = {"latent_noise": Draw(preset.latent_shape, "normal")} if level > 0 else {}
     return Stage(
         model=model,
-        layers=tokenizer_layers(model, not trains_encoder, teacher_side),
-        inputs=("images",),
+        layers=tokenizer_layers(model, not trains_encoder, teacher_side, level),
+        inputs=("images", *draws),
         terms=terms | {name: weight for name, weight in optional.items() if weight > 0},
         groups=groups,
-        sample=SampleSpec(task="images", image_size=preset.image_size),
+        sample=SampleSpec(task="images", image_size=preset.image_size, draws=draws),
         references=directories,
         export=Export(save_tokenizer, calibrated=True),
     )

@@ -4,7 +4,7 @@ Slots (B images, of which `EmbedImages` takes any leading dims, N = g * g tokens
     images (B, 3, S, S) in [0, 1]   hidden (B, 1 + P, W)      features f_v (B, N, D)
     semantic_latent z_s (B, N, C)   pixel_hidden (B, N, D)    pixel_latent z_p (B, N, C)
     teacher_latent (B, C, g, g)     latent z_f (B, C, g, g)   reconstruction (B, 3, S, S)
-    initial_features f_v' (B, N, D)
+    initial_features f_v' (B, N, D)     latent_noise (B, C, g, g) standard normal
 """
 
 from __future__ import annotations
@@ -193,6 +193,21 @@ class OneLatent(Layer):
         """Lay the tokens out as a grid."""
         (tokens,) = slots.values()
         return {"latent": to_grid(tokens)}
+
+
+class PerturbLatent(Layer):
+    """`latent` + level * `latent_noise`: what the decoder reads while it trains."""
+
+    reads = ("latent", "latent_noise")
+    writes = ("latent",)
+
+    def __init__(self, level: float):
+        super().__init__()
+        self.level = level
+
+    def forward(self, latent: Tensor, latent_noise: Tensor) -> dict[str, Tensor]:
+        """Add the noise that the sample carries."""
+        return {"latent": latent + self.level * latent_noise.to(latent.dtype)}
 
 
 def encoder_layers(model: UnifiedTokenizer, frozen: bool) -> list[Layer]:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
 from parallel.errors import UserError
 from parallel.program import Program
+from spar_scale.data.patches import NUM_LABELS, UNKNOWN
 from spar_scale.data.prompts import TOKENS, decode, encode, opening
 from spar_scale.inference.ask import answer, ask
 from spar_scale.inference.words import spaced
@@ -23,7 +24,7 @@ from spar_scale.models.tokenizer import UnifiedTokenizer
 from spar_scale.models.unified import SPAR
 from spar_scale.models.vision import features, normalise
 from spar_scale.stages import build
-from spar_scale.stages.bootstrap_mllm import NUM_TOKENS, NextTokenLoss
+from spar_scale.stages.bootstrap_mllm import NUM_TOKENS, NamePatches, NextTokenLoss
 from spar_scale.stages.parts import load_vision
 
 TINY = PRESETS["tiny"]
@@ -42,7 +43,7 @@ def stage():
     return built
 
 
-def batch_of(size=3, length=NUM_TOKENS):
+def batch_of(size=3, length=NUM_TOKENS["questions"]):
     """Prompts about pictures, each with an answer of another length, padded on the right."""
     generator = torch.Generator().manual_seed(0)
     tokens, counts = torch.zeros(size, length, dtype=torch.int64), torch.zeros(size, length, dtype=torch.uint8)
@@ -52,20 +53,29 @@ def batch_of(size=3, length=NUM_TOKENS):
         tokens[row, : len(start)] = torch.tensor(start)
         tokens[row, len(start) : end] = torch.randint(3, 59, (end - len(start),), generator=generator)
         counts[row, 25:end:2] = 1
-    return {"images": torch.rand(size, 3, 32, 32, generator=generator), "tokens": tokens, "counts": counts}
+    patches = torch.stack([torch.randint(n, (size, 16), generator=generator) for n in NUM_LABELS], -1).byte()
+    pictures = torch.rand(size, 3, 32, 32, generator=generator)
+    return {"images": pictures, "tokens": tokens, "counts": counts, "patches": patches}
 
 
 def terms_of(stage, batch):
     return Program(stage.layers, stage.inputs, list(stage.terms))(batch)[:, 0]
 
 
+def published(stage):
+    """The library's own model with the stage's weights, without the head that is thrown away."""
+    own = InternVLForConditionalGeneration(mllm_config(TINY))
+    own.set_attn_implementation("eager")
+    weights = stage.model.state_dict()
+    own.load_state_dict({name: weight for name, weight in weights.items() if not name.startswith("naming_head")})
+    return own
+
+
 def test_the_layers_equal_the_classs_own_forward_in_loss_and_gradients(stage):
     batch = batch_of()
     terms = terms_of(stage, batch)
     terms.sum().backward()
-    own = InternVLForConditionalGeneration(mllm_config(TINY))
-    own.set_attn_implementation("eager")
-    own.load_state_dict(stage.model.state_dict())
+    own = published(stage)
     logits = own(
         input_ids=batch["tokens"],
         attention_mask=(batch["tokens"] > 0).long(),
@@ -82,7 +92,7 @@ def test_the_layers_equal_the_classs_own_forward_in_loss_and_gradients(stage):
         floor = 1e-7 + 1e-5 * parameter.grad.abs().max().item()  # the keys' biases have no gradient but rounding
         torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=floor)
         compared += 1
-    assert compared == len(list(stage.model.parameters()))
+    assert compared == len(list(stage.model.parameters())) - len(list(stage.model.naming_head.parameters()))
 
 
 def test_the_layers_logits_equal_the_classs_own(stage):
@@ -90,9 +100,7 @@ def test_the_layers_logits_equal_the_classs_own(stage):
     (head,) = [layer for layer in stage.layers if isinstance(layer, NextTokenLoss)]
     head.head.register_forward_hook(lambda module, given, logits: seen.update(logits=logits))
     terms_of(stage, batch)
-    own = InternVLForConditionalGeneration(mllm_config(TINY))
-    own.set_attn_implementation("eager")
-    own.load_state_dict(stage.model.state_dict())
+    own = published(stage)
     expected = own(input_ids=batch["tokens"], pixel_values=normalise(batch["images"])).logits
     torch.testing.assert_close(seen["logits"], expected, rtol=1e-5, atol=1e-5)
 
@@ -107,7 +115,9 @@ def test_a_samples_loss_depends_on_nothing_but_the_sample(stage):
     assert beside[1] == 0
     torch.testing.assert_close(beside[[0, 2]], together[[0, 2]], rtol=1e-6, atol=0)
     torch.testing.assert_close(alone, together[2:], rtol=1e-6, atol=0)
-    longer = {name: F.pad(value, (0, 7)) if name != "images" else value for name, value in batch_of().items()}
+    longer = {
+        name: F.pad(value, (0, 7)) if name in ("tokens", "counts") else value for name, value in batch_of().items()
+    }
     torch.testing.assert_close(terms_of(stage, longer), together, rtol=1e-6, atol=0)
 
 
@@ -119,6 +129,21 @@ def test_the_picture_and_every_word_before_an_answer_matter(stage):
     tokens = batch["tokens"].clone()
     tokens[0, 20] = (tokens[0, 20] - 2) % 56 + 3
     assert not torch.allclose(terms_of(stage, {**batch, "tokens": tokens}), before, rtol=1e-6)
+
+
+def test_naming_patches_by_hand(stage):
+    (naming,) = [layer for layer in stage.layers if isinstance(layer, NamePatches)]
+    with torch.no_grad():
+        naming.head.weight.zero_()
+        naming.head.bias.zero_()
+        naming.head.bias[0] = 1.0  # the first of the shapes: ground
+    features = torch.rand(3, 16, 128)
+    patches = torch.full((3, 16, 2), UNKNOWN, dtype=torch.uint8)
+    patches[0], patches[1] = torch.tensor([0, 3]), torch.tensor([2, 0])
+    (found,) = naming(features, patches).values()
+    colors = math.log(NUM_LABELS[1])
+    total = math.log(math.e + NUM_LABELS[0] - 1)
+    torch.testing.assert_close(found, torch.tensor([total - 1 + colors, total + colors, 0.0]))
 
 
 def test_next_token_loss_by_hand():

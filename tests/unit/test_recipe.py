@@ -82,7 +82,7 @@ OVERRIDES = [
     (["model.routing=uniform"], ['model.routing: found "uniform", but stage tokenizer does not read it']),
     (["tracking.uri=somewhere"], ['tracking.uri: found "somewhere", must be null, an MLflow server']),
     (["init_from=../x"], ["init_from: found", "tokenizer/encoder and align/joint and instruct would"]),
-    (["objective.latent_noise=0.5"], ["objective.latent_noise: found 0.5", "only bootstrap/autoencoder would"]),
+    (["objective.latent_power_weight=0.5"], ["objective.latent_power_weight: found 0.5", "only bootstrap/auto"]),
     (["train.steps"], ["override: found 'train.steps', must be dotted.key=value"]),
     (["train..steps=1"], ["override: found 'train..steps=1', must be dotted.key=value"]),
     (["train.steps.x=1"], ["override train.steps.x: train.steps is 10, which has no entry 'x'"]),
