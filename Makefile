@@ -34,7 +34,7 @@ demo: venv
 ui: venv
 	@test -f $(OUT)/mlflow.db || { echo "error: $(OUT)/mlflow.db is not there; runs make it in the directory that holds theirs: make ui OUT=runs/tiny" >&2; exit 2; }
 	@echo "MLflow shows $(OUT) at http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
-	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(OUT))/mlflow.db \
+	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(OUT))/mlflow.db \
 		--artifacts-destination $(abspath $(OUT))/mlartifacts --host 127.0.0.1 --port $(PORT) --workers 1
 
 test: venv

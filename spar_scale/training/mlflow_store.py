@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import math
 import os
@@ -97,12 +98,12 @@ class Store:
             self.experiment_id = found.experiment_id if found else self._make_experiment()
             self.parent_id = self.run(run_id(target.root), target.root.name, {}).info.run_id
 
-    def run(self, our_id: str, name: str, tags: Mapping[str, str]) -> Any:
-        """The MLflow run of an id of ours, made if it is not there."""
+    def run(self, our_id: str, name: str, tags: Mapping[str, str], start_ms: int | None = None) -> Any:
+        """The MLflow run of an id of ours, made if it is not there (with a start in Unix time, or now)."""
         there = self.client.search_runs([self.experiment_id], f"tags.`{OUR_ID}` = '{our_id}'", max_results=1)
-        return there[0] if there else self.client.create_run(
-            self.experiment_id, run_name=name, tags={OUR_ID: our_id, **tags}
-        )  # fmt: skip
+        if there:
+            return there[0]
+        return self.client.create_run(self.experiment_id, start_ms, {OUR_ID: our_id, **tags}, name)
 
     def log_files(self, files: Sequence[Path]) -> None:
         """Log files under the root as artifacts of the parent run, at their place there."""
@@ -133,10 +134,11 @@ class TrackedRun:
 
         recipe = load_recipe(run_dir / "recipe.yaml")
         self.steps, self.step, self.sent = recipe.train.steps, 0, 0
+        self._last_ms: int | None = None
         self._store = store = Store(target)
         self._client = store.client
         about = {"mlflow.parentRunId": store.parent_id, "stage": recipe.stage, "phase": recipe.phase, **origin()}
-        run = store.run(run_id(run_dir), run_dir.resolve().name, about)
+        run = store.run(run_id(run_dir), run_dir.resolve().name, about, _first_ms(run_dir))
         self.id: str = run.info.run_id
         self._started = run.info.start_time
         params = public_params(recipe)
@@ -159,12 +161,11 @@ class TrackedRun:
 
         batch: list[Metric] = []
         for line in lines:
-            self.step = line["step"]
+            self.step, self._last_ms = line["step"], _milliseconds(line["time"])
             there = self._there.pop(line["step"], _ABSENT)
             if there == line["loss"]:
                 continue
-            time_ms = _milliseconds(line["time"])
-            values = [Metric(name, value, time_ms, line["step"]) for name, value in metrics_of(line).items()]
+            values = [Metric(name, value, self._last_ms, line["step"]) for name, value in metrics_of(line).items()]
             if len(batch) + len(values) > BATCH:
                 self._client.log_batch(self.id, metrics=batch)
                 batch = []
@@ -187,7 +188,7 @@ class TrackedRun:
 
     def end(self) -> None:
         """Close the run, as finished or as stopped on its way, and its parent."""
-        self._client.set_terminated(self.id, "FINISHED" if self.step >= self.steps else "KILLED")
+        self._client.set_terminated(self.id, "FINISHED" if self.step >= self.steps else "KILLED", self._last_ms)
         self._client.set_terminated(self._store.parent_id)
 
     def _losses(self) -> dict[int, float | None]:
@@ -246,6 +247,13 @@ def _alone(root: Path) -> Iterator[None]:
             yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # a forked loader worker holds the same open file
+
+
+def _first_ms(run_dir: Path) -> int | None:
+    """When the first step was logged, in Unix time."""
+    with open(run_dir / "metrics.jsonl", encoding="utf-8") as file:
+        line = file.readline()
+    return _milliseconds(json.loads(line)["time"]) if line.endswith("\n") else None
 
 
 def _milliseconds(seconds: float) -> int:

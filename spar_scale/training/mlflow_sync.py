@@ -24,8 +24,8 @@ _log = logging.getLogger(__name__)
 def sync(directory: Path, uri: str | None = None) -> str:
     """Send what is missing of a run, or of all runs in a directory with its artifacts; one line on each.
 
-    `uri` stands in for the recipes' tracking.uri. Raises UserError where there is no run, one is in
-    training, or MLflow does not answer.
+    `uri` stands in for the recipes' tracking.uri. Raises UserError where there is no run, or MLflow
+    does not answer. A run in training is left out.
     """
     if _is_run(directory):
         return _send([directory], None, uri)
@@ -65,14 +65,16 @@ def _send(runs: Sequence[Path], root: Path | None, uri: str | None) -> str:
 
 def _send_run(run_dir: Path, uri: str | None) -> str:
     target = Target.of(run_dir, load_recipe(run_dir / "recipe.yaml").tracking, uri)
-    with RunLock(run_dir):
+    try:
+        lock = RunLock(run_dir)
+    except UserError:
+        return f"{run_dir}: left out, it is in training and sends for itself"
+    with lock:
         try:
             lines = read_lines(run_dir / "metrics.jsonl")
             run = TrackedRun(run_dir, target)
             run.send(lines)
             run.end()
-        except UserError:
-            raise
         except Exception as error:
             raise UserError(f"{run_dir}: MLflow at {target.shown} failed ({target.fault(error)})") from None
     return f"{run_dir}: {run.sent} of {len(lines)} steps sent to {target.shown}, run {run.id}"

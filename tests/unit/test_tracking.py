@@ -44,18 +44,18 @@ def nowhere() -> str:
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
-def line(step: int, loss: float | None = None) -> dict[str, Any]:
+def line(step: int, shift: float = 0.0, later_s: float = 0.0) -> dict[str, Any]:
     return {
         "step": step,
         "samples": step * 12,
-        "loss": math.nan if loss is None and step == 3 else loss or 1 / step,
+        "loss": math.nan if step == 3 else 1 / step + shift,
         "grad_norm": 1.0 / 3,
         "norm_of": "gradient",
         "lr": 1e-3 * step,
         "samples_per_s": 9.5,
         "terms": {"reconstruction": 0.1 * step, "perceptual": 0.2},
         "skipped": False,
-        "time": 1_700_000_000 + step / 7,
+        "time": 1_700_000_000 + step / 7 + later_s,
     }
 
 
@@ -69,11 +69,11 @@ def make_run(root: Path, name: str, steps: int, **changes: Any) -> Path:
     return run_dir
 
 
-def trained(run_dir: Path, tracking: TrackingConfig, first: int, last: int, loss: float | None = None) -> None:
+def trained(run_dir: Path, first: int, last: int, later_s: float = 0.0, shift: float = 0.0) -> None:
     """What the trainer does for steps first to last: cut the log back, mirror, write, close."""
     log = RunLog(run_dir, first - 1)
-    mirror = Mirror(run_dir, tracking)
-    log.metrics([line(step, loss) for step in range(first, last + 1)])
+    mirror = Mirror(run_dir, HERE)
+    log.metrics([line(step, shift, later_s) for step in range(first, last + 1)])
     log.close()
     mirror.close(finished=True)
 
@@ -110,11 +110,12 @@ def assert_curve_is_the_truth(root: Path, run_dir: Path, repeats: int = 0) -> No
 
 def test_the_curve_in_mlflow_is_the_one_in_metrics_jsonl(root: Path) -> None:
     run_dir = make_run(root, "plain", 250)
-    trained(run_dir, HERE, 1, 250)
+    trained(run_dir, 1, 250)
     assert_curve_is_the_truth(root, run_dir)
     run = mlflow_run(root, run_dir)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "plain"
+    assert (run.info.start_time, run.info.end_time) == (1_700_000_000_142, 1_700_000_035_714)
     assert run.data.params["optimizer.lr"] == "0.001"
     assert (run.data.tags["stage"], run.data.tags["phase"]) == ("tokenizer", "init")
     assert run.data.tags["version.torch"]
@@ -123,10 +124,10 @@ def test_the_curve_in_mlflow_is_the_one_in_metrics_jsonl(root: Path) -> None:
 
 def test_after_a_restart_the_run_is_the_same_and_replayed_steps_are_there_once(root: Path) -> None:
     run_dir = make_run(root, "restarted", 12)
-    trained(run_dir, HERE, 1, 8)
+    trained(run_dir, 1, 8)
     before = mlflow_run(root, run_dir)
     assert before.info.status == "KILLED"
-    trained(run_dir, HERE, 6, 12)  # from a checkpoint at step 5: 6 to 8 are replayed, bit-equal
+    trained(run_dir, 6, 12, later_s=60)  # from a checkpoint at step 5: 6 to 8 are replayed, bit-equal
     after = mlflow_run(root, run_dir)
     assert after.info.run_id == before.info.run_id
     assert after.info.status == "FINISHED"
@@ -135,18 +136,15 @@ def test_after_a_restart_the_run_is_the_same_and_replayed_steps_are_there_once(r
 
 def test_where_a_replay_differs_the_surviving_value_is_the_last(root: Path) -> None:
     run_dir = make_run(root, "differing", 10)
-    trained(run_dir, HERE, 1, 8)
-    log, mirror = RunLog(run_dir, 5), Mirror(run_dir, HERE)
-    log.metrics([line(step, 0.7 + step) | {"time": 1_700_000_100 + step} for step in range(6, 11)])
-    log.close()
-    mirror.close(finished=True)
+    trained(run_dir, 1, 8)
+    trained(run_dir, 6, 10, later_s=60, shift=1e-6)
     assert_curve_is_the_truth(root, run_dir, repeats=3)
 
 
 def test_runs_are_children_of_one_parent(root: Path) -> None:
     runs = [make_run(root, name, 2) for name in ("first", "second")]
     for run_dir in runs:
-        trained(run_dir, HERE, 1, 2)
+        trained(run_dir, 1, 2)
     parent = mlflow_run(root, root)
     assert parent.info.run_name == root.name
     assert {mlflow_run(root, run).data.tags["mlflow.parentRunId"] for run in runs} == {parent.info.run_id}
@@ -186,7 +184,7 @@ def test_a_dead_server_costs_one_warning_and_no_time_and_sync_sends_all(
 
 def test_sync_sends_what_is_missing_of_every_run_and_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = make_run(root, "late", 6)
-    trained(run_dir, HERE, 1, 3)
+    trained(run_dir, 1, 3)
     RunLog(run_dir, 3).metrics([line(step) for step in range(4, 7)])
     assert main(["track", "sync", str(root)]) == 0
     said = capsys.readouterr().out
@@ -206,7 +204,7 @@ def test_a_run_without_a_new_step_starts_nothing(tmp_path: Path) -> None:
 
 def test_artifacts_and_scores_belong_to_the_parent(root: Path) -> None:
     run_dir = make_run(root, "judged", 2)
-    trained(run_dir, HERE, 1, 2)
+    trained(run_dir, 1, 2)
     (root / "evaluation").mkdir()
     files = [root / "report.html", root / "scores.json", root / "evaluation" / "generation.png"]
     for file in files:
