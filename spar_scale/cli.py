@@ -67,6 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--out", type=Path, required=True, help="directory of the shards")
     index = _command(data, "index", _index, "write the tar index beside each shard")
     index.add_argument("paths", nargs="+", metavar="PATH", help="shards (paths or globs)")
+    brought = _command(data, "import", _import, "write pictures and captions of your own as shards")
+    brought.add_argument("folder", type=Path, help="pictures with texts of their names, or captions.csv or .jsonl")
+    brought.add_argument("--out", type=Path, required=True, help="directory of the shards, new or empty")
+    brought.add_argument("--size", type=_positive, help="shrink pictures to this shorter side, in pixels")
+    brought.add_argument("--check-words", action="store_true", help="count words that the miniature does not know")
     show = _command(data, "show", _show, "print samples, or draw them")
     show.add_argument("paths", nargs="+", metavar="PATH", help="shards (paths or globs)")
     show.add_argument("--count", type=_positive, default=8, help="how many samples (default 8)")
@@ -178,6 +183,12 @@ def _index(arguments: argparse.Namespace) -> int:
 
     index(arguments.paths)
     return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from spar_scale.data.importing import import_folder
+
+    return _say(import_folder(arguments.folder, arguments.out, arguments.size, arguments.check_words))
 
 
 def _show(arguments: argparse.Namespace) -> int:

@@ -60,7 +60,7 @@ def make_world(world: World, out_dir: Path) -> list[Path]:
                 first = number * world.per_shard
                 last = min(first + world.per_shard, getattr(world, PURPOSES[purpose]))
                 chunks = (range(n, min(n + CHUNK, last)) for n in range(first, last, CHUNK))
-                _write_shard(path, (sample for chunk in chunks for sample in _samples(world, purpose, chunk)))
+                write_shard(path, (sample for chunk in chunks for sample in _samples(world, purpose, chunk)))
                 _log.info("%s: %d samples", path, last - first)
     _write_settings(world, out_dir, complete=True)
     return shards
@@ -96,7 +96,8 @@ def _edit_samples(world: World, purpose: str, numbers: range) -> Iterator[dict[s
         yield {"__key__": f"{purpose}-{number:08d}", **members}
 
 
-def _write_shard(path: Path, samples: Iterator[dict[str, Any]]) -> None:
+def write_shard(path: Path, samples: Iterator[dict[str, Any]]) -> None:
+    """Write samples ({"__key__": key, extension: bytes}) as a tar, atomically, and its index beside it."""
     from webdataset.writer import TarWriter  # imports torch's data pipes, and only writing needs it
 
     buffer = io.BytesIO()
