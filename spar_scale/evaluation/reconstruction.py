@@ -44,7 +44,7 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     covariance = mean(x * y) - mean_x * mean_y
     small, smaller = 0.03**2, 0.01**2
     similar = (2 * mean_x * mean_y + smaller) / (mean_x**2 + mean_y**2 + smaller)
-    return (similar * (2 * covariance + small) / (variances + small)).mean((1, 2, 3))
+    return (similar * (2 * covariance + small) / (variances + small)).flatten(1).mean(1)
 
 
 def image_psnr(prediction: Image.Image, target: Image.Image) -> float:
