@@ -79,4 +79,4 @@ def _difference(full: Sequence[float], other: Sequence[float] | None) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.1g}"
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"

@@ -40,7 +40,7 @@ HEADLINES = (
 
 
 class Headline(NamedTuple):
-    """A score in large, and what it is to be held against: (what, number)."""
+    """A score in large, and what it is to be held against: (what, number), also where that was not measured."""
 
     title: str
     value: str
@@ -69,7 +69,7 @@ def headlines(found: Found) -> list[Headline]:
             title,
             number(found.scores[key], unit),
             unit,
-            [(name, number(found.scores[other], unit)) for name, other in beside if other in found.scores],
+            [(name, number(found.scores.get(other), unit)) for name, other in beside],
         )
         for title, key, unit, beside in HEADLINES
         if key in found.scores
@@ -86,7 +86,12 @@ def _generation(found: Found) -> Table:
         Column("score", "t2i.{row}", "t2i.average", bar=True),
         Column("unseen", "t2i.unseen.{row}", "t2i.unseen.average"),
         Column("control", "t2i.control.{row}", "t2i.control"),
-        Column("ceiling", "t2i.judge_ceiling.{row}", "t2i.judge_ceiling"),
+        Column(
+            "ceiling",
+            "t2i.judge_ceiling.{row}",
+            "t2i.judge_ceiling",
+            note="The judge's ceiling, on reconstructions: {}.",
+        ),
     ]
     table = _table(found, "Text to image, by kind of prompt", "kind", KINDS, columns, "average")
     if "t2i.unseen.average" in found.scores and (
