@@ -38,7 +38,7 @@ def begin(folder: str) -> None:
     from spar_scale import chain, demo, processes
 
     chain.RECIPES = Path(folder) / "recipes"
-    steps = demo.steps_of(chain.Chain(Path(folder) / "out", "smoke", 3))
+    steps = demo.steps_of(chain.Chain(Path(folder) / "out", "smoke", 3), "smoke")
     last = next(number for number, step in enumerate(steps) if step.name == LAST)
     processes.run_steps(steps[: last + 1], jobs=2)
 
