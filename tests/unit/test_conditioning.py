@@ -15,6 +15,8 @@ from spar_scale.models.conditioning import (
     conditioned_layer,
     final_state,
     positions,
+    prefix_layer,
+    query_layer,
     sampled_hidden_states,
     sequence_keep,
 )
@@ -121,6 +123,18 @@ def test_the_prefix_comes_out_without_gradient_and_the_queries_with(model):
         sampled_hidden_states(model, prefix, queries, keep, (0, LAYERS)),
     ]
     assert [(before.requires_grad, after.requires_grad) for before, after in pairs] == [(False, True)] * 3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_halves_are_bit_equal_to_the_whole(model, side):
+    rotary, keep, layer = Rotary(model.config), keep_of(side), model.layers[2]
+    prefix, queries = embeddings()
+    twin = queries.detach().clone().requires_grad_()
+    whole = conditioned_layer(layer, rotary, prefix, queries, keep)
+    halves = prefix_layer(layer, rotary, prefix, keep), query_layer(layer, rotary, prefix, twin, keep)
+    assert all(torch.equal(one, other) for one, other in zip(whole, halves, strict=True))
+    (gradient,) = torch.autograd.grad(halves[1].square().sum(), twin)
+    assert torch.equal(gradient, torch.autograd.grad(whole[1].square().sum(), queries)[0])
 
 
 def test_a_layer_recomputed_as_one_block_has_the_same_gradients(model):
