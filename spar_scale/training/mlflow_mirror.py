@@ -67,8 +67,8 @@ class Mirror:
                 self._done = True
                 return
             load_mlflow()
-        except ImportError as error:
-            self._warn(f"{error}; install mlflow")
+        except Exception as error:  # not installed, most often
+            self._warn(self._target.fault(error))
             return
         finally:
             self._loaded.set()

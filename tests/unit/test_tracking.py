@@ -175,9 +175,9 @@ def test_a_dead_server_costs_one_warning_and_no_time_and_sync_sends_all(
     with pytest.raises(UserError, match=f"MLflow at {nowhere} failed"):
         sync(run_dir, nowhere)
     database = f"sqlite:///{root}/mlflow.db"
-    assert "40 of 40 steps sent" in sync(run_dir, database)
+    assert ": 40 of 40 steps sent" in sync(run_dir, database)
     assert_curve_is_the_truth(root, run_dir)
-    assert "0 of 40 steps sent" in sync(run_dir, database)
+    assert ": 0 of 40 steps sent" in sync(run_dir, database)
     assert_curve_is_the_truth(root, run_dir)
     assert mlflow_run(root, run_dir).info.status == "FINISHED"
 
