@@ -1,5 +1,5 @@
-"""The command line: `spar-scale train | data | checkpoint | track | doctor | demo | ablate`, and of a trained run
-`generate | edit | routes | reconstruct | ask`.
+"""The command line: `spar-scale train | data | checkpoint | track | doctor | demo | evaluate | ablate`, and of a
+trained run `generate | edit | routes | reconstruct | ask`.
 
 Nothing heavy is imported until a command needs it, so `--help` and a refused recipe take a fraction
 of a second where importing torch alone takes one. A refusal (`UserError`) is one message on stderr

@@ -36,6 +36,7 @@ from spar_scale.evaluation.understanding import answers, by_type, held_out_quest
 from spar_scale.inference.pipeline import reconstruct
 from spar_scale.inference.routes import route
 from spar_scale.models.presets import PRESETS
+from spar_scale.models.shapes import SamplingShape
 from spar_scale.models.unified import SPAR
 from spar_scale.stages.parts import preset_of
 from spar_scale.training.export import recipe_of, trained_model
@@ -98,7 +99,7 @@ class Trained:
         return model
 
     @property
-    def sampling(self):
+    def sampling(self) -> SamplingShape:
         """How the preset of the last phase samples."""
         return preset_of(recipe_of(self.root / FINAL)).sampling
 
