@@ -1,8 +1,8 @@
 """The bidirectional connector between the language model and the diffusion transformer.
 
 Legend: B batch, N tokens (prefix and queries), D width of the language model, C caption channels.
-Decoder layers of the language model's own class, started from its last layers and final norm, but
-without the causal order: every token reads every real token. Position ids are those of the language
+Decoder layers of the language model's own class, as published started from its last layers and final norm,
+but without the causal order: every token reads every real token. Position ids are those of the language
 model (a count of the real tokens). The conditional projection then leads to the caption channels of the
 diffusion transformer. The mask is boolean rather than an additive -1e5: the same softmax in fp32, and
 every backend of `ops/attention.py` reads it.
@@ -23,7 +23,7 @@ from spar_scale.ops.transformers_attention import IMPLEMENTATION
 class Connector(nn.Module):
     """`num_layers` bidirectional decoder layers, final norm, projection to `caption_channels`.
 
-    `config` is the language model's. Weights are uninitialised; training starts from `copy_last_layers`.
+    `config` is the language model's. Weights are uninitialised; `copy_last_layers` is the published start.
     Raises ValueError for more layers than the language model has.
     """
 

@@ -6,7 +6,9 @@ same preset have interchangeable weights.
 `tiny` divides by tensor 2 and pipeline 2 (even heads, at least four layers where layers are cut). Its
 vision tower takes patches of 8 pixels, one for each of its 16 tokens: patches of 4 folded 2 x 2 by the
 pixel shuffle, as the published tower does it, gave the tokenizer 0.6 dB more after 200 steps of its
-first phase and cost every phase that reads pictures four times the tokens.
+first phase and cost every phase that reads pictures four times the tokens. Its connector starts from the
+seed: layers copied from a language model of a thousand steps, whose residual stream is thirty times as
+large as what the routing hands over, drew a third of the prompts that new layers drew after 80 steps.
 
 `spar_1b` and `spar_3b` are the published parts, number by number, so their weights load by name and
 shape: InternVL3-1B or 2B (an InternViT-300M at 448 pixels, Qwen2.5-0.5B or 1.5B with an untied head),
@@ -55,7 +57,7 @@ TINY = Preset(
         max_positions=128,
         rope_theta=1e4,
     ),
-    conditioning=ConditioningShape(num_queries=16, sampled_states=4, connector_layers=2, max_words=14),
+    conditioning=ConditioningShape(num_queries=16, sampled_states=4, connector_layers=2, max_words=14, connector_copies=False),
     diffusion=DiffusionShape(
         latent_channels=32,
         sample_size=4,

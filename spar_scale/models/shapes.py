@@ -184,6 +184,7 @@ class ConditioningShape:
     connector_layers: int
     max_words: int  # tokens of a prompt without its picture; longer samples are bad ones
     temperature: float = 1.0  # tau of the routing weights
+    connector_copies: bool = True  # start from the language model's last layers, as published; else from the seed
 
 
 @dataclass(frozen=True)

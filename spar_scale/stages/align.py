@@ -166,11 +166,12 @@ def _model(
     scale: float,
     aligned: bool,
 ) -> SPAR:
-    """The whole model: what is new from the seed, the connector from the language model's last layers."""
+    """The whole model: what is new from the seed, the connector by its preset."""
     model = SPAR(preset, load_mllm(directories["mllm"], preset), tokenizer, scale, recipe.model.routing, aligned)
     copy_weights(model.diffusion.transformer, load_diffusion(directories["diffusion"], preset))
     initialise(model, recipe.seed, loaded=("tokenizer", "language_model", "lm_head", "diffusion"))
-    model.connector.copy_last_layers(model.language_model)
+    if preset.conditioning.connector_copies:
+        model.connector.copy_last_layers(model.language_model)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from parallel.errors import UserError
 from parallel.program import Program
 from spar_scale.data.prompts import TOKENS, editing_prompt, generation_prompt
+from spar_scale.models.presets import PRESETS
 from spar_scale.models.tokenizer import InitialEncoder, UnifiedTokenizer
 from spar_scale.models.unified import SPAR
 from spar_scale.recipe import Recipe
@@ -164,18 +166,28 @@ def test_a_step_moves_every_weight_that_trains_and_not_a_bit_of_what_is_frozen(f
 
 
 @pytest.mark.parametrize("phase", ["align/connector", "align/joint"])
-def test_what_is_pretrained_starts_as_it_was_read_and_the_connector_as_the_last_layers(shared, parts, phase):
+def test_what_is_pretrained_starts_as_it_was_read(shared, parts, phase):
     model = model_of(shared(phase))
     transformer = load_diffusion(Path(parts["diffusion"]), TINY).state_dict()
     assert all(torch.equal(w, transformer[n]) for n, w in model.diffusion.transformer.state_dict().items())
     if phase == "align/joint":
         tokenizer = load_tokenizer(Path(parts["tokenizer"]), TINY)[0].state_dict()
         assert all(torch.equal(weight, tokenizer[name]) for name, weight in model.tokenizer.state_dict().items())
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_the_connector_starts_as_the_last_layers_where_the_preset_says_so(fresh, monkeypatch, copies):
+    shape = dataclasses.replace(TINY.conditioning, connector_copies=copies)
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(TINY, conditioning=shape))
+    model = model_of(fresh("align/connector"))
     language = model.language_model.state_dict()
+    matrices = 0
     for name, weight in model.connector.layers.state_dict().items():
         number, rest = name.split(".", 1)
-        assert torch.equal(weight, language[f"layers.{8 - 2 + int(number)}.{rest}"]), name
-    assert torch.equal(model.connector.norm.weight, language["norm.weight"])
+        if weight.dim() == 2:
+            assert torch.equal(weight, language[f"layers.{8 - 2 + int(number)}.{rest}"]) == copies, name
+            matrices += 1
+    assert matrices == 14
     assert not {p.data_ptr() for p in model.connector.parameters()} & {w.data_ptr() for w in language.values()}
 
 
