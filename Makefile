@@ -1,4 +1,4 @@
-# The commands of the house. VENV, OUT, SIZE, PORT and PYTHON can be given: `make demo OUT=runs/other SIZE=smoke`.
+# The commands of the house. VENV, OUT, SIZE, SEED, PORT and PYTHON can be given: `make demo OUT=runs/other SEED=1`.
 
 VENV ?= .venv
 OUT ?= runs/demo
@@ -28,7 +28,7 @@ $(STAMP): setup.py $(CONSTRAINTS)
 	@touch $@
 
 demo: venv
-	$(BIN)/spar-scale demo --out $(OUT) --size $(SIZE)
+	$(BIN)/spar-scale demo --out $(OUT) --size $(SIZE) $(if $(SEED),--seed $(SEED))
 
 # What MLflow shows of the runs in OUT, to this machine only.
 ui: venv

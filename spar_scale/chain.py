@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
@@ -99,19 +100,32 @@ class Chain:
         refuse_another(recipe.run_dir / "recipe.yaml", recipe)
         return _finished(recipe.run_dir, recipe.train.steps)
 
-    def steps(self) -> list[Step]:
-        """All phases without switches as steps for `processes.run_steps`; the shards are made by a step `data`."""
-        return [self._step(phase) for phase in PHASES]
+    def steps(self, ranks: int = 1) -> list[Step]:
+        """All phases without switches as steps for `processes.run_steps`; the shards are made by a step `data`.
 
-    def _step(self, phase: str) -> Step:
-        recipe = self.recipe(phase)
+        A phase that no other can run beside is done by so many data-parallel `ranks`.
+        """
+        return [self._step(phase, ranks if self.is_alone(phase) else 1) for phase in PHASES]
+
+    def is_alone(self, phase: str) -> bool:
+        """Whether every other phase comes before this one or after it."""
+        return all(
+            phase == other or phase in self._ancestors(other) or other in self._ancestors(phase) for other in PHASES
+        )
+
+    def _ancestors(self, phase: str) -> set[str]:
+        return {phase}.union(*(self._ancestors(parent) for parent in self.parents(phase)))
+
+    def _step(self, phase: str, ranks: int) -> Step:
+        recipe = shared_by(self.recipe(phase), ranks)
         return Step(
             phase,
             recipe.run_dir,
             work=functools.partial(train, recipe),
             after=("data", *self.parents(phase)),
-            seconds=START_S + recipe.train.steps * recipe.global_batch / SAMPLES_PER_S[phase],
+            seconds=START_S + recipe.train.steps * recipe.global_batch / SAMPLES_PER_S[phase] / ranks,
             finished=functools.partial(self.is_trained, phase),
+            ranks=ranks,
         )
 
     def run_dir(self, phase: str, switches: Switches = NONE) -> Path:
@@ -156,6 +170,15 @@ class Chain:
         """The switches that this phase reads, or one that it starts from."""
         inherited = (self._effective(parent, switches) for parent in self.parents(phase))
         return _own(self._plain(phase), switches).union(*inherited)
+
+
+def shared_by(recipe: Recipe, ranks: int) -> Recipe:
+    """The recipe for so many data-parallel ranks: a block of one task is no more samples than they take at once.
+
+    A larger `parallel.micro_batch` would be filled up with samples of weight 0; it changes nothing of what is computed.
+    """
+    micro_batch = min(recipe.parallel.micro_batch, math.ceil(recipe.data.task_block / ranks))
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"micro_batch": micro_batch})})
 
 
 @functools.cache

@@ -37,13 +37,14 @@ EVALUATION, TRAINING, SCORES = "evaluation", "training.json", "scores.json"
 def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
     """Make the world under `out/data`, train every phase, write `training.json`, `scores.json` and `report.html`.
 
-    `jobs` steps run side by side; the default is two, one where there is one core. Raises UserError for a size
-    without recipes, and for what a step refuses.
+    `jobs` steps run side by side, and a phase that none can run beside has `jobs` ranks, unless a GPU trains it; the
+    default is two, one where there is one core. Raises UserError for a size without recipes, and for what a step
+    refuses.
     """
     jobs = jobs or min(2, available_cores())
     chain = Chain(out, size, seed)
-    steps, whole = steps_of(chain, size), Spending(out)
-    _import_before_forks()
+    ranks = jobs if _import_before_forks() == "cpu" else 1
+    steps, whole = steps_of(chain, size, ranks), Spending(out)
 
     def keep(step: Step | None = None) -> None:
         whole.record()
@@ -61,8 +62,8 @@ def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
     print(f"{total:.0f} core-seconds of training; {wall} for all, with scores and report\n{report}")
 
 
-def steps_of(chain: Chain, size: str) -> list[Step]:
-    """Everything that the demo does, in an order in which it may be done."""
+def steps_of(chain: Chain, size: str, ranks: int = 1) -> list[Step]:
+    """Everything that the demo does, in an order in which it may be done; `ranks` are those of a phase on its own."""
     out, world = chain.out, load(chain.folder / "world.yaml", World)
     samples, scored = world.scenes + world.heldout + world.edits, out / "evaluation"
 
@@ -71,7 +72,7 @@ def steps_of(chain: Chain, size: str) -> list[Step]:
 
     return [
         Step("data", out / "data", functools.partial(make, world, out / "data"), seconds=1 + samples / SCENES_PER_S),
-        *chain.steps(),
+        *chain.steps(ranks),
         Step(EVALUATION, scored, functools.partial(_evaluate, out, size), PHASES, EVALUATION_S, is_scored),
     ]
 
@@ -125,18 +126,23 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _import_before_forks() -> None:
-    """Import here what every step needs, once; nothing of it may compute or look at a GPU, which no fork survives."""
+def _import_before_forks() -> str:
+    """Import here what every step needs, once; return the kind of device that steps get, "cpu" or "cuda".
+
+    Nothing of it may compute or look at a GPU, which no fork survives.
+    """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     from parallel.launch import device_type
 
-    if device_type() == "cpu":
+    device = device_type()
+    if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for module in BEFORE_FORKS:
         importlib.import_module(module)
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    return device
 
 
 def _evaluate(root: Path, size: str) -> None:

@@ -1,23 +1,20 @@
 """Steps that start from one another, each in a process of its own, as many side by side as there are jobs.
 
 The miniature's phases are too small for a thread more to be worth its time, and some do not depend on each
-other: two of them on a core each take half the wall time of one after another, for the same core-seconds. A
-step is a fork of this process, which has imported what all need (eight seconds that a new interpreter would
-pay again) and computes nothing itself. What a step prints is shown line by line under its name, what it has
-spent is kept by `spending.py`. A step that fails ends the others; so does Ctrl-C, and SIGKILL of this process.
+other: two of them on a core each take half the wall time of one after another, for the same core-seconds. One
+that no other can run beside may be done by several data-parallel ranks (`ranks.py`). A step is a fork of this
+process, which has imported what all need (eight seconds that a new interpreter would pay again) and computes
+nothing itself. What a step prints is shown line by line under its name, what it has spent is kept by
+`spending.py`. A step that fails ends the others; so does Ctrl-C, and SIGKILL of this process.
 """
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
 import os
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -27,13 +24,14 @@ import torch
 
 from parallel.errors import UserError
 from spar_scale.board import Board, clock
+from spar_scale.children import FORK, killed, listen_to_parent_alone, stop, undisturbed
+from spar_scale.ranks import run_ranks
 from spar_scale.spending import Spending, spent, unfinish
 from spar_scale.training.progress import told_to
 
 GRACE_S = 10.0  # for a step that is told to stop: the end of what it computes
 LOOK_S = 0.5  # between two looks at the clock
 BELIEF_S = 30.0  # how many measured seconds weigh as much as what was estimated
-_FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,8 @@ class Step:
     """A piece of work with a name, the names of those it starts from, and a folder that keeps what it has spent.
 
     `seconds` is what it may take on an idle core: only the time left is made of it. `finished` tells whether it
-    need not be done again; without it, that an attempt has come to its end.
+    need not be done again; without it, that an attempt has come to its end. More than one of `ranks` do the work
+    together; they are for a step that no other can run beside, and take the jobs that are free then.
     """
 
     name: str
@@ -50,6 +49,7 @@ class Step:
     after: tuple[str, ...] = ()
     seconds: float = 1.0
     finished: Callable[[], bool] | None = None
+    ranks: int = 1
 
     def is_finished(self) -> bool:
         """Whether its result is there."""
@@ -78,7 +78,7 @@ def run_steps(steps: Sequence[Step], jobs: int, ended: Callable[[Step], None] = 
                 if len(running) < jobs and step.name not in running and not any(name in todo for name in step.after):
                     board.begin(step.name)
                     forecast.begin(step.name)
-                    with _undisturbed():  # no Ctrl-C between the start of a process and its place in the list
+                    with undisturbed():  # no Ctrl-C between the start of a process and its place in the list
                         running[step.name] = _Running(step, threads(jobs))
             _listen(running, board, forecast)
             for one in [one for one in running.values() if one.process.exitcode is not None]:
@@ -91,7 +91,7 @@ def run_steps(steps: Sequence[Step], jobs: int, ended: Callable[[Step], None] = 
                 board.say(one.step.name, f"done, {total.core_seconds:.1f} core-seconds in {clock(total.wall_seconds)}")
                 ended(one.step)
     finally:
-        _stop(running.values())
+        stop([one.process for one in running.values()], GRACE_S)
         board.close()
 
 
@@ -172,11 +172,11 @@ class _Running:
 
     def __init__(self, step: Step, num_threads: int):
         self.step, self.refusal, self._line = step, None, b""
-        self.events, events = _FORK.Pipe(duplex=False)
+        self.events, events = FORK.Pipe(duplex=False)
         self.output, output = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
-        self.process: Any = _FORK.Process(target=_work, args=(step, num_threads, os.getpid(), events, output))
+        self.process: Any = FORK.Process(target=_work, args=(step, num_threads, os.getpid(), events, output))
         self.process.start()
         events.close()
         os.close(output)
@@ -215,10 +215,7 @@ class _Running:
         if self.refusal is not None:
             raise self.refusal
         if code < 0:
-            raise UserError(
-                f"{name}: its process was ended by {signal.Signals(-code).name}; where memory has run out,"
-                " --jobs 1 needs half of it. The same command goes on from here"
-            )
+            raise UserError(f"{name}: {killed(code)}")
         if code:
             raise SystemExit(f"error: {name} failed; what it said stands above")
 
@@ -239,34 +236,9 @@ def _listen(running: Mapping[str, _Running], board: Board, forecast: Forecast) -
             board.show(one.step.name, done, steps, note)
 
 
-def _stop(running: Any) -> None:
-    """End what still runs: asked first, so that it notes what it has spent, then killed."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        for one in running:
-            one.process.terminate()
-        until = time.monotonic() + GRACE_S
-        for one in running:
-            one.process.join(max(0.0, until - time.monotonic()))
-            if one.process.exitcode is None:
-                one.process.kill()
-                one.process.join()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
 def _work(step: Step, num_threads: int, parent: int, events: Connection, output: int) -> None:
     """The body of a step's process; exit codes as the command line's."""
-    _listen_to_parent_alone(parent)
+    listen_to_parent_alone(parent)
     for number in (1, 2):
         os.dup2(output, number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
@@ -280,28 +252,21 @@ def _work(step: Step, num_threads: int, parent: int, events: Connection, output:
         events.send((done, steps, note))
 
     try:
-        with told_to(tell):
-            step.work()
+        if step.ranks > 1:
+            run_ranks(step.work, step.ranks, tell)
+        else:
+            with told_to(tell):
+                step.work()
         code = 0
     except (UserError, OSError) as error:
         events.send(error)
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except SystemExit:  # why has been said
+        pass
     except BaseException:
         traceback.print_exc()
     finally:
         spending.record(finished=code == 0)
     raise SystemExit(code)
-
-
-def _listen_to_parent_alone(parent: int) -> None:
-    """Ctrl-C reaches all processes of a terminal: the parent answers it, and ends this one by SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # prctl's PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() != parent:
-            raise SystemExit(1)

@@ -1,7 +1,7 @@
 """What a piece of work has cost so far: core-seconds and wall-seconds, over all its attempts.
 
 Core-seconds are the CPU time of the process that does the work and of every process it starts: getrusage of both
-counts a child only once it has been waited for, so children that still live (the loader's) are read as well.
+counts a child only once it has been waited for, so those that still live (ranks, the loader's) are read as well.
 The sums lie in a file beside the work and are written at every log step, so SIGKILL loses at most one of those.
 """
 
@@ -64,7 +64,9 @@ def unfinish(folder: Path) -> None:
 def core_seconds() -> float:
     """CPU seconds, user and system, of this process and of all it has started."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages) + sum(map(_alive, psutil.Process().children()))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages) + sum(
+        map(_alive, psutil.Process().children(recursive=True))
+    )
 
 
 def _alive(child: psutil.Process) -> float:

@@ -1,0 +1,142 @@
+"""One piece of work done by several data-parallel ranks on this machine.
+
+The ranks are forks of this process, which does no work itself: it waits for them, holds the store where they
+meet, on the loopback alone, and ends all where one ends badly. Each finds in its environment what torchrun
+would have put there. The first rank speaks for all; of the others only a failure is shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from parallel.errors import UserError
+from spar_scale.children import FORK, killed, listen_to_parent_alone, stop, undisturbed
+from spar_scale.training.progress import Listener, told_to
+
+GRACE_S = 5.0  # for ranks that are told to stop; less than this process itself is given
+PATIENCE_S = 2.0  # from a defect, for the other ranks to fail too: theirs may be its cause
+LOOK_S = 0.5  # between two looks at what has ended
+LOOPBACK = "127.0.0.1"
+
+
+def run_ranks(work: Callable[[], object], num_ranks: int, tell: Listener) -> None:
+    """Do `work` in so many processes at once; `tell` hears what the first says of its progress.
+
+    Raises the UserError or OSError by which a rank refuses, UserError where one is killed, SystemExit where one
+    fails (its traceback is printed); the others are ended.
+    """
+    ranks: list[_Rank] = []
+    try:
+        for number in range(num_ranks):
+            with undisturbed():
+                ranks.append(_Rank(work, number, num_ranks))
+        store = _store()  # after the forks: its server is a thread, which none of them should have been forked amid
+        for rank in ranks:
+            rank.meet_at(store.port)
+        _listen(ranks, tell)
+    finally:
+        stop([rank.process for rank in ranks], GRACE_S)
+
+
+class _Rank:
+    """One rank's process, and what it has said of its failure."""
+
+    def __init__(self, work: Callable[[], object], rank: int, num_ranks: int):
+        self.rank, self.failure = rank, None
+        self.pipe, pipe = FORK.Pipe()
+        self.process: Any = FORK.Process(target=_work, args=(work, rank, num_ranks, os.getpid(), pipe))
+        self.process.start()
+        pipe.close()
+
+    def meet_at(self, port: int) -> None:
+        """Let it begin, unless it has ended already."""
+        with contextlib.suppress(BrokenPipeError):
+            self.pipe.send(port)
+
+    def listen(self, tell: Listener) -> bool:
+        """Hear what it says, and return whether it still runs; how it failed is kept."""
+        code = self.process.exitcode  # before it is heard: of one that has ended, all is heard
+        while self.pipe.poll():
+            try:
+                said = self.pipe.recv()
+            except (EOFError, OSError):
+                break
+            if not isinstance(said, tuple):
+                self.failure = said
+            elif self.rank == 0:
+                tell(*said)
+        if code and self.failure is None:
+            self.failure = UserError(killed(code)) if code < 0 else f"rank {self.rank} ended with exit code {code}"
+        return code is None
+
+
+def _listen(ranks: Sequence[_Rank], tell: Listener) -> None:
+    """Wait for all ranks; where one fails, raise what tells most of the cause."""
+    running, failures, until = list(ranks), [], float("inf")
+    while running and time.monotonic() < until:
+        wait([file for rank in running for file in (rank.pipe, rank.process.sentinel)], timeout=LOOK_S)
+        running = [rank for rank in running if rank.listen(tell)]
+        failures = [rank.failure for rank in ranks if rank.failure is not None]
+        for failure in failures:
+            if isinstance(failure, Exception):
+                raise failure
+        if failures:
+            until = min(until, time.monotonic() + PATIENCE_S)
+    if failures:
+        # A rank that another has left alone fails by a RuntimeError: the cause is the other's.
+        print(min(failures, key=lambda text: "\nRuntimeError" in text), file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _store() -> TCPStore:
+    """A store on a port that the system has chosen, heard by this machine only (by itself it would hear all)."""
+    listening = socket.create_server((LOOPBACK, 0))
+    port, file = listening.getsockname()[1], listening.detach()
+    return TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=file)
+
+
+def _work(work: Callable[[], object], rank: int, num_ranks: int, parent: int, pipe: Connection) -> None:
+    """The body of a rank's process."""
+    listen_to_parent_alone(parent)
+    if rank > 0:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        for number in (1, 2):
+            os.dup2(silence, number)
+    code = 1
+    try:
+        os.environ.update(_environment(rank, num_ranks, pipe.recv()))
+        with told_to(lambda *progress: pipe.send(progress)):
+            work()
+        code = 0
+    except (UserError, OSError) as error:
+        pipe.send(error)
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:
+        pipe.send(f"rank {rank}: {traceback.format_exc()}")
+    raise SystemExit(code)
+
+
+def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What torchrun sets, for ranks that meet at the store of their parent; gloo speaks over the loopback."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "GLOO_SOCKET_IFNAME": socket.if_indextoname(1),  # the loopback's: lo, or lo0
+    }
