@@ -23,6 +23,7 @@ from spar_scale.processes import Step
 from spar_scale.recipe import Recipe, load_recipe
 from spar_scale.rules import reads
 from spar_scale.spending import Spending
+from spar_scale.training.encode import encode
 from spar_scale.training.run_directory import refuse_another
 from spar_scale.training.trainer import train
 
@@ -43,18 +44,20 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SIZES = {"demo": "tiny", "smoke": "smoke", "full": "full"}
 """Size -> its folder of recipes."""
 SAMPLES_PER_S = {
-    "bootstrap_autoencoder": 200,
-    "bootstrap_mllm": 45,
-    "bootstrap_diffusion": 85,
-    "tokenizer_init": 85,
-    "tokenizer_decoder": 45,
-    "tokenizer_encoder": 35,
-    "align_connector": 80,
-    "align_joint": 31,
-    "instruct": 33,
+    "bootstrap_autoencoder": 160,
+    "bootstrap_mllm": 80,
+    "bootstrap_diffusion": 100,
+    "tokenizer_init": 145,
+    "tokenizer_decoder": 65,
+    "tokenizer_encoder": 70,
+    "align_connector": 105,
+    "align_joint": 70,
+    "instruct": 70,
 }
 """Of the tiny preset on one idle core: where the estimate of the time left starts from."""
-START_S = 3.0  # of a phase, before its first step
+START_S, ENCODING_S = 3.0, 110.0  # of a phase before its first step; of storing what frozen parts make
+CONNECTOR, ON_STORED = "align_connector", ("align_joint", "instruct")
+STORED = "encoded"
 TEACHER = "model.pretrained.teacher"  # read where model.alignment is
 Switches = Mapping[str, object]
 NONE: Switches = {}
@@ -103,26 +106,43 @@ class Chain:
     def steps(self, ranks: int = 1) -> list[Step]:
         """All phases without switches as steps for `processes.run_steps`; the shards are made by a step `data`.
 
-        A phase that no other can run beside is done by so many data-parallel `ranks`.
+        A step `encoded` stores what the frozen parts of the last phases, which take most of the time, make of
+        the samples. A phase that no other step can run beside is done by so many data-parallel `ranks`.
         """
-        return [self._step(phase, ranks if self.is_alone(phase) else 1) for phase in PHASES]
+        steps = [self._step(phase, ranks if self.is_alone(phase) else 1) for phase in PHASES]
+        return [*steps[: PHASES.index(ON_STORED[0])], self._encoding(), *steps[PHASES.index(ON_STORED[0]) :]]
 
     def is_alone(self, phase: str) -> bool:
-        """Whether every other phase comes before this one or after it."""
-        return all(
-            phase == other or phase in self._ancestors(other) or other in self._ancestors(phase) for other in PHASES
-        )
+        """Whether every other step comes before this one or after it."""
+        others = {*PHASES, STORED} - {phase}
+        return all(phase in self._ancestors(other) or other in self._ancestors(phase) for other in others)
 
-    def _ancestors(self, phase: str) -> set[str]:
-        return {phase}.union(*(self._ancestors(parent) for parent in self.parents(phase)))
+    def _ancestors(self, step: str) -> set[str]:
+        return {step}.union(*(self._ancestors(parent) for parent in self._after(step)))
+
+    def _after(self, step: str) -> list[str]:
+        """The steps that one starts from."""
+        if step == STORED:
+            return [parent for parent in self.parents(ON_STORED[0]) if parent not in ON_STORED and parent != CONNECTOR]
+        return [*self.parents(step), *([STORED] if step in ON_STORED else [])]
+
+    def _encoding(self) -> Step:
+        recipe, after = self._on_stored(self.recipe(ON_STORED[0])), ("data", *self._after(STORED))
+        return Step(STORED, self.out / STORED, functools.partial(encode, recipe), after, seconds=ENCODING_S)
+
+    def _on_stored(self, recipe: Recipe) -> Recipe:
+        data = recipe.data.model_copy(update={"encoded": os.path.relpath(self.out / STORED, recipe.run_dir)})
+        return recipe.model_copy(update={"data": data})
 
     def _step(self, phase: str, ranks: int) -> Step:
         recipe = shared_by(self.recipe(phase), ranks)
+        if phase in ON_STORED:
+            recipe = self._on_stored(recipe)
         return Step(
             phase,
             recipe.run_dir,
             work=functools.partial(train, recipe),
-            after=("data", *self.parents(phase)),
+            after=("data", *self._after(phase)),
             seconds=START_S + recipe.train.steps * recipe.global_batch / SAMPLES_PER_S[phase] / ranks,
             finished=functools.partial(self.is_trained, phase),
             ranks=ranks,

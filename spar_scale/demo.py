@@ -27,6 +27,8 @@ from spar_scale.evaluation.report import write_report
 from spar_scale.processes import Step, available_cores, run_steps, threads
 from spar_scale.settings import load
 from spar_scale.spending import Spending, spent
+from spar_scale.training.mlflow_store import load_mlflow
+from spar_scale.training.mlflow_sync import log_artifacts
 
 PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "webdataset", "numpy", "pillow", "pydantic")
 BEFORE_FORKS = ("deepspeed.pipe", "torch._dynamo", "torch._inductor.compile_fx", "spar_scale.stages.align")
@@ -43,7 +45,8 @@ def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
     """
     jobs = jobs or min(2, available_cores())
     chain = Chain(out, size, seed)
-    ranks = jobs if _import_before_forks() == "cpu" else 1
+    mirrored = any(chain.recipe(phase).tracking.mirror for phase in PHASES)
+    ranks = jobs if _import_before_forks(mirrored) == "cpu" else 1
     steps, whole = steps_of(chain, size, ranks), Spending(out)
 
     def keep(step: Step | None = None) -> None:
@@ -56,6 +59,8 @@ def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
     run_steps(steps, jobs, ended=keep)
     keep()
     report = write_report(out)
+    if mirrored:
+        log_artifacts(out, [report, out / SCORES, *sorted((out / EVALUATION).glob("*.png"))])
     for name, value in _scores(out).items():
         print(f"{name:42} {value}")
     total, wall = _core_seconds(steps)["core_seconds.total"], clock(spent(out).wall_seconds)
@@ -126,7 +131,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _import_before_forks() -> str:
+def _import_before_forks(mlflow: bool) -> str:
     """Import here what every step needs, once; return the kind of device that steps get, "cpu" or "cuda".
 
     Nothing of it may compute or look at a GPU, which no fork survives.
@@ -139,6 +144,9 @@ def _import_before_forks() -> str:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for module in BEFORE_FORKS:
         importlib.import_module(module)
+    if mlflow:
+        with contextlib.suppress(ImportError):  # of which each run's mirror warns
+            load_mlflow()
     from transformers.utils import logging
 
     logging.disable_progress_bar()

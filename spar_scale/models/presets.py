@@ -57,7 +57,9 @@ TINY = Preset(
         max_positions=128,
         rope_theta=1e4,
     ),
-    conditioning=ConditioningShape(num_queries=16, sampled_states=4, connector_layers=2, max_words=14, connector_copies=False),
+    conditioning=ConditioningShape(
+        num_queries=16, sampled_states=4, connector_layers=2, max_words=14, connector_copies=False
+    ),
     diffusion=DiffusionShape(
         latent_channels=32,
         sample_size=4,
