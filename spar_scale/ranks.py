@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -48,11 +49,20 @@ def run_ranks(work: Callable[[], object], num_ranks: int, tell: Listener) -> Non
         stop([rank.process for rank in ranks], GRACE_S)
 
 
+@dataclass(frozen=True)
+class _Defect:
+    """What is printed of a rank that failed, and whether that may be because another had left it alone."""
+
+    text: str
+    follows: bool = False
+
+
 class _Rank:
     """One rank's process, and what it has said of its failure."""
 
     def __init__(self, work: Callable[[], object], rank: int, num_ranks: int):
-        self.rank, self.failure = rank, None
+        self.rank = rank
+        self.failure: Exception | _Defect | None = None
         self.pipe, pipe = FORK.Pipe()
         self.process: Any = FORK.Process(target=_work, args=(work, rank, num_ranks, os.getpid(), pipe))
         self.process.start()
@@ -76,25 +86,26 @@ class _Rank:
             elif self.rank == 0:
                 tell(*said)
         if code and self.failure is None:
-            self.failure = UserError(killed(code)) if code < 0 else f"rank {self.rank} ended with exit code {code}"
+            left = _Defect(f"rank {self.rank} ended with exit code {code}")
+            self.failure = UserError(killed(code)) if code < 0 else left
         return code is None
 
 
 def _listen(ranks: Sequence[_Rank], tell: Listener) -> None:
     """Wait for all ranks; where one fails, raise what tells most of the cause."""
-    running, failures, until = list(ranks), [], float("inf")
+    running, until = list(ranks), float("inf")
+    defects: list[_Defect] = []
     while running and time.monotonic() < until:
         wait([file for rank in running for file in (rank.pipe, rank.process.sentinel)], timeout=LOOK_S)
         running = [rank for rank in running if rank.listen(tell)]
-        failures = [rank.failure for rank in ranks if rank.failure is not None]
-        for failure in failures:
-            if isinstance(failure, Exception):
-                raise failure
-        if failures:
+        for rank in ranks:
+            if isinstance(rank.failure, Exception):
+                raise rank.failure
+        defects = [rank.failure for rank in ranks if isinstance(rank.failure, _Defect)]
+        if defects:
             until = min(until, time.monotonic() + PATIENCE_S)
-    if failures:
-        # A rank that another has left alone fails by a RuntimeError: the cause is the other's.
-        print(min(failures, key=lambda text: "\nRuntimeError" in text), file=sys.stderr)
+    if defects:
+        print(min(defects, key=lambda defect: defect.follows).text, file=sys.stderr)
         raise SystemExit(1)
 
 
@@ -122,8 +133,8 @@ def _work(work: Callable[[], object], rank: int, num_ranks: int, parent: int, pi
         pipe.send(error)
     except KeyboardInterrupt:
         code = 130
-    except BaseException:
-        pipe.send(f"rank {rank}: {traceback.format_exc()}")
+    except BaseException as error:  # gloo's of a rank that is left alone is a RuntimeError
+        pipe.send(_Defect(f"rank {rank}: {traceback.format_exc()}", isinstance(error, RuntimeError)))
     raise SystemExit(code)
 
 

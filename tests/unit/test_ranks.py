@@ -78,6 +78,12 @@ def test_a_defect_of_any_rank_is_shown_and_not_what_followed_from_it(tmp_path: P
     assert "a: ZeroDivisionError" in said and "RuntimeError" not in said and "SystemExit" not in said
 
 
+def test_a_rank_that_leaves_without_a_word_is_named(tmp_path: Path, capfd):
+    with pytest.raises(SystemExit, match="error: a failed"):
+        run(tmp_path, lambda: os._exit(3 * rank()))
+    assert "a: rank 1 ended with exit code 3" in capfd.readouterr().err
+
+
 def test_a_killed_rank_is_told_with_its_signal(tmp_path: Path):
     def work() -> None:
         meet()
