@@ -1,5 +1,5 @@
-"""The command line: `spar-scale train | data | checkpoint | track | doctor | demo | evaluate | ablate`, and of a
-trained run `generate | edit | routes | reconstruct | ask`.
+"""The command line: `spar-scale train | data | checkpoint | track | doctor | demo | evaluate | report | ablate`, and of
+a trained run `generate | edit | routes | reconstruct | ask`.
 
 Nothing heavy is imported until a command needs it, so `--help` and a refused recipe take a fraction
 of a second where importing torch alone takes one. A refusal (`UserError`) is one message on stderr
@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--size", choices=("demo", "smoke", "full"), default="demo", help="which recipes (default demo)")
     demo.add_argument("--seed", type=_seed, default=0, help="seed of the runs (default 0)")
-    demo.add_argument("--jobs", type=_positive, help="phases side by side (default 2, where there are two cores)")
+    demo.add_argument("--jobs", type=_positive, help="phases side by side, ranks of one on its own (default 2)")
 
     evaluate = _command(commands, "evaluate", _evaluate, "score trained phases on held-out data, each with its control")
     evaluate.add_argument(
