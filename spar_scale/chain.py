@@ -61,6 +61,8 @@ STORED = "encoded"
 TEACHER = "model.pretrained.teacher"  # read where model.alignment is
 Switches = Mapping[str, object]
 NONE: Switches = {}
+COMPARED: tuple[str, int, Switches] = ("tokenizer_encoder", 1, {"model.encoder": "frozen"})
+"""Phase, ranks and switches: what training the vision tower in the tokenizer's last phase is worth."""
 _log = logging.getLogger(__name__)
 
 
@@ -104,13 +106,15 @@ class Chain:
         return _finished(recipe.run_dir, recipe.train.steps)
 
     def steps(self, ranks: int = 1) -> list[Step]:
-        """All phases without switches as steps for `processes.run_steps`; the shards are made by a step `data`.
+        """All phases as steps for `processes.run_steps`; the shards are made by a step `data`.
 
         A step `encoded` stores what the frozen parts of the last phases, which take most of the time, make of
-        the samples. A phase that no other step can run beside is done by so many data-parallel `ranks`.
+        the samples; one more, `COMPARED`, is a phase under a switch, to be compared with the one without. A phase
+        that no other step can run beside is done by so many data-parallel `ranks`.
         """
         steps = [self._step(phase, ranks if self.is_alone(phase) else 1) for phase in PHASES]
-        return [*steps[: PHASES.index(ON_STORED[0])], self._encoding(), *steps[PHASES.index(ON_STORED[0]) :]]
+        first = PHASES.index(ON_STORED[0])
+        return [*steps[:first], self._encoding(), self._step(*COMPARED), *steps[first:]]
 
     def is_alone(self, phase: str) -> bool:
         """Whether every other step comes before this one or after it."""
@@ -134,17 +138,17 @@ class Chain:
         data = recipe.data.model_copy(update={"encoded": os.path.relpath(self.out / STORED, recipe.run_dir)})
         return recipe.model_copy(update={"data": data})
 
-    def _step(self, phase: str, ranks: int) -> Step:
-        recipe = shared_by(self.recipe(phase), ranks)
+    def _step(self, phase: str, ranks: int = 1, switches: Switches = NONE) -> Step:
+        recipe = shared_by(self.recipe(phase, switches), ranks)
         if phase in ON_STORED:
             recipe = self._on_stored(recipe)
         return Step(
-            phase,
+            recipe.run_dir.name,
             recipe.run_dir,
             work=functools.partial(train, recipe),
             after=("data", *self._after(phase)),
             seconds=START_S + recipe.train.steps * recipe.global_batch / SAMPLES_PER_S[phase] / ranks,
-            finished=functools.partial(self.is_trained, phase),
+            finished=functools.partial(self.is_trained, phase, switches),
             ranks=ranks,
         )
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from spar_scale.board import clock
-from spar_scale.chain import PHASES, Chain
+from spar_scale.chain import COMPARED, PHASES, STORED, Chain
 from spar_scale.data.commands import make
 from spar_scale.data.shapes_world import World
 from spar_scale.data.storage import write_atomic
@@ -75,10 +75,12 @@ def steps_of(chain: Chain, size: str, ranks: int = 1) -> list[Step]:
     def is_scored() -> bool:
         return spent(scored).finished and (out / SCORES).exists()
 
+    trained = chain.steps(ranks)
+    after = tuple(step.name for step in trained)
     return [
         Step("data", out / "data", functools.partial(make, world, out / "data"), seconds=1 + samples / SCENES_PER_S),
-        *chain.steps(ranks),
-        Step(EVALUATION, scored, functools.partial(_evaluate, out, size), PHASES, EVALUATION_S, is_scored),
+        *trained,
+        Step(EVALUATION, scored, functools.partial(_evaluate, out, size), after, EVALUATION_S, is_scored),
     ]
 
 
@@ -90,6 +92,7 @@ def command(out: Path, size: str, seed: int) -> str:
 def _account(chain: Chain, size: str, jobs: int, steps: Sequence[Step]) -> dict[str, Any]:
     """What `training.json` says: the command, the machine, the versions, and what each step has cost so far."""
     trained = {phase: chain.recipe(phase).train.steps for phase in PHASES}
+    trained[chain.run_dir(COMPARED[0], COMPARED[2]).name] = trained[COMPARED[0]]
     costs = {step.name: spent(step.folder) for step in steps}
     return {
         "command": command(chain.out, size, chain.seed),
@@ -108,9 +111,9 @@ def _account(chain: Chain, size: str, jobs: int, steps: Sequence[Step]) -> dict[
 
 
 def _core_seconds(steps: Sequence[Step]) -> dict[str, float]:
-    """Core-seconds of everything that training needs, and their sum; scoring and showing it are not in it."""
+    """Core-seconds of each step and of everything that training needs: no score, nothing that is only compared with."""
     costs = {step.name: spent(step.folder).core_seconds for step in steps if step.name != EVALUATION}
-    costs["total"] = round(sum(costs.values()), 2)
+    costs["total"] = round(sum(costs[name] for name in costs if name in ("data", STORED, *PHASES)), 2)
     return {f"core_seconds.{name}": value for name, value in costs.items()}
 
 
