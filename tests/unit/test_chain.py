@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from parallel.errors import UserError
+from spar_scale import demo
 from spar_scale.ablation import ROWS, ablate, acts, table
 from spar_scale.chain import PHASES, Chain, shared_by
 
@@ -42,6 +43,23 @@ def test_a_run_of_one_rank_is_the_run_of_two(chain: Chain):
     recipe.run_dir.mkdir(parents=True)
     shared_by(recipe, 2).save(recipe.run_dir / "recipe.yaml")
     assert not chain.is_trained("align_joint")  # and not refused
+
+
+def test_the_last_phases_read_what_is_stored_before_them_and_what_is_compared_is_counted_apart(chain: Chain):
+    steps = {step.name: step for step in chain.steps()}
+    assert list(steps) == [*PHASES[:-2], "encoded", "tokenizer_encoder,encoder=frozen", *PHASES[-2:]]
+    for name, step in steps.items():
+        assert all(parent == "data" or list(steps).index(parent) < list(steps).index(name) for parent in step.after)
+        recipe = step.work.args[0]
+        assert recipe.data.encoded == ("../encoded" if name in ("encoded", "align_joint", "instruct") else None)
+    assert set(steps["encoded"].after) == {"data", "bootstrap_mllm", "bootstrap_diffusion", "tokenizer_encoder"}
+    assert steps["align_joint"].after[-1] == "encoded"
+    for name in ("encoded", "instruct", "tokenizer_encoder,encoder=frozen"):
+        (chain.out / name).mkdir(parents=True)
+        (chain.out / name / "spent.json").write_text('{"core_seconds": 2.5, "wall_seconds": 2, "finished": true}')
+    costs = demo._core_seconds(list(steps.values()))
+    assert costs["core_seconds.tokenizer_encoder,encoder=frozen"] == 2.5
+    assert costs["core_seconds.total"] == 5.0  # of the two others
 
 
 SWITCHED = {
