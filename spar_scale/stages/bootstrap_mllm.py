@@ -78,7 +78,7 @@ class NamePatches(Layer):
     reads = ("features", "patches")
     writes = ("patch_naming",)
 
-    def __init__(self, head: nn.Linear):
+    def __init__(self, head: nn.Module):
         super().__init__()
         self.head = head
 
@@ -139,6 +139,7 @@ def mllm(recipe: Any) -> Stage:
 def mllm_layers(model: InternVLForConditionalGeneration) -> list[Layer]:
     """Return the model's training forward, from `images` and `tokens` to the terms `patch_naming` and `next_token`."""
     tower, language, config = model.model.vision_tower, model.model.language_model, model.config
+    assert isinstance(model.naming_head, nn.Module)
     return [
         EmbedImages(tower.embeddings, frozen=False),
         *(VisionBlock(block, frozen=False) for block in tower.encoder.layer),
