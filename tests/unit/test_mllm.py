@@ -133,10 +133,9 @@ def test_the_picture_and_every_word_before_an_answer_matter(stage):
 
 def test_naming_patches_by_hand(stage):
     (naming,) = [layer for layer in stage.layers if isinstance(layer, NamePatches)]
-    with torch.no_grad():
-        naming.head.weight.zero_()
-        naming.head.bias.zero_()
-        naming.head.bias[0] = 1.0  # the first of the shapes: ground
+    biases = torch.zeros(sum(NUM_LABELS))
+    biases[0] = 1.0  # the first of the shapes: ground
+    naming.head.load_state_dict({"weight": torch.zeros(len(biases), 128), "bias": biases})
     features = torch.rand(3, 16, 128)
     patches = torch.full((3, 16, 2), UNKNOWN, dtype=torch.uint8)
     patches[0], patches[1] = torch.tensor([0, 3]), torch.tensor([2, 0])
