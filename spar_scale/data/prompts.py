@@ -64,9 +64,10 @@ def encode(text: str) -> list[int]:
 
 
 def decode(tokens: Sequence[int]) -> str:
-    """Return the words of tokens; padding is left out."""
+    """Return the words of tokens; padding is left out, a number behind the words (a vocabulary is padded) is shown."""
     words = tuple(TOKENS)
-    return " ".join(words[token] for token in tokens if token != TOKENS[PAD])
+    said = (words[token] if token < len(words) else f"<{token}>" for token in tokens if token != TOKENS[PAD])
+    return " ".join(said)
 
 
 def opening(image_tokens: int) -> Prompt:

@@ -167,9 +167,9 @@ def test_semantic_distillation_by_hand(stage_of):
     stage, batch = stage_of("encoder"), images_of()
     model, column = model_of(stage), list(stage.terms).index("semantic_distillation")
     assert program_of(stage)(batch)[:, column].tolist() == [0.0, 0.0]
-    before = features(model.vision_tower, model.projector, batch["images"], 0.5)
+    before = features(model.vision_tower, model.projector, batch["images"], model.downsample_ratio)
     disturb(model.vision_tower, model.projector)
-    after = features(model.vision_tower, model.projector, batch["images"], 0.5)
+    after = features(model.vision_tower, model.projector, batch["images"], model.downsample_ratio)
     found = program_of(stage)(batch)[:, column]
     expected = torch.stack([((after[b] - before[b]) ** 2).sum() / (16 * 128) for b in range(2)])
     assert (expected > 1e-4).all()
