@@ -53,6 +53,7 @@ def command(folder: str) -> None:
     from spar_scale import chain, cli
 
     chain.RECIPES = Path(folder) / "recipes"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits none
     said = os.open(Path(folder) / "said", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 2)
     code = cli.main(["demo", "--size", "smoke", "--out", f"{folder}/out", "--seed", "3", "--jobs", "2"])
