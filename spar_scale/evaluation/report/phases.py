@@ -97,7 +97,7 @@ def _table(found: Found, title: str, runs: list[Run], notes: list[str]) -> Table
         for key in sums:
             sums[key] += spent.get(key) or 0
         name = run.name.replace(",", ", ") if run.variant else run.name.replace("_", " ")
-        trains = TRAINS.get((run.stage, run.phase), ABSENT)
+        trains = "as its name says" if run.variant else TRAINS.get((run.stage, run.phase), ABSENT)
         cells = [name, ABSENT if number is None else str(number), *_times(spent), _last(run), trains]
         rows.append([Cell(text) for text in cells])
     if len(rows) > 1:
