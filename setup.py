@@ -31,7 +31,6 @@ setup(
         "safetensors",
     ],
     extras_require={
-        "demo": ["scikit-learn"],
         "dev": ["ruff", "pyright", "pytest", "pytest-timeout"],
     },
 )

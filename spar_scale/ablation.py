@@ -31,7 +31,7 @@ from spar_scale.data.commands import make
 from spar_scale.data.shapes_world import World
 from spar_scale.evaluation.held_out import held_out_terms
 from spar_scale.evaluation.reconstruction import psnr
-from spar_scale.evaluation.scenes import held_out_scenes
+from spar_scale.evaluation.scenes import scenes_of
 from spar_scale.evaluation.understanding import answers_right, held_out_questions, own_features
 from spar_scale.models.autoencoder import encode_images
 from spar_scale.models.tokenizer import UnifiedTokenizer, to_grid
@@ -156,7 +156,7 @@ def _measure_tokenizer(recipe: Any, run_dir: Path, out: Path, samples: int) -> d
     model, preset = trained_model(run_dir)[0], preset_of(recipe)
     assert isinstance(model, UnifiedTokenizer)
     pretrained = {part: (run_dir / where).resolve() for part, where in recipe.model.pretrained.items()}
-    scenes, _ = held_out_scenes(out / "data", samples)
+    scenes = torch.stack([scene.image for scene in scenes_of(out / "data", samples)])
     made = torch.cat([model.reconstruct(part) for part in scenes.split(64)])
     mllm = load_mllm(pretrained["mllm"], preset)
     features, untrained = (

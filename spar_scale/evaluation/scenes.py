@@ -1,4 +1,4 @@
-"""Held-out data of the miniature world, and one photograph: what is measured and shown."""
+"""Held-out data of the miniature world: what is measured and shown."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from torch import Tensor
 
 from parallel.errors import UserError
@@ -19,15 +17,12 @@ from spar_scale.data.storage import expand_shards, read_member
 from spar_scale.data.tar_index import read_index
 from spar_scale.evaluation.reconstruction import to_tensor
 
-PHOTO_WIDTH = 320  # pixels
-
 
 @dataclass(frozen=True)
 class HeldOutScene:
-    """A picture (3, S, S) in [0, 1], one caption of it, and the objects that it shows."""
+    """A picture (3, S, S) in [0, 1], and the objects that it shows."""
 
     image: Tensor
-    caption: str
     objects: tuple[Object, ...]
 
 
@@ -56,7 +51,7 @@ def world_of(folder: Path) -> World:
 def scenes_of(folder: Path, count: int) -> list[HeldOutScene]:
     """The first held-out scenes of a world."""
     return [
-        HeldOutScene(_picture(sample["png"]), sample["txt"].decode(), _objects(sample, "scene"))
+        HeldOutScene(_picture(sample["png"]), _objects(sample, "scene"))
         for sample in _samples(folder / "heldout-*.tar", count)
     ]
 
@@ -73,12 +68,6 @@ def edits_of(folder: Path, count: int) -> list[HeldOutEdit]:
         )
         for sample in _samples(folder / "test-edits-*.tar", count)
     ]
-
-
-def held_out_scenes(folder: Path, count: int) -> tuple[Tensor, list[str]]:
-    """The first held-out scenes of a world: images (n, 3, S, S) in [0, 1] and one caption each."""
-    scenes = scenes_of(folder, count)
-    return torch.stack([scene.image for scene in scenes]), [scene.caption for scene in scenes]
 
 
 def _samples(shards: Path, count: int) -> list[dict[str, bytes]]:
@@ -98,14 +87,3 @@ def _picture(png: bytes) -> Tensor:
 def _objects(sample: dict[str, bytes], name: str) -> tuple[Object, ...]:
     said: dict[str, Any] = json.loads(sample["json"])
     return tuple(Object(**o) for o in said[name]["objects"])
-
-
-def photograph(name: str = "china.jpg") -> Image.Image:
-    """A real photograph that comes with scikit-learn, scaled to PHOTO_WIDTH."""
-    try:
-        from sklearn.datasets import load_sample_image
-    except ImportError:
-        raise UserError("the demo shows a photograph that comes with scikit-learn; install the extra `demo`") from None
-    picture = Image.fromarray(load_sample_image(name))
-    height = round(picture.height * PHOTO_WIDTH / picture.width)
-    return picture.resize((PHOTO_WIDTH, height), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""Pictures of any size through tiles, PSNR and grids."""
+"""Pictures of any size through tiles, and PSNR."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spar_scale.evaluation.reconstruction import grid, image_psnr, psnr
+from spar_scale.evaluation.reconstruction import image_psnr, psnr
 from spar_scale.inference.pipeline import reconstruct_image
 
 
@@ -62,18 +62,3 @@ def test_psnr_by_hand():
     assert values[0] == pytest.approx(20.0, abs=1e-4) and math.isinf(values[1])
     with pytest.raises(ValueError, match="different sizes"):
         image_psnr(picture(3, 3), picture(3, 4))
-
-
-def test_a_grid_shows_every_picture_unchanged_below_its_label():
-    rows = [[picture(8, 8), picture(6, 4)], [picture(5, 9)]]
-    drawn = np.array(grid(rows, ["before", "after"], zoom=2))
-    found = []
-    for row in rows:
-        for image in row:
-            pixels = np.array(image).repeat(2, axis=0).repeat(2, axis=1)
-            windows = np.lib.stride_tricks.sliding_window_view(drawn, pixels.shape)[:, :, 0]
-            found.append(np.argwhere((windows == pixels).all(axis=(2, 3, 4))).tolist())
-    assert [len(places) for places in found] == [1, 1, 1]
-    assert found[0][0][0] == found[1][0][0] < found[2][0][0]
-    with pytest.raises(ValueError, match="2 rows and 1 labels"):
-        grid(rows, ["before"])
