@@ -54,7 +54,7 @@ SAMPLES_PER_S = {
     "align_joint": 70,
     "instruct": 70,
 }
-"""Of the tiny preset on one idle core: where the estimate of the time left starts from."""
+"""Of the tiny preset on one core, roughly: where the estimate of the time left starts from."""
 START_S, ENCODING_S = 3.0, 110.0  # of a phase before its first step; of storing what frozen parts make
 CONNECTOR, ON_STORED = "align_connector", ("align_joint", "instruct")
 STORED = "encoded"
@@ -117,7 +117,7 @@ class Chain:
         return [*steps[:first], self._encoding(), self._step(*COMPARED), *steps[first:]]
 
     def is_alone(self, phase: str) -> bool:
-        """Whether every other step comes before this one or after it."""
+        """Whether every other step that the last phase needs comes before this one or after it."""
         others = {*PHASES, STORED} - {phase}
         return all(phase in self._ancestors(other) or other in self._ancestors(phase) for other in others)
 
@@ -127,7 +127,7 @@ class Chain:
     def _after(self, step: str) -> list[str]:
         """The steps that one starts from."""
         if step == STORED:
-            return [parent for parent in self.parents(ON_STORED[0]) if parent not in ON_STORED and parent != CONNECTOR]
+            return [parent for parent in self.parents(ON_STORED[0]) if parent != CONNECTOR]
         return [*self.parents(step), *([STORED] if step in ON_STORED else [])]
 
     def _encoding(self) -> Step:

@@ -7,8 +7,8 @@ same preset have interchangeable weights.
 vision tower takes patches of 8 pixels, one for each of its 16 tokens: patches of 4 folded 2 x 2 by the
 pixel shuffle, as the published tower does it, gave the tokenizer 0.6 dB more after 200 steps of its
 first phase and cost every phase that reads pictures four times the tokens. Its connector starts from the
-seed: layers copied from a language model of a thousand steps, whose residual stream is thirty times as
-large as what the routing hands over, drew a third of the prompts that new layers drew after 80 steps.
+seed: layers copied from a language model of a thousand steps expect a residual stream some thirty times as
+large as what the routing hands over, and drew less than half of the prompts that new ones drew (80 steps).
 
 `spar_1b` and `spar_3b` are the published parts, number by number, so their weights load by name and
 shape: InternVL3-1B or 2B (an InternViT-300M at 448 pixels, Qwen2.5-0.5B or 1.5B with an untied head),

@@ -2,8 +2,8 @@
 
 Everything trains, on the cross-entropy of the next token where an answer stands (`data/prompts.py`): captions,
 answers, descriptions of what an edit will make. That is what stages 1 to 3 take from InternVL3. Beside it a linear
-head, thrown away afterwards, names the shape and the colour that each image token shows: a vision tower that
-learns from a few words an image alone needs several times the steps.
+head, thrown away afterwards, names the shape and the colour that each image token shows, which tells the vision
+tower more of an image than a few words do.
 
 Slots (B samples, T tokens, N image tokens, W and D widths):
     images (B, 3, S, S) in [0, 1]   tokens (B, T) int64   counts (B, T) uint8, 1 where a token is predicted
