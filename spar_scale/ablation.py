@@ -32,8 +32,9 @@ from spar_scale.data.shapes_world import World
 from spar_scale.evaluation.held_out import held_out_terms
 from spar_scale.evaluation.reconstruction import psnr
 from spar_scale.evaluation.scenes import scenes_of
-from spar_scale.evaluation.understanding import answers_right, held_out_questions, own_features
+from spar_scale.evaluation.understanding import answers_right, held_out_questions
 from spar_scale.models.autoencoder import encode_images
+from spar_scale.models.mllm import own_features
 from spar_scale.models.tokenizer import UnifiedTokenizer, to_grid
 from spar_scale.settings import load
 from spar_scale.stages.parts import load_autoencoder, load_mllm, preset_of

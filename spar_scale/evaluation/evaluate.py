@@ -2,7 +2,7 @@
 
 Writes `scores.json` (flat dotted names; what others measured, core_seconds.*, stays) and `evaluation/`:
 `details.json` with a row for each sample, and the pictures. What needs a phase that is not there is left
-out, and a line says so. At full size the miniature takes about a core-minute, most of it drawing.
+out, and a line says so. Most of the time goes into drawing.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from spar_scale.evaluation.generation import draw_and_judge
 from spar_scale.evaluation.held_out import held_out_terms
 from spar_scale.evaluation.judge import shows_looks
 from spar_scale.evaluation.reconstruction import psnr, ssim
+from spar_scale.evaluation.report.sources import root_of
 from spar_scale.evaluation.requests import UNSEEN_KINDS, requests
 from spar_scale.evaluation.scenes import edits_of, scenes_of, world_of
 from spar_scale.evaluation.sections import Scores, Section, mean
-from spar_scale.evaluation.understanding import answers, by_type, held_out_questions, own_features
+from spar_scale.evaluation.understanding import answers, by_type, held_out_questions, right
 from spar_scale.inference.pipeline import reconstruct
 from spar_scale.inference.routes import route
+from spar_scale.models.mllm import own_features
 from spar_scale.models.presets import PRESETS
 from spar_scale.models.shapes import SamplingShape
 from spar_scale.models.unified import SPAR
@@ -109,7 +111,7 @@ def evaluate(root: Path, counts: Counts = Counts()) -> Scores:
 
     Raises UserError where there are no runs or no shards.
     """
-    trained = Trained(root.absolute().parent if (root / "recipe.yaml").is_file() else root, counts)
+    trained = Trained(root_of(root), counts)
     if not any(trained.has(phase) for needed, _ in MEASUREMENTS.values() for phase in needed):
         raise UserError(
             f"{trained.root}: holds no trained run of {MLLM}, {TOKENIZER} or {FINAL}; a directory that"
@@ -153,8 +155,9 @@ def _reconstruction(trained: Trained) -> Measured:
     scores["tokenizer.psnr"] = scores[f"tokenizer.psnr_{TOKENIZER}"]
     scores["tokenizer.ssim"] = float(ssim(made[TOKENIZER], images).mean())
     found = detect(made[TOKENIZER], trained.world.shapes)
-    right = [shows_looks(scene.objects, seen) for scene, seen in zip(scenes, found, strict=True)]
-    scores["t2i.judge_ceiling"] = mean(right)
+    scores["t2i.judge_ceiling"] = mean(
+        [shows_looks(scene.objects, seen) for scene, seen in zip(scenes, found, strict=True)]
+    )
     shown = {"frozen_encoder": FROZEN, "ours": TOKENIZER}
     columns = {name: phase for name, phase in shown.items() if phase in made}
     rows = [
@@ -177,8 +180,7 @@ def _questions(trained: Trained) -> Measured:
     given = {name: answers(mllm.model.language_model, mllm.lm_head, seen, asked) for name, seen in ways.items()}
     scores: Scores = {}
     for name, words in given.items():
-        right = torch.tensor([float(word == q.answer) for word, q in zip(words, asked, strict=True)])
-        shares = by_type(asked, right)
+        shares = by_type(asked, right(words, asked))
         scores[f"vqa.{name}"] = shares.pop("all")
         scores |= {f"vqa.{name}.{kind}": share for kind, share in shares.items()}
     rows = [

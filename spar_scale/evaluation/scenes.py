@@ -52,7 +52,7 @@ def scenes_of(folder: Path, count: int) -> list[HeldOutScene]:
     """The first held-out scenes of a world."""
     return [
         HeldOutScene(_picture(sample["png"]), _objects(sample, "scene"))
-        for sample in _samples(folder / "heldout-*.tar", count)
+        for sample in first_samples(str(folder / "heldout-*.tar"), count)
     ]
 
 
@@ -66,13 +66,14 @@ def edits_of(folder: Path, count: int) -> list[HeldOutEdit]:
             _picture(sample["output.png"]),
             _objects(sample, "output_scene"),
         )
-        for sample in _samples(folder / "test-edits-*.tar", count)
+        for sample in first_samples(str(folder / "test-edits-*.tar"), count)
     ]
 
 
-def _samples(shards: Path, count: int) -> list[dict[str, bytes]]:
+def first_samples(shards: str, count: int) -> list[dict[str, bytes]]:
+    """The first samples of shards: name of a member -> its bytes."""
     samples: list[dict[str, bytes]] = []
-    for shard in expand_shards(str(shards)):
+    for shard in expand_shards(shards):
         index = read_index(shard)
         for number in range(min(len(index), count - len(samples))):
             members = index.members(number)

@@ -13,16 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import InternVLForConditionalGeneration
 
 from spar_scale.data.images import decode, square
 from spar_scale.data.order import draw_generator
 from spar_scale.data.prompts import IMAGE, TOKENS, answering_prompt
-from spar_scale.data.storage import expand_shards, read_member
-from spar_scale.data.tar_index import read_index
+from spar_scale.evaluation.scenes import first_samples
 from spar_scale.inference.drawing import padded
 from spar_scale.models.mllm import merge
-from spar_scale.models.vision import features
 
 
 @dataclass(frozen=True)
@@ -38,24 +35,15 @@ class VisualQuestion:
 def held_out_questions(shards: str, count: int, size: int) -> list[VisualQuestion]:
     """The first `count` scenes of the shards with one question each; types are equally likely for a scene."""
     asked: list[VisualQuestion] = []
-    for shard in expand_shards(shards):
-        index = read_index(shard)
-        for member in range(min(len(index), count - len(asked))):
-            table, draws = index.members(member), draw_generator(0, "visual questions", len(asked))
-            said = json.loads(read_member(shard, *table["json"]))["questions"]
-            types = sorted({entry["type"] for entry in said})
-            wanted = types[int(draws.integers(len(types)))]
-            of_type = [entry for entry in said if entry["type"] == wanted]
-            chosen = of_type[int(draws.integers(len(of_type)))]
-            pixels = square(decode(read_member(shard, *table["png"])), size, along=0.5, mirrored=False)
-            asked.append(VisualQuestion(torch.from_numpy(pixels), wanted, chosen["question"], chosen["answer"]))
+    for sample in first_samples(shards, count):
+        draws, said = draw_generator(0, "visual questions", len(asked)), json.loads(sample["json"])["questions"]
+        types = sorted({entry["type"] for entry in said})
+        wanted = types[int(draws.integers(len(types)))]
+        of_type = [entry for entry in said if entry["type"] == wanted]
+        chosen = of_type[int(draws.integers(len(of_type)))]
+        pixels = square(decode(sample["png"]), size, along=0.5, mirrored=False)
+        asked.append(VisualQuestion(torch.from_numpy(pixels), wanted, chosen["question"], chosen["answer"]))
     return asked
-
-
-def own_features(mllm: InternVLForConditionalGeneration) -> Callable[[Tensor], Tensor]:
-    """Images (B, 3, S, S) in [0, 1] to features by a language model's own vision tower and projector."""
-    tower, projector = mllm.model.vision_tower, mllm.model.multi_modal_projector
-    return lambda images: features(tower, projector, images, mllm.config.downsample_ratio)
 
 
 def answers_right(
@@ -66,7 +54,11 @@ def answers_right(
     batch: int = 100,
 ) -> Tensor:
     """Return for each question whether it is answered right, (n,) fp32; the parameters are those of `answers`."""
-    given = answers(language_model, head, encode, questions, batch)
+    return right(answers(language_model, head, encode, questions, batch), questions)
+
+
+def right(given: Sequence[str], questions: Sequence[VisualQuestion]) -> Tensor:
+    """Return for each question whether it was given its answer, (n,) fp32."""
     return torch.tensor([float(word == asked.answer) for word, asked in zip(given, questions, strict=True)])
 
 

@@ -12,11 +12,10 @@ from transformers import InternVLForConditionalGeneration, Qwen2Model
 
 from spar_scale.data.prompts import EOS, IMAGE, TOKENS, answering_prompt, decode, encode
 from spar_scale.evaluation.reconstruction import to_tensor
-from spar_scale.evaluation.understanding import own_features
 from spar_scale.inference.pictures import open_image
 from spar_scale.inference.runs import fit_recipe, load_run
 from spar_scale.inference.words import check_length, spaced
-from spar_scale.models.mllm import greedy, merge
+from spar_scale.models.mllm import greedy, merge, own_features
 from spar_scale.models.tokenizer import UnifiedTokenizer
 from spar_scale.models.unified import SPAR
 from spar_scale.stages.parts import preset_of

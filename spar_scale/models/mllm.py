@@ -14,6 +14,7 @@ mix samples with and without an image.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config, Qwen2Model
 
 from spar_scale.models.presets import Preset
-from spar_scale.models.vision import vision_config
+from spar_scale.models.vision import features, vision_config
 from spar_scale.ops.transformers_attention import IMPLEMENTATION
 
 
@@ -53,6 +54,12 @@ def mllm_config(preset: Preset) -> InternVLConfig:
     config.image_token_id = shape.image_token_id
     config.image_seq_length = preset.vision.grid**2
     return config
+
+
+def own_features(mllm: InternVLForConditionalGeneration) -> Callable[[Tensor], Tensor]:
+    """Images (B, 3, S, S) in [0, 1] to features (B, N, D) by the model's own vision tower and projector."""
+    tower, projector = mllm.model.vision_tower, mllm.model.multi_modal_projector
+    return lambda images: features(tower, projector, images, mllm.config.downsample_ratio)
 
 
 def merge(embedded: Tensor, features: Tensor, is_image: Tensor) -> Tensor:

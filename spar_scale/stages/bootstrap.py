@@ -20,14 +20,14 @@ from spar_scale.models.initialise import initialise
 from spar_scale.objectives.reconstruction import gradient_difference, latent_power, mean_squared_error
 from spar_scale.stages import Export, Stage
 from spar_scale.stages.parts import preset_of, pretrained_directories
-from spar_scale.stages.pixel_decoder import decoder_layers
+from spar_scale.stages.pixel_decoder import PerturbLatent, decoder_layers
 
 
 class EncodePixels(Layer):
-    """`images` (B, 3, S, S) to `clean_latent` (B, C, S / f, S / f)."""
+    """`images` (B, 3, S, S) to `latent` (B, C, S / f, S / f)."""
 
     reads = ("images",)
-    writes = ("clean_latent",)
+    writes = ("latent",)
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -35,23 +35,18 @@ class EncodePixels(Layer):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Encode."""
-        return {"clean_latent": encode_images(self.encoder, images)}
+        return {"latent": encode_images(self.encoder, images)}
 
 
-class AddLatentNoise(Layer):
-    """`clean_latent` + level * `latent_noise` to `latent`; writes the term `latent_power` (B,)."""
+class LatentPower(Layer):
+    """The term `latent_power` (B,) of `latent`."""
 
-    reads = ("clean_latent", "latent_noise")
-    writes = ("latent", "latent_power")
+    reads = ("latent",)
+    writes = ("latent_power",)
 
-    def __init__(self, level: float):
-        super().__init__()
-        self.level = level
-
-    def forward(self, clean_latent: Tensor, latent_noise: Tensor) -> dict[str, Tensor]:
-        """Add the noise that the sample carries."""
-        noisy = clean_latent + self.level * latent_noise.to(clean_latent.dtype)
-        return {"latent": noisy, "latent_power": latent_power(clean_latent)}
+    def forward(self, latent: Tensor) -> dict[str, Tensor]:
+        """Measure what the encoder wrote."""
+        return {"latent_power": latent_power(latent)}
 
 
 class ReconstructionLoss(Layer):
@@ -83,7 +78,8 @@ def autoencoder(recipe: Any) -> Stage:
         model=model,
         layers=[
             EncodePixels(model.encoder),
-            AddLatentNoise(objective.latent_noise),
+            LatentPower(),
+            PerturbLatent(objective.latent_noise),
             *decoder_layers(model.decoder, preset.image_size),
             ReconstructionLoss(),
         ],

@@ -1,4 +1,4 @@
-"""The pixel decoder (AutoencoderDC's) as layers: one per block of one resolution.
+"""The pixel decoder (AutoencoderDC's) as layers: one per block of one resolution; and the noise before it.
 
 The last layer brings the image to the size of its target, so that a loss compares equal shapes.
 """
@@ -10,6 +10,21 @@ from torch import Tensor, nn
 
 from parallel.program import Layer
 from spar_scale.models.autoencoder import decoder_in, decoder_out, resize, to_images
+
+
+class PerturbLatent(Layer):
+    """`latent` + level * `latent_noise`: what the decoder reads while it trains."""
+
+    reads = ("latent", "latent_noise")
+    writes = ("latent",)
+
+    def __init__(self, level: float):
+        super().__init__()
+        self.level = level
+
+    def forward(self, latent: Tensor, latent_noise: Tensor) -> dict[str, Tensor]:
+        """Add the noise that the sample carries."""
+        return {"latent": latent + self.level * latent_noise.to(latent.dtype)}
 
 
 class DecoderBlock(Layer):

@@ -45,11 +45,10 @@ from spar_scale.stages.parts import (
     preset_of,
     pretrained_directories,
 )
-from spar_scale.stages.pixel_decoder import decoder_layers
+from spar_scale.stages.pixel_decoder import PerturbLatent, decoder_layers
 from spar_scale.stages.tokenizer_files import save_tokenizer
 from spar_scale.stages.tokenizer_layers import (
     InitialFeatures,
-    PerturbLatent,
     PixelAlignment,
     PixelTeacher,
     SemanticDistillation,

@@ -195,21 +195,6 @@ class OneLatent(Layer):
         return {"latent": to_grid(tokens)}
 
 
-class PerturbLatent(Layer):
-    """`latent` + level * `latent_noise`: what the decoder reads while it trains."""
-
-    reads = ("latent", "latent_noise")
-    writes = ("latent",)
-
-    def __init__(self, level: float):
-        super().__init__()
-        self.level = level
-
-    def forward(self, latent: Tensor, latent_noise: Tensor) -> dict[str, Tensor]:
-        """Add the noise that the sample carries."""
-        return {"latent": latent + self.level * latent_noise.to(latent.dtype)}
-
-
 def encoder_layers(model: UnifiedTokenizer, frozen: bool) -> list[Layer]:
     """Return the way from `images` to `features`."""
     tower = model.vision_tower

@@ -167,6 +167,10 @@ def test_everything_is_measured_and_written(root, monkeypatch, capsys):
 
 def test_phases_that_are_not_there_are_left_out_and_named(root, tmp_path, caplog):
     (tmp_path / "data").symlink_to(root / "data")
+    with pytest.raises(UserError, match="holds no run directory"):
+        evaluate.evaluate(tmp_path)
+    (tmp_path / "align_connector").mkdir(parents=True)
+    (tmp_path / "align_connector" / "recipe.yaml").touch()
     with pytest.raises(UserError, match="holds no trained run of bootstrap_mllm, tokenizer_encoder or instruct"):
         evaluate.evaluate(tmp_path)
     shutil.copytree(root / "tokenizer_encoder", tmp_path / "tokenizer_encoder")

@@ -27,7 +27,8 @@ def learn(rank: int, world: int, folder: str) -> dict[str, Any]:
     from spar_scale.data.shapes_world import World
     from spar_scale.data.shards import make_world
     from spar_scale.evaluation.held_out import difference, held_out_terms
-    from spar_scale.evaluation.understanding import answers_right, held_out_questions, own_features
+    from spar_scale.evaluation.understanding import answers_right, held_out_questions
+    from spar_scale.models.mllm import own_features
     from spar_scale.training.export import trained_model
 
     root = Path(folder)
