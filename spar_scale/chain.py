@@ -3,15 +3,14 @@
 Which phase starts from which stands in the recipes (`init_from`, `model.pretrained`), so asking for one
 phase trains whatever it needs. Switches (dotted key -> value) reach the phases that read them; a run
 directory is named after the switches that had an effect on it, so two studies share what they have in
-common, and a run that is there and finished is not trained again. `train` runs them one after another in this
-process; `steps` hands them out to be run side by side.
+common, and a run that is there and finished is not trained again. `steps` and `needed` hand the phases out to be
+run side by side (`processes.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,11 @@ from pathlib import Path, PurePath
 
 from parallel import checkpoint
 from parallel.errors import UserError
+from spar_scale.data.commands import make
+from spar_scale.data.shapes_world import World
 from spar_scale.processes import Step
 from spar_scale.recipe import Recipe, load_recipe
 from spar_scale.rules import reads
-from spar_scale.spending import Spending
 from spar_scale.training.encode import encode
 from spar_scale.training.run_directory import refuse_another
 from spar_scale.training.trainer import train
@@ -55,21 +55,22 @@ SAMPLES_PER_S = {
     "instruct": 70,
 }
 """Of the tiny preset on one core, roughly: where the estimate of the time left starts from."""
+SCENES_PER_S = 1500
 START_S, ENCODING_S = 3.0, 110.0  # of a phase before its first step; of storing what frozen parts make
 CONNECTOR, ON_STORED = "align_connector", ("align_joint", "instruct")
 STORED = "encoded"
-TEACHER = "model.pretrained.teacher"  # read where model.alignment is
+TEACHER, ENCODER_RATE = "model.pretrained.teacher", "optimizer.groups.encoder"
+_READ_AS = {TEACHER: "model.alignment", ENCODER_RATE: "model.encoder"}  # read where that key is
 Switches = Mapping[str, object]
 NONE: Switches = {}
 COMPARED: tuple[str, int, Switches] = ("tokenizer_encoder", 1, {"model.encoder": "frozen"})
 """Phase, ranks and switches: what training the vision tower in the tokenizer's last phase is worth."""
-_log = logging.getLogger(__name__)
 
 
 class Chain:
     """The phases of one size and seed, under `out`; shards are read from `out/data`.
 
-    Stage 0 is the same for all seeds where `shared` names another directory for it. `overrides`
+    Stage 0 is the same for all seeds where `shared` names a directory above for it. `overrides`
     (`a.b=c`) are laid over the recipes of the later stages. Raises UserError for a size without recipes.
     """
 
@@ -81,23 +82,6 @@ class Chain:
             raise UserError(f"--size {size}: {self.folder} does not exist; {rule}")
         self.out, self.seed, self.shared = out, seed, shared or out
         self.overrides = tuple(overrides)
-        self._trained: set[Path] = set()
-
-    def train(self, phase: str, switches: Switches = NONE) -> Path:
-        """Train a phase under switches, and before it what it starts from; return its run directory."""
-        run_dir = self.run_dir(phase, switches)
-        if run_dir in self._trained:
-            return run_dir
-        for parent in self.parents(phase):
-            self.train(parent, switches)
-        if self.is_trained(phase, switches):
-            _log.info("%s is trained already", run_dir)
-        else:
-            spending = Spending(run_dir)
-            train(self.recipe(phase, switches))
-            spending.record(finished=True)
-        self._trained.add(run_dir)
-        return run_dir
 
     def is_trained(self, phase: str, switches: Switches = NONE) -> bool:
         """Whether the run of a phase is there and finished; one of another recipe is refused."""
@@ -138,19 +122,29 @@ class Chain:
         data = recipe.data.model_copy(update={"encoded": os.path.relpath(self.out / STORED, recipe.run_dir)})
         return recipe.model_copy(update={"data": data})
 
-    def _step(self, phase: str, ranks: int = 1, switches: Switches = NONE) -> Step:
+    def needed(self, phase: str, switches: Switches = NONE) -> list[Step]:
+        """A phase under switches as the last step, before it all that it starts from; nothing is stored for it."""
+        before = {step.name: step for parent in self.parents(phase) for step in self.needed(parent, switches)}
+        return [*before.values(), self._step(phase, switches=switches, stored=False)]
+
+    def _step(self, phase: str, ranks: int = 1, switches: Switches = NONE, stored: bool = True) -> Step:
         recipe = shared_by(self.recipe(phase, switches), ranks)
-        if phase in ON_STORED:
+        after = ["data", *(self._name(parent, switches) for parent in self.parents(phase))]
+        if stored and phase in ON_STORED:
             recipe = self._on_stored(recipe)
+            after.append(STORED)
         return Step(
-            recipe.run_dir.name,
+            self._name(phase, switches),
             recipe.run_dir,
             work=functools.partial(train, recipe),
-            after=("data", *self._after(phase)),
+            after=tuple(after),
             seconds=START_S + recipe.train.steps * recipe.global_batch / SAMPLES_PER_S[phase] / ranks,
             finished=functools.partial(self.is_trained, phase, switches),
             ranks=ranks,
         )
+
+    def _name(self, phase: str, switches: Switches) -> str:
+        return str(self.run_dir(phase, switches).relative_to(self.shared))
 
     def run_dir(self, phase: str, switches: Switches = NONE) -> Path:
         """The run directory of a phase under switches."""
@@ -205,6 +199,12 @@ def shared_by(recipe: Recipe, ranks: int) -> Recipe:
     return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"micro_batch": micro_batch})})
 
 
+def data_step(world: World, out: Path) -> Step:
+    """The step `data`: a world's shards in `out/data`."""
+    samples = world.scenes + world.heldout + world.edits
+    return Step("data", out / "data", functools.partial(make, world, out / "data"), seconds=1 + samples / SCENES_PER_S)
+
+
 @functools.cache
 def _load(path: Path) -> Recipe:
     return load_recipe(path)
@@ -215,9 +215,7 @@ def _own(recipe: Recipe, switches: Switches) -> set[tuple[str, object]]:
     if recipe.stage == "bootstrap":
         return set()
     return {
-        (key, value)
-        for key, value in switches.items()
-        if reads("model.alignment" if key == TEACHER else key, recipe.stage, recipe.phase)
+        (key, value) for key, value in switches.items() if reads(_READ_AS.get(key, key), recipe.stage, recipe.phase)
     }
 
 

@@ -122,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     ablate.add_argument(
         "--row", action="append", dest="rows", help="only this row and what it is compared with (may be repeated)"
     )
+    ablate.add_argument("--jobs", type=_positive, help="runs side by side (default 2; 1 where there is one core)")
     _overrides(ablate)
 
     report = _command(commands, "report", _report, "write the report of a trained chain, one HTML file")
@@ -252,7 +253,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _ablate(arguments: argparse.Namespace) -> int:
     from spar_scale.ablation import ablate
 
-    return _say(ablate(arguments.out, arguments.size, range(arguments.seeds), arguments.rows, arguments.overrides))
+    seeds = range(arguments.seeds)
+    return _say(ablate(arguments.out, arguments.size, seeds, arguments.rows, arguments.overrides, arguments.jobs))
 
 
 def _report(arguments: argparse.Namespace) -> int:

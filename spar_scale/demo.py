@@ -8,31 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import json
-import os
 import platform
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from spar_scale.board import clock
-from spar_scale.chain import COMPARED, PHASES, STORED, Chain
-from spar_scale.data.commands import make
+from spar_scale.chain import COMPARED, PHASES, STORED, Chain, data_step
 from spar_scale.data.shapes_world import World
 from spar_scale.data.storage import write_atomic
 from spar_scale.evaluation.report import write_report
-from spar_scale.processes import Step, available_cores, run_steps, threads
+from spar_scale.processes import Step, available_cores, import_before_forks, run_steps, threads
 from spar_scale.settings import load
 from spar_scale.spending import Spending, spent
-from spar_scale.training.mlflow_store import load_mlflow
 from spar_scale.training.mlflow_sync import log_artifacts
 
 PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "webdataset", "numpy", "pillow", "pydantic")
-BEFORE_FORKS = ("deepspeed.pipe", "torch._dynamo", "torch._inductor.compile_fx", "spar_scale.stages.align")
-SCENES_PER_S, EVALUATION_S = 1500, 60.0  # estimates
+EVALUATION_S = 60.0  # an estimate
 EVALUATION, TRAINING, SCORES = "evaluation", "training.json", "scores.json"
 
 
@@ -46,7 +42,7 @@ def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
     jobs = jobs or min(2, available_cores())
     chain = Chain(out, size, seed)
     mirrored = any(chain.recipe(phase).tracking.mirror for phase in PHASES)
-    ranks = jobs if _import_before_forks(mirrored) == "cpu" else 1
+    ranks = jobs if import_before_forks(mirrored) == "cpu" else 1
     steps, whole = steps_of(chain, size, ranks), Spending(out)
 
     def keep(step: Step | None = None) -> None:
@@ -70,7 +66,7 @@ def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
 def steps_of(chain: Chain, size: str, ranks: int = 1) -> list[Step]:
     """Everything that the demo does, in an order in which it may be done; `ranks` are those of a phase on its own."""
     out, world = chain.out, load(chain.folder / "world.yaml", World)
-    samples, scored = world.scenes + world.heldout + world.edits, out / "evaluation"
+    scored = out / "evaluation"
 
     def is_scored() -> bool:
         return spent(scored).finished and (out / SCORES).exists()
@@ -78,7 +74,7 @@ def steps_of(chain: Chain, size: str, ranks: int = 1) -> list[Step]:
     trained = chain.steps(ranks)
     after = tuple(step.name for step in trained)
     return [
-        Step("data", out / "data", functools.partial(make, world, out / "data"), seconds=1 + samples / SCENES_PER_S),
+        data_step(world, out),
         *trained,
         Step(EVALUATION, scored, functools.partial(_evaluate, out, size), after, EVALUATION_S, is_scored),
     ]
@@ -93,7 +89,6 @@ def _account(chain: Chain, size: str, jobs: int, steps: Sequence[Step]) -> dict[
     """What `training.json` says: the command, the machine, the versions, and what each step has cost so far."""
     trained = {phase: chain.recipe(phase).train.steps for phase in PHASES}
     trained[chain.run_dir(COMPARED[0], COMPARED[2]).name] = trained[COMPARED[0]]
-    costs = {step.name: spent(step.folder) for step in steps}
     return {
         "command": command(chain.out, size, chain.seed),
         "size": size,
@@ -104,8 +99,8 @@ def _account(chain: Chain, size: str, jobs: int, steps: Sequence[Step]) -> dict[
         "versions": {"python": platform.python_version(), **_versions()},
         "wall_seconds": spent(chain.out).wall_seconds,
         "phases": {
-            name: {"steps": trained.get(name, 0), "core_seconds": cost.core_seconds, "wall_seconds": cost.wall_seconds}
-            for name, cost in costs.items()
+            step.name: {"steps": trained.get(step.name, 0), "ranks": step.ranks, **asdict(spent(step.folder))}
+            for step in steps
         },
     }
 
@@ -132,28 +127,6 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def _import_before_forks(mlflow: bool) -> str:
-    """Import here what every step needs, once; return the kind of device that steps get, "cpu" or "cuda".
-
-    Nothing of it may compute or look at a GPU, which no fork survives.
-    """
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    from parallel.launch import device_type
-
-    device = device_type()
-    if device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for module in BEFORE_FORKS:
-        importlib.import_module(module)
-    if mlflow:
-        with contextlib.suppress(ImportError):  # of which each run's mirror warns
-            load_mlflow()
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return device
 
 
 def _evaluate(root: Path, size: str) -> None:

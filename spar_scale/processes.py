@@ -10,6 +10,8 @@ nothing itself. What a step prints is shown line by line under its name, what it
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import sys
 import time
@@ -27,8 +29,10 @@ from spar_scale.board import Board, clock
 from spar_scale.children import FORK, killed, listen_to_parent_alone, stop, undisturbed
 from spar_scale.ranks import run_ranks
 from spar_scale.spending import Spending, spent, unfinish
+from spar_scale.training.mlflow_store import load_mlflow
 from spar_scale.training.progress import told_to
 
+BEFORE_FORKS = ("deepspeed.pipe", "torch._dynamo", "torch._inductor.compile_fx", "spar_scale.stages.align")
 GRACE_S = 10.0  # for a step that is told to stop: the end of what it computes
 LOOK_S = 0.5  # between two looks at the clock
 BELIEF_S = 30.0  # how many measured seconds weigh as much as what was estimated
@@ -104,6 +108,28 @@ def threads(jobs: int) -> int:
 def available_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def import_before_forks(mlflow: bool) -> str:
+    """Import here what every step needs, once; return the kind of device that steps get, "cpu" or "cuda".
+
+    Nothing of it may compute or look at a GPU, which no fork survives.
+    """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    from parallel.launch import device_type
+
+    device = device_type()
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for module in BEFORE_FORKS:
+        importlib.import_module(module)
+    if mlflow:
+        with contextlib.suppress(ImportError):  # of which each run's mirror warns
+            load_mlflow()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return device
 
 
 class Forecast:

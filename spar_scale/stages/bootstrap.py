@@ -8,9 +8,9 @@ a penalty above unit power keeps the encoder from outgrowing the noise.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC, ResBlock
 from torch import Tensor, nn
 
 from parallel.program import Layer
@@ -73,6 +73,7 @@ def autoencoder(recipe: Any) -> Stage:
     preset, objective = preset_of(recipe), recipe.objective
     model = build_autoencoder(preset)
     initialise(model, recipe.seed)
+    _begin_with_shortcuts(model)
     side = preset.image_size // preset.autoencoder.compression
     return Stage(
         model=model,
@@ -97,6 +98,17 @@ def autoencoder(recipe: Any) -> Stage:
         ),
         export=Export(save_autoencoder, calibrated=True),
     )
+
+
+def _begin_with_shortcuts(model: nn.Module) -> None:
+    """Start each residual branch, which ends in a norm, at zero.
+
+    A branch of size one from the first step on fills every direction of the latent with what the seed drew;
+    a diffusion transformer then learns slower (variance in the first 85 directions of 512 instead of 33).
+    """
+    for module in model.modules():
+        if isinstance(module, ResBlock):
+            nn.init.zeros_(cast(Tensor, module.norm.weight))
 
 
 def save_autoencoder(model: nn.Module, directory: Path, images: Tensor | None = None) -> None:

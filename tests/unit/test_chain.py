@@ -8,7 +8,7 @@ import pytest
 
 from parallel.errors import UserError
 from spar_scale import demo
-from spar_scale.ablation import ROWS, ablate, acts, table
+from spar_scale.ablation import CURVE, ROWS, ablate, acts, curve, table, verdict
 from spar_scale.chain import PHASES, Chain, shared_by
 
 
@@ -45,7 +45,8 @@ def test_a_run_of_one_rank_is_the_run_of_two(chain: Chain):
     assert not chain.is_trained("align_joint")  # and not refused
 
 
-def test_the_last_phases_read_what_is_stored_before_them_and_what_is_compared_is_counted_apart(chain: Chain):
+def test_the_last_phases_read_what_is_stored_before_them_and_what_is_compared_is_counted_apart(tmp_path: Path):
+    chain = Chain(tmp_path, "smoke", 3)
     steps = {step.name: step for step in chain.steps()}
     assert list(steps) == [*PHASES[:-2], "encoded", "tokenizer_encoder,encoder=frozen", *PHASES[-2:]]
     for name, step in steps.items():
@@ -131,9 +132,46 @@ def test_the_table_compares_each_row_with_the_full_system_of_its_own_phase():
         "without L_align": {"flow": [0.50, 0.512], "gap": [0.1, 0.12]},
     }
     lines = table(values).splitlines()[2:]
-    assert lines[0] == "| frozen encoder | psnr | 30.1000 | 28.2000 | -1.9000 | 0.2000 | acts |"
-    assert lines[1] == "| without L_align | flow | 0.5050 | 0.5060 | +0.0010 | 0.0100 | no effect |"
-    assert lines[2].endswith("| -0.0900 | 0.0000 | acts |")
+    assert lines[0] == "| frozen encoder | psnr | 30.1000 | 28.2000 | -1.9000 | 0.2000 | lower | reproduced |"
+    assert lines[1] == "| without L_align | flow | 0.5050 | 0.5060 | +0.0010 | 0.0100 | higher | no effect |"
+    assert lines[2].endswith("| -0.0900 | 0.0000 | lower | reproduced |")
+
+
+def test_what_acts_is_held_against_the_direction_of_the_paper():
+    assert verdict([30.0, 30.2], [28.0, 28.4], paper=-1) == "reproduced"
+    assert verdict([30.0, 30.2], [28.0, 28.4], paper=1) == "opposite"
+    assert verdict([30.0, 30.2], [28.0, 28.4], paper=0) == "acts"
+    assert verdict([30.0, 30.2], [30.1, 30.1], paper=-1) == "no effect"
+    assert verdict([30.0], [28.0], paper=-1) == "one seed"
+
+
+def test_the_curve_is_made_of_whole_rows_alone():
+    values = {name: {"psnr": [29.0, 29.5], "vqa": [0.8, 0.81]} for name in CURVE.values()}
+    values["without L_s"]["psnr"] = [30.0, 30.2]
+    assert "| 0 | 0.1 | 30.10 | 0.20 | 0.805 | 0.010 |" in curve(values).splitlines()
+    assert curve({name: values[name] for name in list(values)[1:]}) == ""
+
+
+def test_the_points_of_the_curve_turn_its_two_switches(chain: Chain):
+    for (weight, rate), name in CURVE.items():
+        recipe = chain.recipe("tokenizer_encoder", ROWS[name].switches)
+        held = recipe.objective.semantic_distillation_weight if recipe.model.semantic_distillation else 0.0
+        assert (held, recipe.optimizer.groups["encoder"]) == (weight, rate), name
+
+
+def test_rows_share_the_runs_that_their_switches_do_not_reach(chain: Chain):
+    frozen = chain.needed("tokenizer_encoder", ROWS["frozen encoder"].switches)
+    assert [step.name for step in frozen] == [
+        "bootstrap_autoencoder",
+        "bootstrap_mllm",
+        "seed-3/tokenizer_init",
+        "seed-3/tokenizer_decoder",
+        "seed-3/tokenizer_encoder,encoder=frozen",
+    ]
+    assert set(frozen[-1].after) == {"data", "bootstrap_autoencoder", "bootstrap_mllm", "seed-3/tokenizer_decoder"}
+    joint = {step.name: step for step in chain.needed("align_joint", ROWS["routing: uniform"].switches)}
+    assert {"bootstrap_diffusion", "seed-3/tokenizer_encoder", "seed-3/align_connector,routing=uniform"} <= set(joint)
+    assert joint["seed-3/align_joint,routing=uniform"].work.args[0].data.encoded is None
 
 
 def test_an_unknown_row_is_refused_with_the_nearest(tmp_path: Path):
@@ -147,4 +185,4 @@ def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(tmp_path: Pa
     changed = Chain(tmp_path, "smoke", 0).recipe("bootstrap_autoencoder").model_copy(update={"global_batch": 17})
     changed.save(bootstrap / "recipe.yaml")
     with pytest.raises(UserError, match="bootstrap_autoencoder: holds a run of another recipe; it differs in global_b"):
-        Chain(tmp_path, "smoke", 0).train("bootstrap_autoencoder")
+        Chain(tmp_path, "smoke", 0).is_trained("bootstrap_autoencoder")
