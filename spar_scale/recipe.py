@@ -88,7 +88,7 @@ class OptimizerConfig(Section):
     """Learning rate at the last step."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear rise from 0 to `lr`."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """The way from `lr` down to `min_lr` after the warm-up (`constant` stays at `lr`)."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""

@@ -18,7 +18,7 @@ from spar_scale.stages.tokenizer_files import save_tokenizer
 
 TINY = PRESETS["tiny"]
 STAGE_PARTS = {
-    ("bootstrap", "diffusion"): ("mllm", "pixel_autoencoder"),
+    ("bootstrap", "diffusion"): ("pixel_autoencoder",),
     ("tokenizer", "init"): ("pixel_autoencoder",),
     ("tokenizer", "decoder"): ("pixel_autoencoder",),
     ("tokenizer", "encoder"): ("pixel_autoencoder",),

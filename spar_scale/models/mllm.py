@@ -48,6 +48,7 @@ def mllm_config(preset: Preset) -> InternVLConfig:
         intermediate_size=shape.mlp_width,
         max_position_embeddings=shape.max_positions,
         rope_parameters=rope,
+        initializer_range=shape.initializer_range,
         tie_word_embeddings=False,
     )
     config.tie_word_embeddings = False  # the one that counts; a tied matrix could not stand at both ends of a pipeline

@@ -25,7 +25,7 @@ from spar_scale.models.conditioning import (
     query_layer,
     sequence_keep,
 )
-from spar_scale.models.connector import connector_layer
+from spar_scale.models.connector import Connector, connector_layer
 from spar_scale.models.mllm import merge
 from spar_scale.models.unified import SPAR, keep_references
 
@@ -225,6 +225,14 @@ def prefix_states(model: SPAR) -> tuple[str, ...]:
     return tuple(f"prefix_state_{index}" for index in range(len(model.language_model.layers) + 1))
 
 
+def connector_layers(connector: Connector, num_queries: int) -> list[Layer]:
+    """Return the way of `captions` through a connector; `num_queries` of them stand behind those of `keep`."""
+    return [
+        *(ConnectorLayer(layer, connector.rotary, num_queries) for layer in connector.layers),
+        ProjectCaptions(connector.norm, connector.projection),
+    ]
+
+
 def _begin(model: SPAR, illustrated: bool) -> Layer:
     embedding = model.language_model.embed_tokens
     if illustrated:
@@ -239,10 +247,5 @@ def _language_layers(model: SPAR) -> list[tuple[nn.Module, nn.Module | None]]:
 
 
 def _routed_layers(model: SPAR) -> list[Layer]:
-    routing, connector = model.routing, model.connector
-    num_queries = model.queries.weight.shape[1]
-    return [
-        RouteTokens(routing, routing.sampled, model.image_token_id),
-        *(ConnectorLayer(layer, connector.rotary, num_queries) for layer in connector.layers),
-        ProjectCaptions(connector.norm, connector.projection),
-    ]
+    route = RouteTokens(model.routing, model.routing.sampled, model.image_token_id)
+    return [route, *connector_layers(model.connector, model.queries.weight.shape[1])]

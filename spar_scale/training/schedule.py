@@ -10,12 +10,15 @@ from spar_scale.recipe import OptimizerConfig
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
     """Rate of the update that completes step `step` (1-based) of `steps`, before group multipliers.
 
-    Linear warm-up to `lr` over `warmup_steps`, then the schedule's decay to `min_lr` at the last step.
+    Linear warm-up to `lr` over `warmup_steps`, then the schedule's decay to `min_lr` at the last step; `wsd`
+    (warm-up, stable, decay) begins it halfway.
     """
     if step <= optimizer.warmup_steps:
         return optimizer.lr * step / optimizer.warmup_steps
     progress = (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps)
     if optimizer.schedule == "constant":
         return optimizer.lr
-    share = {"linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[optimizer.schedule]
+    left = 1.0 - progress
+    shares = {"linear": left, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)), "wsd": min(1.0, 2.0 * left)}
+    share = shares[optimizer.schedule]
     return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * share

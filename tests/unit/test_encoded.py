@@ -28,7 +28,7 @@ from spar_scale.recipe import Recipe
 from spar_scale.stages import Stage, build
 from spar_scale.training.encode import encode, made_of_stage, open_encoded
 
-PHASES = ("bootstrap/diffusion", "align/connector", "align/joint")
+PHASES = ("align/connector", "align/joint")
 BROKEN = {"scenes": (3, "png"), "edits": (5, "input.png")}
 
 

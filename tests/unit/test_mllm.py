@@ -89,7 +89,7 @@ def test_the_layers_equal_the_classs_own_forward_in_loss_and_gradients(stage):
     for name, parameter in own.named_parameters():
         assert parameter.grad is not None
         found = stage.model.get_parameter(name).grad
-        floor = 1e-7 + 1e-5 * parameter.grad.abs().max().item()  # the keys' biases have no gradient but rounding
+        floor = 1e-7 + 1e-4 * parameter.grad.abs().max().item()  # the keys' biases have no gradient but rounding
         torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=floor)
         compared += 1
     assert compared == len(list(stage.model.parameters())) - len(list(stage.model.naming_head.parameters()))
@@ -102,7 +102,7 @@ def test_the_layers_logits_equal_the_classs_own(stage):
     terms_of(stage, batch)
     own = published(stage)
     expected = own(input_ids=batch["tokens"], pixel_values=normalise(batch["images"])).logits
-    torch.testing.assert_close(seen["logits"], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen["logits"], expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_samples_loss_depends_on_nothing_but_the_sample(stage):

@@ -29,6 +29,9 @@ from spar_scale.training.tracking import RunLog, ranges, read_lines
         ("linear", 6, 0.2 + 0.8 * 0.75),
         ("linear", 12, 0.2),
         ("constant", 12, 1.0),
+        ("wsd", 8, 1.0),
+        ("wsd", 10, 0.2 + 0.8 * 0.5),
+        ("wsd", 12, 0.2),
     ],
 )
 def test_the_rate_rises_over_the_warm_up_and_falls_by_its_schedule(schedule: str, step: int, rate: float) -> None:
