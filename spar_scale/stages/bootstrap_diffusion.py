@@ -10,9 +10,10 @@ prompt is that of stage 2.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers import Qwen2Config
 
 from parallel.program import Layer
 from spar_scale.models.connector import Connector
@@ -44,7 +45,7 @@ class CaptionedDiffusion(LatentDiffusion):
         self.tokenizer, self.latent_scale = tokenizer, latent_scale
         self.words = Words(preset.language.vocab_size, preset.streams.width)
         layers, channels = preset.conditioning.connector_layers, preset.diffusion.caption_channels
-        self.text_encoder = Connector(mllm_config(preset).text_config, layers, channels)
+        self.text_encoder = Connector(cast(Qwen2Config, mllm_config(preset).text_config), layers, channels)
         self.diffusion, self.latent_shape = Diffusion(preset.diffusion), preset.latent_shape
 
     def condition(self, tokens: Tensor, keep: Tensor, references: Tensor | None = None) -> tuple[Tensor, Tensor]:
