@@ -35,11 +35,16 @@ def listen_to_parent_alone(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    end_with_parent()
+    if sys.platform == "linux" and os.getppid() != parent:
+        raise SystemExit(1)
+
+
+def end_with_parent() -> None:
+    """Be killed when the process that started this one ends, however it ends; on Linux alone."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # prctl's PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() != parent:
-            raise SystemExit(1)
 
 
 def stop(children: Iterable[Any], grace_s: float) -> None:

@@ -14,10 +14,8 @@ would bury its message in a traceback.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import hashlib
 import signal
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from parallel.errors import UserError
+from spar_scale.children import end_with_parent
 from spar_scale.data.encoded import Encoded, EncodedShard
 from spar_scale.data.images import BadSample
 from spar_scale.data.order import PADDING, Blocks, Layout, Order, SourceShape, draw_generator
@@ -281,6 +280,4 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     for name in PARENTS_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # prctl's PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    end_with_parent()

@@ -61,7 +61,7 @@ def questions(scene: Scene, world: World, draws: np.random.Generator) -> list[di
         if scene.kind != "count" and all(o.color != other.color for other in others):
             asked.append(("shape", f"what shape is the {o.color} object ?", o.shape))
         if scene.kind != "count" and o.zone:
-            asked.append(("where", f"where is the {o.color} {o.shape} ?", o.zone))
+            asked.append(("where", f"where is the {o.look} ?", o.zone))
         asked.append(("exist", f"is there {name(o)} ?", "yes"))
         color, shape = _absent(scene, o, world, draws)
         asked.append(("exist", f"is there a {color} {shape} ?", "no"))
@@ -74,7 +74,7 @@ def instruction(edit: Edit, draws: np.random.Generator) -> str:
     if edit.kind == "add":
         return f"add {name(subject)} {place(subject)}"
     alone = [o.shape for o in edit.source.objects].count(subject.shape) == 1
-    the = f"the {subject.shape}" if alone and draws.random() < 0.5 else f"the {subject.color} {subject.shape}"
+    the = f"the {subject.shape}" if alone and draws.random() < 0.5 else f"the {subject.look}"
     if result is None:
         return f"remove {the}"
     return f"make {the} {result.color}" if edit.kind == "color" else f"turn {the} into a {result.shape}"
@@ -82,7 +82,7 @@ def instruction(edit: Edit, draws: np.random.Generator) -> str:
 
 def name(o: Object) -> str:
     """Return the name of an object: "a red circle"."""
-    return f"a {o.color} {o.shape}"
+    return f"a {o.look}"
 
 
 def place(o: Object) -> str:

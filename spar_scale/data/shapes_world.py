@@ -90,6 +90,11 @@ class Object:
     y: float
     zone: str | None
 
+    @property
+    def look(self) -> str:
+        """Colour and shape, as captions say them."""
+        return f"{self.color} {self.shape}"
+
 
 @dataclass(frozen=True)
 class Ground:
@@ -158,7 +163,7 @@ def sample_edit(world: World, purpose: str, number: int) -> Edit:
 
 def is_unseen(world: World, scene: Scene) -> bool:
     """Return whether training never shows what this scene shows: its content, or the look of one of its objects."""
-    looks = [f"{o.color} {o.shape}" for o in scene.objects]
+    looks = [o.look for o in scene.objects]
     if scene.kind == "single":
         return is_unseen_content(world, looks, scene.objects[0].zone or "")
     return is_unseen_content(world, looks)

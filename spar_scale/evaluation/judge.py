@@ -42,7 +42,7 @@ def zone(o: Found, size: int) -> str:
 
 def shows_looks(objects: Sequence[Object], found: Sequence[Found]) -> bool:
     """Return whether the shapes and colours found are those of a scene's objects, wherever they stand."""
-    return sorted(o.look for o in found) == sorted(f"{o.color} {o.shape}" for o in objects)
+    return sorted(o.look for o in found) == sorted(o.look for o in objects)
 
 
 def shows_scene(objects: Sequence[Object], found: Sequence[Found], size: int) -> bool:
@@ -50,7 +50,7 @@ def shows_scene(objects: Sequence[Object], found: Sequence[Found], size: int) ->
     reach = TOLERANCE * size / UNIT_SIZE
     return shows_looks(objects, found) and any(
         all(
-            f.look == f"{o.color} {o.shape}" and max(abs(f.x - o.x), abs(f.y - o.y)) < reach
+            f.look == o.look and max(abs(f.x - o.x), abs(f.y - o.y)) < reach
             for f, o in zip(order, objects, strict=True)
         )
         for order in permutations(found)
