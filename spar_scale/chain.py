@@ -44,19 +44,19 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SIZES = {"demo": "tiny", "smoke": "smoke", "full": "full"}
 """Size -> its folder of recipes."""
 SAMPLES_PER_S = {
-    "bootstrap_autoencoder": 160,
+    "bootstrap_autoencoder": 230,
     "bootstrap_mllm": 80,
-    "bootstrap_diffusion": 100,
-    "tokenizer_init": 145,
-    "tokenizer_decoder": 65,
-    "tokenizer_encoder": 70,
-    "align_connector": 105,
+    "bootstrap_diffusion": 90,
+    "tokenizer_init": 175,
+    "tokenizer_decoder": 150,
+    "tokenizer_encoder": 120,
+    "align_connector": 100,
     "align_joint": 70,
     "instruct": 70,
 }
 """Of the tiny preset on one core, roughly: where the estimate of the time left starts from."""
 SCENES_PER_S = 1500
-START_S, ENCODING_S = 3.0, 110.0  # of a phase before its first step; of storing what frozen parts make
+START_S, ENCODING_S = 3.0, 80.0  # of a phase before its first step; of storing what frozen parts make
 CONNECTOR, ON_STORED = "align_connector", ("align_joint", "instruct")
 STORED = "encoded"
 TEACHER, ENCODER_RATE = "model.pretrained.teacher", "optimizer.groups.encoder"
