@@ -6,7 +6,7 @@
 Its shape follows from the preset: the stem is as wide as the pixel autoencoder's first level, the three
 stages are 1, 2 and 4 times that, and the map has at most 16 logits a side. With the published
 autoencoder (128 channels) on 224 pixels this is the published discriminator: 128, 256, 512 channels,
-28 x 28 positions pooled to 16 x 16. The tiny preset has 16, 32, 64 channels on 4 x 4 logits, where the
+28 x 28 positions pooled to 16 x 16. The tiny preset has 12, 24, 48 channels on 4 x 4 logits, where the
 pool is the identity. Small and always fp32, it stays outside the list of layers.
 """
 

@@ -25,7 +25,7 @@ def widths(model):
 
 def test_logits_of_the_tiny_preset(discriminator):
     assert discriminator(torch.rand(2, 3, 32, 32)).shape == (2, 1, 4, 4)
-    assert widths(discriminator) == [16, 32, 64]
+    assert widths(discriminator) == [12, 24, 48]
 
 
 def test_the_published_size_follows_from_the_published_autoencoder():
