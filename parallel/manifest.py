@@ -10,6 +10,7 @@ and its manifest is sound; it is undamaged if every listed file is. `latest` is 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -117,12 +118,14 @@ def manifest_hash(folder: Path) -> str:
 def protect(folder: Path, by: str) -> None:
     """Note that the run `by` refers to this checkpoint, so that pruning leaves it; raises UserError if it cannot be."""
     read_manifest(folder)
-    names = references(folder)
-    if by not in names:
-        try:
-            write_durably(folder / REFERENCES, json.dumps([*names, by]) + "\n")
-        except OSError as error:
-            raise UserError(f"{folder / REFERENCES}: {error.strerror or error}") from error
+    if by in references(folder):
+        return
+    try:
+        with (folder / MANIFEST).open("r+") as held:  # runs that start together add their names one after another
+            fcntl.flock(held, fcntl.LOCK_EX)
+            write_durably(folder / REFERENCES, json.dumps([*references(folder), by]) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder / REFERENCES}: {error.strerror or error}") from error
 
 
 def references(folder: Path) -> list[str]:

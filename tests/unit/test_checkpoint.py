@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,13 @@ def test_a_malicious_checkpoint_executes_nothing(root: Path, tmp_path: Path, att
 
 
 # -- keeping and protecting -----------------------------------------------------------------------------
+
+
+def test_runs_that_start_together_are_all_noted(root):
+    path, names = _save(root, 1, keep=2), [f"../run-{i}" for i in range(16)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: checkpoint.protect(path, by=name), names))
+    assert sorted(references(path)) == sorted(names)
 
 
 def test_the_newest_n_are_kept_and_a_referenced_one_stays(root: Path) -> None:
