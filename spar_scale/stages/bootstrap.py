@@ -104,7 +104,7 @@ def _begin_with_shortcuts(model: nn.Module) -> None:
     """Start each residual branch, which ends in a norm, at zero.
 
     A branch of size one from the first step on fills every direction of the latent with what the seed drew;
-    a diffusion transformer then learns slower (variance in the first 85 directions of 512 instead of 33).
+    a diffusion transformer then learns slower.
     """
     for module in model.modules():
         if isinstance(module, ResBlock):
