@@ -113,11 +113,15 @@ class Store:
             self.client.log_artifact(self.parent_id, str(file), None if folder == Path() else str(folder))
 
     def log_scores(self, scores: Mapping[str, float]) -> None:
-        """Log numbers as metrics of the parent run, those that it does not have with this value."""
+        """Log numbers as metrics of the parent run, those that it does not have with this value.
+
+        What MLflow allows in no name (the comma and the sign of a run under a switch) becomes an underscore.
+        """
         from mlflow.entities import Metric
 
         there, now = self.client.get_run(self.parent_id).data.metrics, _milliseconds(time.time())
-        new = [Metric(name, float(value), now, 0) for name, value in scores.items() if there.get(name) != float(value)]
+        named = {re.sub(r"[^\w\-. /]", "_", name): float(value) for name, value in scores.items()}
+        new = [Metric(name, value, now, 0) for name, value in named.items() if there.get(name) != value]
         for first in range(0, len(new), BATCH):
             self.client.log_batch(self.parent_id, metrics=new[first : first + BATCH])
         self.client.set_terminated(self.parent_id)

@@ -208,10 +208,10 @@ def test_artifacts_and_scores_belong_to_the_parent(root: Path) -> None:
     (root / "evaluation").mkdir()
     files = [root / "report.html", root / "scores.json", root / "evaluation" / "generation.png"]
     for file in files:
-        file.write_text(json.dumps({"t2i.average": 0.7, "t2i.control": 0.02}))
+        file.write_text(json.dumps({"t2i.average": 0.7, "core_seconds.tokenizer_encoder,encoder=frozen": 44.0}))
     log_artifacts(root, files)
     parent, client = mlflow_run(root, root), client_of(root)
-    assert parent.data.metrics["t2i.average"] == 0.7
+    assert parent.data.metrics == {"t2i.average": 0.7, "core_seconds.tokenizer_encoder_encoder_frozen": 44.0}
     names = [entry.path for entry in client.list_artifacts(parent.info.run_id)]
     assert names == ["evaluation", "report.html", "scores.json"]
     assert [e.path for e in client.list_artifacts(parent.info.run_id, "evaluation")] == ["evaluation/generation.png"]
