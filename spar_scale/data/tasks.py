@@ -113,10 +113,13 @@ def _language(
     The picture is the middle square, never mirrored: the words name its sides.
     """
 
+    def longest(spec: SampleSpec) -> int:
+        return spec.task_tokens[name] + (0 if picture is None else spec.image_tokens)
+
     def fill(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
         said = _said(members)
         prompt = _worded(lambda: make(said, draws("words"), spec.image_tokens))
-        length, limit = len(prompt.tokens), spec.task_tokens[name]
+        length, limit = len(prompt.tokens), longest(spec)
         if length > limit:
             raise BadSample(f"{length} tokens; at most {limit} are read")
         slots = _language_slots(spec, limit)
@@ -130,7 +133,7 @@ def _language(
             arrays["images"] = square(image, spec.image_size, along=0.5, mirrored=False)
         return arrays
 
-    return Task(lambda spec: _language_slots(spec, spec.task_tokens[name]), fill)
+    return Task(lambda spec: _language_slots(spec, longest(spec)), fill)
 
 
 def _worded(make: Callable[[], Value]) -> Value:

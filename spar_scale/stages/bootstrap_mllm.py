@@ -30,8 +30,8 @@ from spar_scale.stages import Export, Stage
 from spar_scale.stages.parts import preset_of, pretrained_directories
 from spar_scale.stages.tokenizer_layers import EmbedImages, ProjectFeatures, VisionBlock
 
-NUM_TOKENS = {"captions": 30, "questions": 56, "edits": 40, "texts": 48}
-"""The longest prompt of each task, with a picture of 16 tokens where it has one."""
+NUM_TOKENS = {"captions": 14, "questions": 40, "edits": 24, "texts": 48}
+"""The longest prompt of each task, without the tokens of its picture."""
 
 
 class EmbedTokens(Layer):

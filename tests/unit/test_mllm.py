@@ -43,7 +43,7 @@ def stage():
     return built
 
 
-def batch_of(size=3, length=NUM_TOKENS["questions"]):
+def batch_of(size=3, length=16 + NUM_TOKENS["questions"]):
     """Prompts about pictures, each with an answer of another length, padded on the right."""
     generator = torch.Generator().manual_seed(0)
     tokens, counts = torch.zeros(size, length, dtype=torch.int64), torch.zeros(size, length, dtype=torch.uint8)
