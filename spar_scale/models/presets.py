@@ -12,6 +12,8 @@ part (left and right: cosine 0.76 after 600 steps). Its connector starts from th
 seed: layers copied from a language model of a thousand steps expect a residual stream some thirty times as
 large as what the routing hands over, and drew less than half of the prompts that new ones drew (80 steps).
 
+`tiny_48` is the same at 48 pixels: 36 tokens and latent positions in place of 16.
+
 `spar_1b` and `spar_3b` are the published parts, number by number, so their weights load by name and
 shape: InternVL3-1B or 2B (an InternViT-300M at 448 pixels, Qwen2.5-0.5B or 1.5B with an untied head),
 the DC-AE f32c32 of SANA, and SANA 0.6B or 1.6B at 512 pixels. In between stand the paper's streams,
@@ -80,6 +82,15 @@ TINY = Preset(
     sampling=SamplingShape(steps=16, guidance=2.5, flow_shift=1.0),
 )
 
+TINY_48 = replace(
+    TINY,
+    name="tiny_48",
+    image_size=48,
+    vision=replace(TINY.vision, image_size=48),
+    conditioning=replace(TINY.conditioning, num_queries=36),
+    diffusion=replace(TINY.diffusion, sample_size=6),
+)
+
 SPAR_1B = Preset(
     name="spar_1b",
     image_size=448,
@@ -132,4 +143,4 @@ SPAR_3B = replace(
     diffusion=replace(SPAR_1B.diffusion, layers=20, heads=70, cross_heads=20, cross_head_width=112),
 )
 
-PRESETS = {preset.name: preset for preset in (TINY, SPAR_1B, SPAR_3B)}
+PRESETS = {preset.name: preset for preset in (TINY, TINY_48, SPAR_1B, SPAR_3B)}
