@@ -16,6 +16,7 @@ setup(
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed==0.19.8",
+        "megatron-core==0.16.1",
         "transformers>=5.17,<6",
         "diffusers>=0.42,<0.44",
         "webdataset>=1.0.2",

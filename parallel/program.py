@@ -117,9 +117,9 @@ def pack(slots: Mapping[str, Tensor], names: Sequence[str]) -> tuple[Tensor, ...
     """
     packed = []
     for name in names:
-        tensor = slots[name]
+        tensor = slots[name].contiguous()  # as gloo sends it
         if tensor.is_floating_point() and not tensor.requires_grad:
-            tensor = tensor.detach().contiguous().view(_AS_INTEGER[tensor.dtype])
+            tensor = tensor.detach().view(_AS_INTEGER[tensor.dtype])
         packed.append(tensor)
     return tuple(packed)
 

@@ -59,6 +59,7 @@ class Topology:
         self.data_rank: int = self.grid.get_data_parallel_rank()
         self.tensor_rank: int = self.grid.get_slice_parallel_rank()
         self.stage: int = self.grid.get_stage_id()
+        self.tensor_group: dist.ProcessGroup = self.grid.get_slice_parallel_group()
         self.files_group = _gloo_group()
         self.agreement_group = _gloo_group()
 

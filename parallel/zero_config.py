@@ -42,6 +42,8 @@ def deepspeed_config(zero: int, data_size: int, settings: EngineSettings, muon: 
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "dump_state": False,
+        # Its pipeline would send a slot in pieces over the tensor ranks, of sizes that it takes from another slot.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "zero_optimization": {
             "stage": zero,
             "contiguous_gradients": True,

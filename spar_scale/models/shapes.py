@@ -153,6 +153,11 @@ class DiffusionShape:
         return self.heads * self.head_width
 
     @property
+    def hidden(self) -> int:
+        """Width inside a feed-forward, of a half of its gated unit."""
+        return int(self.mlp_ratio * self.width)
+
+    @property
     def cross_width(self) -> int:
         """Width of all heads of cross-attention."""
         return self.cross_heads * self.cross_head_width

@@ -20,12 +20,15 @@ from parallel.agreement import first
 from parallel.errors import UserError
 from parallel.launch import Launch, read_environment, start
 from parallel.replica import Replica
+from parallel.tensor import cut
 from parallel.topology import Layout, Topology
 from parallel.zero import Engine, StepRecord, name_parameters
 from parallel.zero_config import EngineSettings
 from spar_scale.data.loader import Loader, Source
 from spar_scale.data.order import micro_steps
+from spar_scale.plans.tensor import PLAN, check_tensor
 from spar_scale.recipe import Recipe
+from spar_scale.stages.parts import preset_of
 from spar_scale.training.attention_choice import attention_of
 from spar_scale.training.encode import frozen_digests, open_encoded
 from spar_scale.training.export import export
@@ -46,9 +49,8 @@ STATE_VERSION = 1
 def train(recipe: Recipe) -> int:
     """Train a recipe to its last step, from its newest whole checkpoint if there is one; 0 when done."""
     layout = Layout(recipe.parallel.tensor, recipe.parallel.pipeline, recipe.parallel.zero)
-    if layout.tensor > 1:
-        raise UserError(f"parallel.tensor: found {layout.tensor}; tensor parallelism is not built yet, must be 1")
     layout.data(read_environment()[1])  # refuse before any process group exists
+    check_tensor(preset_of(recipe), layout.tensor)
     with attention_of(recipe):  # likewise
         launch = start()
         topology = Topology(layout)
@@ -82,10 +84,11 @@ class Trainer:
         self.encoded = open_encoded(recipe, self.stage)
         if self.encoded is not None:
             self.stage = self.stage.encoded()
+        self.frozen = frozen_digests(self.stage.model)
+        cut(self.stage.model, self.stage.layers, PLAN, topology.tensor_group)
         name_parameters(self.stage.model)
         groups = parameter_groups(self.stage, recipe.optimizer)
         self.multipliers = {group["name"]: group.pop("multiplier") for group in groups}
-        self.frozen = frozen_digests(self.stage.model)
         self.micro_steps = micro_steps(
             recipe.global_batch, recipe.data.task_block, recipe.parallel.micro_batch, topology.data_size
         )

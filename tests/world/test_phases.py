@@ -14,18 +14,19 @@ from tiny_runs import LOSS_RELATIVE, NORM_RELATIVE, curve, distance, make_data, 
 
 pytestmark = pytest.mark.timeout(900)
 
-JOINT = [(world, zero, 1) for world in (1, 2, 4) for zero in (1, 2, 3)] + [(2, 1, 2)]
-OTHERS = [(1, 1, 1), (2, 1, 1), (4, 3, 1)]
+JOINT = [(world, zero, 1, 1) for world in (1, 2, 4) for zero in (1, 2, 3)] + [(2, 1, 2, 1)]
+JOINT += [(2, 1, 1, 2), *((4, zero, 1, 2) for zero in (1, 2, 3)), (4, 1, 2, 2)]
+OTHERS = [(1, 1, 1, 1), (2, 1, 1, 1), (4, 3, 1, 1), (4, 1, 2, 2)]
 LAYOUTS = {
     "align/joint": JOINT,
     "instruct/joint": OTHERS,
     "align/connector": OTHERS,
     "bootstrap/diffusion": OTHERS,
-    "bootstrap/mllm": [*OTHERS, (2, 1, 2)],
+    "bootstrap/mllm": [*OTHERS, (2, 1, 2, 1), (4, 3, 1, 2)],
     "bootstrap/autoencoder": OTHERS,
     "tokenizer/decoder": OTHERS,
 }
-"""Phase -> (processes, ZeRO stage, pipeline stages), the first of which the others are compared with."""
+"""Phase -> (processes, ZeRO stage, pipeline stages, tensor ranks), the first of which the others are compared with."""
 CASES = [(phase, layout) for phase, layouts in LAYOUTS.items() for layout in layouts[1:]]
 STEPS = 10
 
@@ -40,8 +41,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_data(folder / "data", edits=64)
     parts = make_parts(folder / "parts", NANO)
 
-    def values(name: str, phase: str, world: int = 1, zero: int = 1, pipeline: int = 1, **changes) -> dict:
-        parallel = {"zero": zero, "pipeline": pipeline, "micro_batch": 2}
+    def values(name: str, phase: str, world: int = 1, zero: int = 1, pipeline: int = 1, tensor: int = 1, **changes):
+        parallel = {"zero": zero, "pipeline": pipeline, "tensor": tensor, "micro_batch": 2}
         every = STEPS // 2 if (phase, world, zero) == ("align/joint", 1, 1) else STEPS  # what `elastic` goes on from
         changes |= {"global_batch": 6, "data__task_block": 3, "checkpoint": {"every": every}}
         return phase_values(folder / name, phase, folder / "data", parts, "nano", parallel=parallel, **changes)
@@ -58,10 +59,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             recipes.append(values("recompute", "align/joint", parallel__recompute="blocks"))
             recipes.append(values("bf16", "align/joint", zero=3, precision="bf16"))
         if world == 2:
-            reference = folder / run_name("align/joint", (1, 1, 1))
+            reference = folder / run_name("align/joint", (1, 1, 1, 1))
             shutil.copytree(reference, folder / "elastic")
             shutil.rmtree(folder / "elastic" / "checkpoints" / f"step-{STEPS:08d}")
             recipes.append(values("elastic", "align/joint", 2, 3))
+        if world == 4:
+            shutil.copytree(folder / "elastic", folder / "elastic-tensor")
+            shutil.rmtree(folder / "elastic-tensor" / "checkpoints" / f"step-{STEPS:08d}")
+            recipes.append(values("elastic-tensor", "align/joint", 4, 1, 2, 2))
         run_world(world, train_all, recipes, initialise=False, timeout_s=600)
     return folder
 
@@ -70,52 +75,54 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_layout_gives_the_curve_of_one_process(runs: Path, phase: str, layout: tuple[int, ...]) -> None:
     reference = curve(runs / run_name(phase, LAYOUTS[phase][0]))
     loss, norm = distance(curve(runs / run_name(phase, layout)), reference)
-    print(f"{phase}, processes {layout[0]}, ZeRO {layout[1]}, pipeline {layout[2]}: loss {loss:.1e}, norm {norm:.1e}")
+    world, zero, pipeline, tensor = layout
+    print(f"{phase}, {world} processes, ZeRO {zero}, pp {pipeline}, tp {tensor}: loss {loss:.1e}, norm {norm:.1e}")
     assert loss <= LOSS_RELATIVE
     assert norm <= NORM_RELATIVE
 
 
 @pytest.mark.parametrize("phase", LAYOUTS)
 def test_every_phase_moves_at_every_step(runs: Path, phase: str) -> None:
-    losses, norms = zip(*curve(runs / run_name(phase, (1, 1, 1))), strict=True)
+    losses, norms = zip(*curve(runs / run_name(phase, (1, 1, 1, 1))), strict=True)
     assert len(losses) == len(set(losses)) == STEPS
     assert min(norms) > 0
 
 
 def test_clipping_was_active_in_the_joint_phase(runs: Path) -> None:
-    assert max(norm for _, norm in curve(runs / run_name("align/joint", (1, 1, 1)))) > 0.5
+    assert max(norm for _, norm in curve(runs / run_name("align/joint", (1, 1, 1, 1)))) > 0.5
 
 
 def test_the_joint_phase_is_bit_equal_when_repeated(runs: Path) -> None:
-    assert curve(runs / "repeat") == curve(runs / run_name("align/joint", (1, 1, 1)))
+    assert curve(runs / "repeat") == curve(runs / run_name("align/joint", (1, 1, 1, 1)))
 
 
 def test_recomputation_changes_nothing_in_the_joint_phase(runs: Path) -> None:
-    loss, norm = distance(curve(runs / "recompute"), curve(runs / run_name("align/joint", (1, 1, 1))))
+    loss, norm = distance(curve(runs / "recompute"), curve(runs / run_name("align/joint", (1, 1, 1, 1))))
     assert loss <= LOSS_RELATIVE
     assert norm <= NORM_RELATIVE
 
 
 def test_the_joint_phase_in_bf16_is_near_fp32_and_not_equal_to_it(runs: Path) -> None:
-    loss, norm = distance(curve(runs / "bf16"), curve(runs / run_name("align/joint", (1, 1, 1))))
+    loss, norm = distance(curve(runs / "bf16"), curve(runs / run_name("align/joint", (1, 1, 1, 1))))
     print(f"bf16 against fp32: loss {loss:.1e}, norm {norm:.1e}")
     assert 0 < loss < 0.02
 
 
-def test_the_joint_phase_goes_on_under_another_layout(runs: Path) -> None:
-    loss, norm = distance(curve(runs / "elastic"), curve(runs / run_name("align/joint", (1, 1, 1))))
+@pytest.mark.parametrize("name", ["elastic", "elastic-tensor"])
+def test_the_joint_phase_goes_on_under_another_layout(runs: Path, name: str) -> None:
+    loss, norm = distance(curve(runs / name), curve(runs / run_name("align/joint", (1, 1, 1, 1))))
     assert loss <= LOSS_RELATIVE
     assert norm <= NORM_RELATIVE
 
 
 def test_the_joint_phase_carries_both_terms(runs: Path) -> None:
-    lines = metrics(runs / run_name("align/joint", (1, 1, 1)))
+    lines = metrics(runs / run_name("align/joint", (1, 1, 1, 1)))
     assert all(set(line["terms"]) == {"flow_matching", "alignment"} for line in lines)
     assert all(-1 <= line["terms"]["alignment"] <= 1 for line in lines)
 
 
 def test_an_autoencoder_and_a_tokenizer_hand_on_their_measured_scale(runs: Path) -> None:
-    written = json.loads((runs / "bootstrap-autoencoder-1-1-1" / "pretrained" / "config.json").read_text())
+    written = json.loads((runs / "bootstrap-autoencoder-1-1-1-1" / "pretrained" / "config.json").read_text())
     assert written["scaling_factor"] not in (None, 1.0)
     for layout in OTHERS[1:]:
         other = runs / run_name("tokenizer/decoder", layout) / "pretrained" / "config.json"

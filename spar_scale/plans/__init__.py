@@ -1,0 +1,1 @@
+"""Tables that join the models to `parallel`: which module is cut how."""

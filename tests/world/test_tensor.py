@@ -1,0 +1,110 @@
+"""Tensor parallelism: what a plan cuts computes what the whole does, and what cannot be cut is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.transformers.sana_transformer import GLUMBConv
+from launching import preload, run_world
+from nano import NANO
+from torch import Tensor, nn
+
+from parallel.errors import UserError
+from parallel.tensor import ModulePlan, Plan, Split, cut
+from spar_scale.models.layers import TransformerLayer
+from spar_scale.plans.tensor import PLAN, check_tensor
+
+preload("spar_scale.plans.tensor", "megatron.core.tensor_parallel.layers")
+
+
+class Speech(nn.Module):
+    """An embedding, and a head whose outputs are gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(12, 8), nn.Linear(8, 12)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.words(tokens))
+
+
+SPEECH: Plan = {Speech: ModulePlan({"words": Split("vocabulary"), "head": Split("head")})}
+CASES = {
+    "transformer layer": lambda: (TransformerLayer(16, 4), torch.randn(2, 5, 16)),
+    "gated convolutions": lambda: (GLUMBConv(8, 8, 2.5, residual_connection=False), torch.randn(2, 8, 3, 3)),
+    "not contiguous": lambda: (
+        GLUMBConv(8, 8, 2.5, residual_connection=False), torch.randn(2, 3, 3, 8).permute(0, 3, 1, 2),
+    ),
+    "words": lambda: (Speech(), torch.randint(12, (2, 5))),
+}  # fmt: skip
+
+
+def everyone() -> torch.distributed.ProcessGroup:
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    return group
+
+
+def gradients(module: nn.Module, given: Tensor) -> dict[str, Tensor]:
+    """The output, and the gradients of the input and of all parameters, for a loss that sees every place."""
+    given = given.detach().clone(memory_format=torch.preserve_format)
+    given.requires_grad_(given.is_floating_point())
+    out = module(given)
+    out.pow(2).mul(torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    found = {name: parameter.grad for name, parameter in module.named_parameters()} | {"in": given.grad}
+    return {"out": out.detach(), **{name: grad for name, grad in found.items() if grad is not None}}
+
+
+def compare(rank: int, world: int, name: str) -> tuple[float, dict[str, float]]:
+    """The largest relative difference from the whole module, and each parameter's share of the whole."""
+    torch.manual_seed(0)
+    module, given = CASES[name]()
+    whole, group = copy.deepcopy(module), everyone()
+    holder = nn.ModuleList(module.children())  # as a list of layers refers to the parts of a model
+    cut(module, [holder], {**PLAN, **SPEECH}, group)
+    assert list(map(id, holder)) == list(map(id, module.children()))
+    expected, found = gradients(whole, given), gradients(module, given)
+    parameters, worst, shares = dict(module.named_parameters()), 0.0, {}
+    floor = 1e-2 * max(float(value.abs().max()) for value in expected.values())  # a key's bias has no gradient
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        parameter = parameters.get(key)
+        place = getattr(parameter, "tensor_cut", None)
+        if parameter is not None:
+            shares[key] = parameter.numel() / value.numel()
+            assert bool(getattr(parameter, "tensor_model_parallel", False)) == (place is not None)
+        if place is not None:
+            assert place.global_shape == tuple(value.shape)
+            value = torch.cat([value.narrow(place.dim, start, length) for start, length in place.segments], place.dim)
+        worst = max(worst, float((found[key] - value).abs().max() / value.abs().max().clamp_min(floor)))
+    return worst, shares
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_cut_computes_what_the_whole_does(name: str) -> None:
+    for worst, shares in run_world(2, compare, name):
+        assert worst < 1e-5
+        assert 0.5 in shares.values(), "nothing was cut"
+
+
+def refuse(rank: int, world: int) -> str:
+    group = everyone()
+    with pytest.raises(ValueError, match=r"^attention\.query: ") as error:
+        plan = {**PLAN, TransformerLayer: ModulePlan({})}
+        layer = TransformerLayer(15, 3)
+        cut(layer, [], plan, group)
+    return str(error.value)
+
+
+def test_a_size_that_does_not_divide_is_named() -> None:
+    assert set(run_world(2, refuse)) == {"attention.query: 15 does not divide by tensor 2"}
+
+
+def test_a_preset_says_which_cuts_fit() -> None:
+    check_tensor(NANO, 1)
+    check_tensor(NANO, 2)
+    rule = r"^parallel\.tensor: found 3; preset 'nano' has language\.key_value_heads 2, which it must divide; 1, 2 fit$"
+    with pytest.raises(UserError, match=rule):
+        check_tensor(NANO, 3)
