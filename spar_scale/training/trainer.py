@@ -49,8 +49,8 @@ STATE_VERSION = 1
 def train(recipe: Recipe) -> int:
     """Train a recipe to its last step, from its newest whole checkpoint if there is one; 0 when done."""
     layout = Layout(recipe.parallel.tensor, recipe.parallel.pipeline, recipe.parallel.zero)
-    layout.data(read_environment()[1])  # refuse before any process group exists
-    check_tensor(preset_of(recipe), layout.tensor)
+    check_tensor(preset_of(recipe), layout.tensor)  # refuse before any process group exists
+    layout.data(read_environment()[1])
     with attention_of(recipe):  # likewise
         launch = start()
         topology = Topology(layout)

@@ -91,7 +91,7 @@ EXPECTED = {
     "full disk": r"File too large",
     "run directory in the way": r"in-the-way",
     "recipe of another run": r"optimizer\.lr",
-    "tensor parallelism": r"parallel\.tensor",
+    "tensor that divides no heads": r"parallel\.tensor",
     "layout that does not fit": r"parallel",
 }
 
@@ -181,7 +181,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("full disk", ["train", recipe("e")], 200_000),
         ("run directory in the way", ["train", recipe("f"), f"run_dir={folder / 'in-the-way' / 'run'}"], None),
         ("recipe of another run", ["train", recipe("run"), "optimizer.lr=0.5"], None),
-        ("tensor parallelism", ["train", recipe("g"), "parallel.tensor=2"], None),
+        ("tensor that divides no heads", ["train", recipe("g"), "parallel.tensor=3"], None),
         ("layout that does not fit", ["train", recipe("g"), "parallel.pipeline=3"], None),
     ]
     assert [name for name, _, _ in cases] == list(EXPECTED)
