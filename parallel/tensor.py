@@ -1,10 +1,10 @@
 """Tensor parallelism: a model's linears, embeddings and convolutions cut over the tensor ranks, by a plan.
 
 The plan says for a class of module how its children are cut: `column` by outputs, `row` by inputs with a sum
-behind it, `vocabulary` by the rows of an embedding, `head` by outputs that are gathered again, `depthwise` by the
-channels of a depthwise convolution. Children are replaced in place by modules whose parameters have the same
-names, so a checkpoint knows nothing of the cut. What no plan names is whole on every tensor rank and gets the same
-gradients there; DeepSpeed counts it once (it reads `tensor_model_parallel` of a parameter).
+behind it, `vocabulary` by the rows of an embedding, `head` by outputs that are gathered again. Children are replaced
+in place by modules whose parameters have the same names, so a checkpoint knows nothing of the cut. What no plan
+names is whole on every tensor rank and gets the same gradients there; DeepSpeed counts it once (it reads
+`tensor_model_parallel` of a parameter).
 
 Linears and embeddings are megatron-core's (0.16.1), imported when something is cut. Written by hand, because
 megatron-core has none: the convolutions, and the two collectives around them, whose own are silently wrong on a
@@ -32,7 +32,7 @@ Group = dist.ProcessGroup
 class Split:
     """How a module is cut. Its outputs are `parts` runs of equal length (the halves of a gated unit), each cut."""
 
-    kind: Literal["column", "row", "vocabulary", "head", "depthwise"]
+    kind: Literal["column", "row", "vocabulary", "head"]
     parts: int = 1
 
 
@@ -149,19 +149,24 @@ def _megatron() -> Any:
     return layers, Column, Head, Row, config
 
 
+def _linear(kind: Any, linear: Any, config: Any, group: Group, **keys: bool) -> Any:
+    """A linear of `kind` of the whole one's sizes, its parameters still to be set."""
+    return kind(
+        linear.in_features,
+        linear.out_features,
+        config=config,
+        init_method=None,
+        bias=linear.bias is not None,
+        skip_bias_add=False,
+        tp_group=group,
+        **keys,
+    )
+
+
 def _column(linear: Any, parts: int, group: Group, gathered: bool = False) -> nn.Module:
     _, column, head, _, config = _megatron()
     _share(linear.out_features, group)
-    made: Any = (head if gathered else column)(
-        linear.in_features,
-        linear.out_features,
-        config=config(group),
-        init_method=None,
-        bias=linear.bias is not None,
-        gather_output=False,
-        skip_bias_add=False,
-        tp_group=group,
-    )
+    made = _linear(head if gathered else column, linear, config(group), group, gather_output=False)
     made.weight = _shard(linear.weight, 0, parts, group)
     made.bias = None if linear.bias is None else _shard(linear.bias, 0, parts, group)
     return made
@@ -170,16 +175,7 @@ def _column(linear: Any, parts: int, group: Group, gathered: bool = False) -> nn
 def _row(linear: Any, parts: int, group: Group) -> nn.Module:
     _, _, _, row, config = _megatron()
     _share(linear.in_features, group)
-    made: Any = row(
-        linear.in_features,
-        linear.out_features,
-        config=config(group),
-        init_method=None,
-        bias=linear.bias is not None,
-        input_is_parallel=True,
-        skip_bias_add=False,
-        tp_group=group,
-    )
+    made = _linear(row, linear, config(group), group, input_is_parallel=True)
     made.weight = _shard(linear.weight, 1, parts, group)
     made.bias = _whole(linear.bias)
     return made
@@ -298,6 +294,5 @@ _MAKE: dict[tuple[str, str], Callable[[Any, int, Group], nn.Module]] = {
     ("head", "Linear"): functools.partial(_column, gathered=True),
     ("vocabulary", "Embedding"): _vocabulary,
     ("column", "Conv2d"): _column_conv,
-    ("depthwise", "Conv2d"): _column_conv,
     ("row", "Conv2d"): _row_conv,
 }

@@ -25,7 +25,7 @@ class SampleSpec:
 
     `task` names the decoder, or a mixture of decoders, one for each source; `image_size` is the side in
     pixels of the square image; `crop` and `flip` are the augmentations; `num_tokens` is the length of
-    the text and `task_tokens` that of each language task's, `image_tokens` how many tokens stand for a
+    the text, `task_tokens` that of each language task; `image_tokens` is how many tokens stand for a
     picture; `caption_dropout` is the share of samples whose caption gives way to the bare instruction;
     `draws` maps a slot name to the random tensor it carries, fp32.
     """

@@ -1,8 +1,8 @@
 """How the parts of SPAR are cut by tensor parallelism, and which sizes a preset can be cut into.
 
 Attention is cut by heads, a feed-forward by its hidden width, embeddings and the language head by words. Whole on
-every rank stay norms, modulations, patch and time embeddings, routing, queries, fusion, latent and alignment heads:
-together a few per cent of the weights.
+every rank stay norms, modulations, patch and time embeddings, routing, queries, fusion, latent and alignment heads, and
+what of a pixel autoencoder is no gated convolution.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ PLAN: Plan = {
     TransformerLayer: ModulePlan({"linear_1": COLUMN, "linear_2": ROW}),
     ResBlock: ModulePlan({"linear_1": COLUMN, "linear_2": ROW}),
     Attention: ModulePlan({"to_q": COLUMN, "to_k": COLUMN, "to_v": COLUMN, "to_out.0": ROW}, ("heads",)),
-    GLUMBConv: ModulePlan(
-        {"conv_inverted": Split("column", 2), "conv_depth": Split("depthwise", 2), "conv_point": ROW}
-    ),
+    GLUMBConv: ModulePlan({"conv_inverted": Split("column", 2), "conv_depth": Split("column", 2), "conv_point": ROW}),
 }
 """Class -> its cuts. The first two convolutions of SANA's feed-forward make a half and its gate, cut side by side."""
 
