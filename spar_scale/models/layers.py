@@ -64,12 +64,13 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, D) to (B, N, D)."""
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Map (B, N, D) to (B, N, D); only tokens where `keep` (B, N), if given, is nonzero are read."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_width)) for projection in (self.query, self.key, self.value)
         )
-        return self.output(attention(q, k, v).flatten(2))
+        mask = None if keep is None else keep.bool()[:, None, None, :].expand(-1, 1, keep.shape[1], -1)
+        return self.output(attention(q, k, v, mask=mask).flatten(2))
 
 
 class TransformerLayer(nn.Module):
@@ -83,7 +84,7 @@ class TransformerLayer(nn.Module):
         self.linear_1 = nn.Linear(width, 4 * width)
         self.linear_2 = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, D) to (B, N, D)."""
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Map (B, N, D) to (B, N, D); only tokens where `keep` (B, N), if given, is nonzero are read."""
+        x = x + self.attention(self.attention_norm(x), keep)
         return x + self.linear_2(F.gelu(self.linear_1(self.feed_forward_norm(x))))
