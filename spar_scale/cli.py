@@ -1,5 +1,5 @@
-"""The command line: `spar-scale train | data | checkpoint | track | doctor | demo | evaluate | report | ablate`, and of
-a trained run `generate | edit | routes | reconstruct | ask`.
+"""The command line: `spar-scale train | parity | data | checkpoint | track | doctor | demo | evaluate | report |
+ablate`, and of a trained run `generate | edit | routes | reconstruct | ask`.
 
 Nothing heavy is imported until a command needs it, so `--help` and a refused recipe take a fraction
 of a second where importing torch alone takes one. A refusal (`UserError`) is one message on stderr
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from parallel.errors import UserError
 
+DIFFERS = 1
 REFUSED = 2
 INTERRUPTED = 130
 # What the disk or its owner refuses; the person can mend it, so it is no defect of ours.
@@ -57,6 +58,18 @@ def build_parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", _train, "train what a recipe describes, or go on where its run stopped")
     train.add_argument("recipe", type=Path, help="recipe file (YAML)")
     _overrides(train)
+
+    parity = _command(commands, "parity", _parity, "train a recipe under several layouts, compare with one process")
+    parity.add_argument("--recipe", type=Path, required=True, help="recipe file (YAML)")
+    parity.add_argument("--layouts", default="all", help="e.g. dp2-z1,tp2-pp2 (default: all of 1, 2 and 4 processes)")
+    parity.add_argument("--steps", type=_positive, default=10, help="steps of each run (default 10)")
+    parity.add_argument("--out", type=Path, help="directory of the runs, which then stay (default: a fresh one)")
+    parity.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: in its own, wider band")
+    parity.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: in a band that is measured"
+    )
+    parity.add_argument("--resumed", action="store_true", help="save under each of five layouts, resume under each")
+    _overrides(parity)
 
     data = commands.add_parser("data", help="make, index and look at shards").add_subparsers(
         metavar="COMMAND", required=True
@@ -168,6 +181,17 @@ def _train(arguments: argparse.Namespace) -> int:
     from spar_scale.training.trainer import train
 
     return train(recipe)
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from spar_scale.recipe import load_recipe
+
+    load_recipe(arguments.recipe, arguments.overrides)  # refused at once, where it is to be
+    from spar_scale.parity import Runs, parity
+
+    runs = Runs(arguments.steps, arguments.optimizer, arguments.precision, arguments.resumed)
+    within = parity(arguments.recipe, arguments.overrides, arguments.layouts, runs, arguments.out)
+    return 0 if within else DIFFERS
 
 
 def _make(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,6 @@ trains several recipes one after another, so its start is paid once.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,6 @@ from launching import preload
 
 preload("deepspeed.pipe", "torch._dynamo", "torch._inductor.compile_fx")
 preload("spar_scale.stages.tokenizer", "spar_scale.stages.align", "spar_scale.training.trainer")
-
-LOSS_RELATIVE, NORM_RELATIVE = 1e-5, 2e-4
-"""Bounds between any two layouts in fp32 over ten steps."""
-LOSS_FLOOR = 1e-6
-"""Absolute floor of the loss bound."""
 
 
 def make_data(folder: Path, scenes: int = 96, edits: int = 0) -> str:
@@ -138,23 +132,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def curve(run_dir: Path) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step; the steps must be 1, 2, 3, ..."""
-    lines = metrics(run_dir)
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [(line["loss"], line["grad_norm"]) for line in lines]
-
-
 def consumed(run_dir: Path) -> list[int]:
     """All sample numbers of the surviving lineage, in the order of their steps."""
     lines = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     return [number for line in lines for first, end in line["ranges"] for number in range(first, end)]
-
-
-def distance(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> tuple[float, float]:
-    """Largest relative difference in loss (beyond the floor) and in gradient norm; curves of one length."""
-    assert len(one) == len(other) > 0
-    losses = [max(0.0, abs(a - b) - LOSS_FLOOR) / abs(b) for (a, _), (b, _) in zip(one, other, strict=True)]
-    norms = [abs(a - b) / b for (_, a), (_, b) in zip(one, other, strict=True)]
-    assert all(map(math.isfinite, losses + norms))
-    return max(losses), max(norms)

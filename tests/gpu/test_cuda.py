@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from launching import run_world
-from tiny_runs import curve, distance, make_autoencoder, make_data, recipe_values, train_all
+from tiny_runs import make_autoencoder, make_data, recipe_values, train_all
+
+from spar_scale.curves import curve, distance
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,7 +17,9 @@ import yaml
 from launching import preload, start_process
 from nano import NANO
 from tiny_parts import make_parts
-from tiny_runs import LOSS_RELATIVE, NORM_RELATIVE, consumed, curve, distance, make_data, metrics, phase_values
+from tiny_runs import consumed, make_data, metrics, phase_values
+
+from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 
 preload("spar_scale.demo", "deepspeed.pipe", "torch._dynamo", "torch._inductor.compile_fx", "nano")
 

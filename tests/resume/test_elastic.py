@@ -7,19 +7,10 @@ from pathlib import Path
 
 import pytest
 from launching import WorldError, run_world
-from tiny_runs import (
-    LOSS_RELATIVE,
-    NORM_RELATIVE,
-    consumed,
-    curve,
-    distance,
-    make_autoencoder,
-    make_data,
-    recipe_values,
-    train_all,
-)
+from tiny_runs import consumed, make_autoencoder, make_data, recipe_values, train_all
 
 from parallel.manifest import read_manifest
+from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 
 pytestmark = pytest.mark.timeout(600)
 

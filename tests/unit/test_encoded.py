@@ -17,10 +17,11 @@ from launching import run_world
 from nano import NANO
 from safetensors.torch import load_file
 from tiny_parts import make_parts
-from tiny_runs import consumed, curve, make_data, phase_values, train_all
+from tiny_runs import consumed, make_data, phase_values, train_all
 
 from parallel.errors import UserError
 from spar_scale.cli import main
+from spar_scale.curves import curve
 from spar_scale.data.encoded import Encoded
 from spar_scale.data.loader import Loader, Source
 from spar_scale.data.tar_index import read_index

@@ -9,16 +9,9 @@ import pytest
 from launching import run_world
 from nano import NANO
 from tiny_parts import make_parts
-from tiny_runs import (
-    LOSS_RELATIVE,
-    NORM_RELATIVE,
-    curve,
-    distance,
-    make_data,
-    metrics,
-    phase_values,
-    train_all,
-)
+from tiny_runs import make_data, metrics, phase_values, train_all
+
+from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -8,16 +8,9 @@ import pytest
 from launching import run_world
 from nano import NANO
 from tiny_parts import make_parts
-from tiny_runs import (
-    LOSS_RELATIVE,
-    NORM_RELATIVE,
-    consumed,
-    curve,
-    distance,
-    make_data,
-    recipe_values,
-    train_all,
-)
+from tiny_runs import consumed, make_data, recipe_values, train_all
+
+from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from launching import run_world
-from tiny_runs import curve, make_autoencoder, make_data, recipe_values
+from tiny_runs import make_autoencoder, make_data, recipe_values
+
+from spar_scale.curves import curve
 
 
 def train_and_go_on(rank: int, world: int, values: dict[str, Any], losses: list[int]) -> list[Any]:
