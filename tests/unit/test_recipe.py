@@ -1,10 +1,12 @@
 """A recipe is read whole or refused whole: every fault at once, and never a byte of it executed."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from parallel.errors import UserError
+from spar_scale.chain import PHASES
 from spar_scale.recipe import Recipe, differences, load_recipe, may_change_at_resume
 from spar_scale.settings import load
 
@@ -44,6 +46,37 @@ def test_every_recipe_of_the_house_loads(path: Path):
 
 def test_there_are_recipes():
     assert {path.stem for path in RECIPES} >= {"bootstrap_autoencoder", "tokenizer_init"}
+
+
+@pytest.mark.parametrize("folder", ["tiny", "smoke", "full", "spar_1b", "spar_3b"])
+def test_each_phase_starts_from_the_one_before_in_its_own_folder(folder: str):
+    phases = [phase for phase in PHASES if (ROOT / "recipes" / folder / f"{phase}.yaml").exists()]
+    recipes = {phase: load_recipe(ROOT / "recipes" / folder / f"{phase}.yaml") for phase in phases}
+    runs = {recipe.run_dir: phase for phase, recipe in recipes.items()}
+    before = {
+        phase: runs[Path(os.path.normpath(recipe.run_dir / recipe.init_from))]
+        for phase, recipe in recipes.items()
+        if recipe.init_from is not None
+    }
+    assert before == {
+        "tokenizer_decoder": "tokenizer_init",
+        "tokenizer_encoder": "tokenizer_decoder",
+        "align_joint": "align_connector",
+        "instruct": "align_joint",
+    }
+    for phase in ("align_joint", "instruct"):
+        tokenizer = Path(os.path.normpath(recipes[phase].run_dir / recipes[phase].model.pretrained["tokenizer"]))
+        assert (runs[tokenizer.parent], tokenizer.name) == ("tokenizer_encoder", "pretrained")
+    assert len({recipe.model.preset for recipe in recipes.values()}) == 1
+
+
+@pytest.mark.parametrize("preset", ["spar_1b", "spar_3b"])
+def test_a_block_of_the_large_recipes_fills_64_ranks(preset: str):
+    for path in sorted((ROOT / "recipes" / preset).glob("[!b]*.yaml")):
+        recipe = load_recipe(path)
+        assert (recipe.model.preset, recipe.precision) == (preset, "bf16")
+        assert recipe.global_batch % recipe.data.task_block == 0
+        assert recipe.data.task_block % (64 * recipe.parallel.micro_batch) == 0, path
 
 
 def test_every_world_loads():
