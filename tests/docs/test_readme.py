@@ -20,10 +20,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```\w*\n(.*?)```", README, flags=re.S)
 PROGRAMS = ("spar-scale ", "torchrun ", "mkdir ", "tar ")
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith(PROGRAMS)]
+LAUNCHES = {"torchrun ": "torch.distributed.run", "spar-scale parity ": "spar_scale.cli"}
+"""How commands begin that start processes of their own, and the module that each is."""
 SMALL_BATCH = ["global_batch=8", "data.task_block=8", "parallel.micro_batch=4"]
 SMALL = {
     "make": ["scenes=64", "heldout=8", "edits=8", "heldout_edits=8"],
     "encode": SMALL_BATCH,
+    "parity": ["--steps", "2", *SMALL_BATCH],
     "train": [
         "train.steps=2",
         "checkpoint.every=2",
@@ -59,21 +62,27 @@ def small(command: str) -> list[str]:
     return [*words, *SMALL.get(kind, [])]
 
 
+def launch(module: str, words: list[str], folder: Path) -> None:
+    """Run a module of Python in a process of its own, which may start others."""
+    line = [sys.executable, "-m", module, *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
 @pytest.mark.timeout(700)
 def test_the_commands_run_in_their_order(tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    commands = [command for command in COMMANDS if not command.startswith("torchrun")]
+    commands = [command for command in COMMANDS if not command.startswith(tuple(LAUNCHES))]
     assert len(commands) >= 4
     found = run_world(1, run_in, str(tmp_path), [small(c) for c in commands], initialise=False, timeout_s=500)[0]
     for command, (code, errors) in zip(commands, found, strict=True):
         assert code == 0, f"{command}: {errors}"
-    launches = [command for command in COMMANDS if command.startswith("torchrun")]
-    assert launches
-    for command in launches:
-        launcher = [sys.executable, "-m", "torch.distributed.run", *small(command)[1:]]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(launcher, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+    for begins, module in LAUNCHES.items():
+        launches = [command for command in COMMANDS if command.startswith(begins)]
+        assert launches
+        for command in launches:
+            launch(module, small(command)[1:], tmp_path)
     assert len(metrics(tmp_path / "runs" / "tiny" / "two")) == 2
 
 

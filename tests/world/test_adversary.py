@@ -15,8 +15,10 @@ from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 
 pytestmark = pytest.mark.timeout(600)
 
-LAYOUTS = [(world, zero, 1) for world in (1, 2, 4) for zero in (1, 2, 3)] + [(2, 1, 2)]
-"""(processes, ZeRO stage, pipeline stages)"""
+LAYOUTS = [(world, zero, 1, 1) for world in (1, 2, 4) for zero in (1, 2, 3)] + [(2, 1, 2, 1)]
+LAYOUTS += [(2, 1, 1, 2), (4, 3, 1, 2), (4, 1, 2, 2)]
+"""(processes, ZeRO stage, pipeline stages, tensor ranks)"""
+SERIAL = "1-1-1-1"
 START = 3
 
 
@@ -26,7 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_data(folder / "data")
     parts = make_parts(folder / "parts", NANO)
 
-    def values(name: str, world: int = 1, zero: int = 1, pipeline: int = 1) -> dict:
+    def values(name: str, world: int = 1, zero: int = 1, pipeline: int = 1, tensor: int = 1) -> dict:
         return phase_values(
             folder / name,
             "tokenizer/encoder",
@@ -42,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             },
             optimizer__lr=2e-4,  # slow, so that the kinks of the discriminator stay small beside the gradient
             optimizer__groups={"encoder": 0.1, "discriminator": 2.5},
-            parallel={"zero": zero, "pipeline": pipeline, "micro_batch": 2},
+            parallel={"zero": zero, "pipeline": pipeline, "tensor": tensor, "micro_batch": 2},
         )
 
     parent = phase_values(
@@ -53,9 +55,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if world == 1:
             recipes.insert(0, parent)
         if world == 2:
-            shutil.copytree(folder / "1-1-1", folder / "elastic")
+            shutil.copytree(folder / SERIAL, folder / "elastic")
             shutil.rmtree(folder / "elastic" / "checkpoints" / "step-00000010")
             recipes.append(values("elastic", 2, 3))
+        if world == 4:
+            shutil.copytree(folder / "elastic", folder / "elastic-tensor")
+            shutil.rmtree(folder / "elastic-tensor" / "checkpoints" / "step-00000010")
+            recipes.append(values("elastic-tensor", 4, 1, 2, 2))
         run_world(world, train_all, recipes, initialise=False, timeout_s=600)
     return folder
 
@@ -68,26 +74,27 @@ def judged(run_dir: Path) -> list[tuple[float, float]]:
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_the_adversarial_phase_is_the_same_under_every_layout(runs: Path, layout: tuple) -> None:
     name = "-".join(map(str, layout))
-    loss, norm = distance(curve(runs / name), curve(runs / "1-1-1"))
+    loss, norm = distance(curve(runs / name), curve(runs / SERIAL))
     print(f"{name}: loss {loss:.1e}, gradient norm {norm:.1e}")
     assert loss <= LOSS_RELATIVE
     assert norm <= NORM_RELATIVE
-    for found, wanted in zip(judged(runs / name), judged(runs / "1-1-1"), strict=True):
+    for found, wanted in zip(judged(runs / name), judged(runs / SERIAL), strict=True):
         assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
 def test_the_discriminator_begins_at_its_step_and_learns(runs: Path) -> None:
-    values = judged(runs / "1-1-1")
+    values = judged(runs / SERIAL)
     assert values[:START] == [(0.0, 0.0)] * START
     assert all(judge > 0 for _, judge in values[START:])
     assert values[-1][1] < values[START][1]
 
 
-def test_a_resume_at_another_layout_keeps_the_discriminator(runs: Path) -> None:
-    loss, norm = distance(curve(runs / "elastic"), curve(runs / "1-1-1"))
+@pytest.mark.parametrize("name", ["elastic", "elastic-tensor"])
+def test_a_resume_at_another_layout_keeps_the_discriminator(runs: Path, name: str) -> None:
+    loss, norm = distance(curve(runs / name), curve(runs / SERIAL))
     assert loss <= LOSS_RELATIVE
     assert norm <= NORM_RELATIVE
-    for found, wanted in zip(judged(runs / "elastic"), judged(runs / "1-1-1"), strict=True):
+    for found, wanted in zip(judged(runs / name), judged(runs / SERIAL), strict=True):
         assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
@@ -97,7 +104,7 @@ def test_the_phase_began_with_the_averaged_weights_of_its_parent(runs: Path) -> 
     from spar_scale.training.export import recipe_of
     from spar_scale.training.parent import started_stage
 
-    stage = started_stage(recipe_of(runs / "1-1-1"))
+    stage = started_stage(recipe_of(runs / SERIAL))
     average = checkpoint.read(runs / "parent" / "checkpoints" / "step-00000002", "ema")
     weights = dict(stage.model.named_parameters())
     assert average
