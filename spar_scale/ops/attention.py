@@ -76,6 +76,8 @@ def resolve(
     """
     if asked not in ("auto", *BACKENDS):
         raise BackendRefused(f"found '{asked}', must be auto or one of {', '.join(BACKENDS)}")
+    if device == "meta":
+        return "sdpa", "nothing is computed there but shapes"
     if asked != "auto":
         backend, reason, refusal = asked, "asked for", why_not(asked, device, dtype, masked)
         if refusal:
