@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from parallel.launch import silenced
 from parallel.muon import muon_step
-from parallel.pipeline import pipeline_batches, pipeline_module
+from parallel.pipeline import pipeline_batches, pipeline_module, receive_into_new_buffers
 from parallel.program import Layer, Program
 from parallel.topology import Topology
 from parallel.zero_config import EngineSettings, deepspeed_config
@@ -40,6 +40,7 @@ class Engine:
 
     `groups` are the optimizer's parameter groups over the whole model, each with a unique `name`;
     parameters carry their global name as `global_name`. `make_optimizer` builds the inner optimizer.
+    `costs` are what each layer costs; a pipeline is cut by them, nothing else reads them.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Engine:
         topology: Topology,
         device: torch.device,
         settings: EngineSettings,
+        costs: Sequence[float] = (),
     ):
         import deepspeed
 
@@ -67,7 +69,7 @@ class Engine:
         # Muon's update is orthogonalised before the norm is taken: what is logged is the norm of that update.
         self.muon = any(group.get("use_muon") for group in groups)
         if self.pipelined:
-            module: Any = pipeline_module(program, topology, self._loss, len(groups))
+            module: Any = pipeline_module(program, topology, self._loss, len(groups), costs)
             dummies: list[nn.Parameter] = list(module.dummies)
         else:
             module, dummies = program, []
@@ -81,6 +83,8 @@ class Engine:
                 mpu=None if self.pipelined else topology.grid,
                 dist_init_required=False,
             )
+        if self.pipelined:
+            receive_into_new_buffers(engine, device)
         self.deepspeed: Any = engine
         self.state: Any = ZeroState(engine, self.zero, topology.tensor_rank)
 

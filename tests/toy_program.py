@@ -178,7 +178,8 @@ def engine_for(
         ema_decay=EMA_DECAY,
     )
     groups = groups or model.groups()
-    return Engine(list(model.layers), INPUTS, TERMS, groups, make_optimizer, topology, launch.device, settings)
+    layers, costs = list(model.layers), [1.0] * len(model.layers)
+    return Engine(layers, INPUTS, TERMS, groups, make_optimizer, topology, launch.device, settings, costs)
 
 
 def train(engine: Any, first: int, steps: int, poisoned: tuple[int, ...] = (), lr: dict = LR) -> list[tuple]:

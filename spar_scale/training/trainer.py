@@ -26,6 +26,7 @@ from parallel.zero import Engine, StepRecord, name_parameters
 from parallel.zero_config import EngineSettings
 from spar_scale.data.loader import Loader, Source
 from spar_scale.data.order import micro_steps
+from spar_scale.plans.costs import pipeline_costs
 from spar_scale.plans.tensor import PLAN, check_tensor
 from spar_scale.recipe import Recipe
 from spar_scale.stages.parts import preset_of
@@ -85,6 +86,7 @@ class Trainer:
         if self.encoded is not None:
             self.stage = self.stage.encoded()
         self.frozen = frozen_digests(self.stage.model)
+        costs = first(topology.agreement_group, lambda: pipeline_costs(recipe, self.stage))
         cut(self.stage.model, self.stage.layers, PLAN, topology.tensor_group)
         name_parameters(self.stage.model)
         groups = parameter_groups(self.stage, recipe.optimizer)
@@ -101,6 +103,7 @@ class Trainer:
             topology,
             launch.device,
             self._engine_settings(),
+            costs,
         )
         self.adversary = self.stage.adversary
         if self.adversary is not None and topology.is_last_stage:
