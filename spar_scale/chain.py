@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
@@ -63,8 +62,8 @@ TEACHER, ENCODER_RATE = "model.pretrained.teacher", "optimizer.groups.encoder"
 _READ_AS = {TEACHER: "model.alignment", ENCODER_RATE: "model.encoder"}  # read where that key is
 Switches = Mapping[str, object]
 NONE: Switches = {}
-COMPARED: tuple[str, int, Switches] = ("tokenizer_encoder", 1, {"model.encoder": "frozen"})
-"""Phase, ranks and switches: what training the vision tower in the tokenizer's last phase is worth."""
+COMPARED: tuple[str, Switches] = ("tokenizer_encoder", {"model.encoder": "frozen"})
+"""Phase and switches: what training the vision tower in the tokenizer's last phase is worth."""
 
 
 class Chain:
@@ -89,33 +88,19 @@ class Chain:
         refuse_another(recipe.run_dir / "recipe.yaml", recipe)
         return _finished(recipe.run_dir, recipe.train.steps)
 
-    def steps(self, ranks: int = 1) -> list[Step]:
+    def steps(self) -> list[Step]:
         """All phases as steps for `processes.run_steps`; the shards are made by a step `data`.
 
         A step `encoded` stores what the frozen parts of the last phases, which take most of the time, make of
-        the samples; one more, `COMPARED`, is a phase under a switch, to be compared with the one without. A phase
-        that no other step can run beside is done by so many data-parallel `ranks`.
+        the samples; one more, `COMPARED`, is a phase under a switch, to be compared with the one without.
         """
-        steps = [self._step(phase, ranks if self.is_alone(phase) else 1) for phase in PHASES]
+        steps = [self._step(phase) for phase in PHASES]
         first = PHASES.index(ON_STORED[0])
         return [*steps[:first], self._encoding(), self._step(*COMPARED), *steps[first:]]
 
-    def is_alone(self, phase: str) -> bool:
-        """Whether every other step that the last phase needs comes before this one or after it."""
-        others = {*PHASES, STORED} - {phase}
-        return all(phase in self._ancestors(other) or other in self._ancestors(phase) for other in others)
-
-    def _ancestors(self, step: str) -> set[str]:
-        return {step}.union(*(self._ancestors(parent) for parent in self._after(step)))
-
-    def _after(self, step: str) -> list[str]:
-        """The steps that one starts from."""
-        if step == STORED:
-            return [parent for parent in self.parents(ON_STORED[0]) if parent != CONNECTOR]
-        return [*self.parents(step), *([STORED] if step in ON_STORED else [])]
-
     def _encoding(self) -> Step:
-        recipe, after = self._on_stored(self.recipe(ON_STORED[0])), ("data", *self._after(STORED))
+        recipe = self._on_stored(self.recipe(ON_STORED[0]))
+        after = ("data", *(parent for parent in self.parents(ON_STORED[0]) if parent != CONNECTOR))
         return Step(STORED, self.out / STORED, functools.partial(encode, recipe), after, seconds=ENCODING_S)
 
     def _on_stored(self, recipe: Recipe) -> Recipe:
@@ -125,10 +110,10 @@ class Chain:
     def needed(self, phase: str, switches: Switches = NONE) -> list[Step]:
         """A phase under switches as the last step, before it all that it starts from; nothing is stored for it."""
         before = {step.name: step for parent in self.parents(phase) for step in self.needed(parent, switches)}
-        return [*before.values(), self._step(phase, switches=switches, stored=False)]
+        return [*before.values(), self._step(phase, switches, stored=False)]
 
-    def _step(self, phase: str, ranks: int = 1, switches: Switches = NONE, stored: bool = True) -> Step:
-        recipe = shared_by(self.recipe(phase, switches), ranks)
+    def _step(self, phase: str, switches: Switches = NONE, stored: bool = True) -> Step:
+        recipe = self.recipe(phase, switches)
         after = ["data", *(self._name(parent, switches) for parent in self.parents(phase))]
         if stored and phase in ON_STORED:
             recipe = self._on_stored(recipe)
@@ -138,9 +123,8 @@ class Chain:
             recipe.run_dir,
             work=functools.partial(train, recipe),
             after=tuple(after),
-            seconds=START_S + recipe.train.steps * recipe.global_batch / SAMPLES_PER_S[phase] / ranks,
+            seconds=START_S + recipe.train.steps * recipe.global_batch / SAMPLES_PER_S[phase],
             finished=functools.partial(self.is_trained, phase, switches),
-            ranks=ranks,
         )
 
     def _name(self, phase: str, switches: Switches) -> str:
@@ -188,15 +172,6 @@ class Chain:
         """The switches that this phase reads, or one that it starts from."""
         inherited = (self._effective(parent, switches) for parent in self.parents(phase))
         return _own(self._plain(phase), switches).union(*inherited)
-
-
-def shared_by(recipe: Recipe, ranks: int) -> Recipe:
-    """The recipe for so many data-parallel ranks: a block of one task is no more samples than they take at once.
-
-    A larger `parallel.micro_batch` would be filled up with samples of weight 0; it changes nothing of what is computed.
-    """
-    micro_batch = min(recipe.parallel.micro_batch, math.ceil(recipe.data.task_block / ranks))
-    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"micro_batch": micro_batch})})
 
 
 def data_step(world: World, out: Path) -> Step:

@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--size", choices=("demo", "smoke", "full"), default="demo", help="which recipes (default demo)")
     demo.add_argument("--seed", type=_seed, default=0, help="seed of the runs (default 0)")
-    demo.add_argument("--jobs", type=_positive, help="phases side by side, ranks of one on its own (default 2)")
+    demo.add_argument("--jobs", type=_positive, help="phases side by side (default 2; 1 where there is one core)")
 
     evaluate = _command(commands, "evaluate", _evaluate, "score trained phases on held-out data, each with its control")
     evaluate.add_argument(

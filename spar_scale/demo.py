@@ -35,15 +35,14 @@ EVALUATION, TRAINING, SCORES = "evaluation", "training.json", "scores.json"
 def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
     """Make the world under `out/data`, train every phase, write `training.json`, `scores.json` and `report.html`.
 
-    `jobs` steps run side by side, and a phase that none can run beside has `jobs` ranks, unless a GPU trains it; the
-    default is two, one where there is one core. Raises UserError for a size without recipes, and for what a step
-    refuses.
+    `jobs` steps run side by side; the default is two, one where there is one core. Raises UserError for a size
+    without recipes, and for what a step refuses.
     """
     jobs = jobs or min(2, available_cores())
     chain = Chain(out, size, seed)
     mirrored = any(chain.recipe(phase).tracking.mirror for phase in PHASES)
-    ranks = jobs if import_before_forks(mirrored) == "cpu" else 1
-    steps, whole = steps_of(chain, size, ranks), Spending(out)
+    import_before_forks(mirrored)
+    steps, whole = steps_of(chain, size), Spending(out)
 
     def keep(step: Step | None = None) -> None:
         whole.record()
@@ -63,15 +62,15 @@ def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
     print(f"{total:.0f} core-seconds of training; {wall} for all, with scores and report\n{report}")
 
 
-def steps_of(chain: Chain, size: str, ranks: int = 1) -> list[Step]:
-    """Everything that the demo does, in an order in which it may be done; `ranks` are those of a phase on its own."""
+def steps_of(chain: Chain, size: str) -> list[Step]:
+    """Everything that the demo does, in an order in which it may be done."""
     out, world = chain.out, load(chain.folder / "world.yaml", World)
     scored = out / "evaluation"
 
     def is_scored() -> bool:
         return spent(scored).finished and (out / SCORES).exists()
 
-    trained = chain.steps(ranks)
+    trained = chain.steps()
     after = tuple(step.name for step in trained)
     return [
         data_step(world, out),
@@ -88,7 +87,7 @@ def command(out: Path, size: str, seed: int) -> str:
 def _account(chain: Chain, size: str, jobs: int, steps: Sequence[Step]) -> dict[str, Any]:
     """What `training.json` says: the command, the machine, the versions, and what each step has cost so far."""
     trained = {phase: chain.recipe(phase).train.steps for phase in PHASES}
-    trained[chain.run_dir(COMPARED[0], COMPARED[2]).name] = trained[COMPARED[0]]
+    trained[chain.run_dir(*COMPARED).name] = trained[COMPARED[0]]
     return {
         "command": command(chain.out, size, chain.seed),
         "size": size,
@@ -98,10 +97,7 @@ def _account(chain: Chain, size: str, jobs: int, steps: Sequence[Step]) -> dict[
         "threads": threads(jobs),
         "versions": {"python": platform.python_version(), **_versions()},
         "wall_seconds": spent(chain.out).wall_seconds,
-        "phases": {
-            step.name: {"steps": trained.get(step.name, 0), "ranks": step.ranks, **asdict(spent(step.folder))}
-            for step in steps
-        },
+        "phases": {step.name: {"steps": trained.get(step.name, 0), **asdict(spent(step.folder))} for step in steps},
     }
 
 

@@ -11,6 +11,7 @@ two. The trade-off: all processes share this machine, so a large recipe is to be
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -22,7 +23,6 @@ from pathlib import Path
 import torch
 
 from parallel.errors import UserError, nearest
-from spar_scale.chain import shared_by
 from spar_scale.curves import LOSS_FLOOR, LOSS_RELATIVE, NORM_RELATIVE, Curve, curve, distance
 from spar_scale.plans.tensor import check_tensor
 from spar_scale.processes import import_before_forks, threads
@@ -160,7 +160,7 @@ class Parity:
         changes += [f"model.pretrained.{part}={beside(where)}" for part, where in plain.model.pretrained.items()]
         references = {"init_from": plain.init_from, "data.encoded": plain.data.encoded}
         changes += [f"{key}={beside(reference)}" for key, reference in references.items() if reference is not None]
-        recipe = shared_by(load_recipe(self.path, changes), spread.data)
+        recipe = _shared_by(load_recipe(self.path, changes), spread.data)
         check_tensor(preset_of(recipe), spread.tensor)
         return recipe
 
@@ -264,6 +264,15 @@ def parse_layouts(text: str, usual: Sequence[str]) -> list[Spread]:
                 f"{nearest(name, near or SPREADS)}"
             )
     return [SPREADS[name] for name in dict.fromkeys(names)]
+
+
+def _shared_by(recipe: Recipe, ranks: int) -> Recipe:
+    """The recipe for so many data-parallel ranks: a block of one task is no more samples than they take at once.
+
+    A larger `parallel.micro_batch` would be filled up with samples of weight 0; it changes nothing of what is computed.
+    """
+    micro_batch = min(recipe.parallel.micro_batch, math.ceil(recipe.data.task_block / ranks))
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"micro_batch": micro_batch})})
 
 
 def _table(found: Parity, spreads: Sequence[Spread]) -> bool:

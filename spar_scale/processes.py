@@ -2,10 +2,11 @@
 
 The miniature's phases are too small for a thread more to be worth its time, and some do not depend on each
 other: two of them on a core each take half the wall time of one after another, for the same core-seconds. One
-that no other can run beside may be done by several data-parallel ranks (`ranks.py`). A step is a fork of this
-process, which has imported what all need (eight seconds that a new interpreter would pay again) and computes
-nothing itself. What a step prints is shown line by line under its name, what it has spent is kept by
-`spending.py`. A step that fails ends the others; so does Ctrl-C, and SIGKILL of this process.
+that no other can run beside leaves a core idle: two data-parallel ranks did phase joint in four fifths of the
+time, for half as many core-seconds again. A step is a fork of this process, which has imported what all need
+(eight seconds that a new interpreter would pay again) and computes nothing itself. What a step prints is shown
+line by line under its name, what it has spent is kept by `spending.py`. A step that fails ends the others; so
+does Ctrl-C, and SIGKILL of this process.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import torch
 from parallel.errors import UserError
 from spar_scale.board import Board, clock
 from spar_scale.children import FORK, killed, listen_to_parent_alone, stop, undisturbed
-from spar_scale.ranks import run_ranks
 from spar_scale.spending import Spending, spent, unfinish
 from spar_scale.training.mlflow_store import load_mlflow
 from spar_scale.training.progress import told_to
@@ -43,8 +43,7 @@ class Step:
     """A piece of work with a name, the names of those it starts from, and a folder that keeps what it has spent.
 
     `seconds` is what it may take on an idle core: only the time left is made of it. `finished` tells whether it
-    need not be done again; without it, that an attempt has come to its end. More than one of `ranks` do the work
-    together; they are for a step that no other can run beside, and take the jobs that are free then.
+    need not be done again; without it, that an attempt has come to its end.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Step:
     after: tuple[str, ...] = ()
     seconds: float = 1.0
     finished: Callable[[], bool] | None = None
-    ranks: int = 1
 
     def is_finished(self) -> bool:
         """Whether its result is there."""
@@ -110,16 +108,15 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def import_before_forks(mlflow: bool) -> str:
-    """Import here what every step needs, once; return the kind of device that steps get, "cpu" or "cuda".
+def import_before_forks(mlflow: bool) -> None:
+    """Import here what every step needs, once.
 
     Nothing of it may compute or look at a GPU, which no fork survives.
     """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     from parallel.launch import device_type
 
-    device = device_type()
-    if device == "cpu":
+    if device_type() == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for module in BEFORE_FORKS:
         importlib.import_module(module)
@@ -129,7 +126,6 @@ def import_before_forks(mlflow: bool) -> str:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return device
 
 
 class Forecast:
@@ -278,11 +274,8 @@ def _work(step: Step, num_threads: int, parent: int, events: Connection, output:
         events.send((done, steps, note))
 
     try:
-        if step.ranks > 1:
-            run_ranks(step.work, step.ranks, tell)
-        else:
-            with told_to(tell):
-                step.work()
+        with told_to(tell):
+            step.work()
         code = 0
     except (UserError, OSError) as error:
         events.send(error)

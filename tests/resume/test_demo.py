@@ -1,11 +1,7 @@
-"""The demo, killed or interrupted: the same again goes on, trains no phase twice, and counts all that was spent.
-
-So it does where a phase has another number of ranks than it had before.
-"""
+"""The demo, killed or interrupted: the same again goes on, trains no phase twice, and counts all that was spent."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -16,10 +12,7 @@ import pytest
 import yaml
 from launching import preload, start_process
 from nano import NANO
-from tiny_parts import make_parts
-from tiny_runs import consumed, make_data, metrics, phase_values
-
-from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
+from tiny_runs import metrics
 
 preload("spar_scale.demo", "deepspeed.pipe", "torch._dynamo", "torch._inductor.compile_fx", "nano")
 
@@ -110,58 +103,6 @@ def test_ctrl_c_says_how_to_go_on_and_ends_every_process(tmp_path: Path) -> None
     assert "Traceback" not in said
     _until_ended(tmp_path / "out" / LAST, wait_s=0)
     assert len(metrics(tmp_path / "out" / LAST)) < STEPS
-
-
-def share(values: dict[str, Any], ranks: int) -> None:
-    """A recipe as the demo trains it in a step of so many ranks."""
-    from functools import partial
-
-    from spar_scale import processes
-    from spar_scale.chain import shared_by
-    from spar_scale.recipe import Recipe
-    from spar_scale.training.trainer import train
-
-    recipe = shared_by(Recipe.model_validate_json(json.dumps(values)), ranks)
-    processes.run_steps([processes.Step("a", recipe.run_dir, partial(train, recipe), ranks=ranks)], jobs=2)
-
-
-@pytest.mark.timeout(300)
-def test_killed_it_goes_on_with_another_number_of_ranks_on_the_same_curve(tmp_path: Path) -> None:
-    make_data(tmp_path / "data")
-    parts = make_parts(tmp_path / "parts", NANO)
-    names = ("whole", "1 then 2", "2 then 1")
-    whole, *killed = (
-        phase_values(
-            tmp_path / name, "tokenizer/init", tmp_path / "data", parts, "nano",
-            train={"steps": STEPS, "log_every": 1}, checkpoint={"every": 10}, data__workers=1,
-            data__task_block=6, parallel__micro_batch=6,
-        )
-        for name in names
-    )  # fmt: skip
-    process = start_process(share, whole, 1)
-    process.join(120)
-    assert process.exitcode == 0
-    for name, values, ranks in zip(names[1:], killed, [(1, 2), (2, 1)], strict=True):
-        run_dir = tmp_path / name
-        process = start_process(share, values, ranks[0])
-        caught(process, run_dir, 15)
-        process.kill()
-        process.join()
-        _until_ended(run_dir)
-        before, began = _spent(run_dir), time.time()
-        assert before.core_seconds > 0.2 and not before.finished
-        process = start_process(share, values, ranks[1])
-        process.join(120)
-        assert process.exitcode == 0
-        anew = [line["step"] for line in metrics(run_dir) if line["time"] > began]
-        assert anew[0] in (11, 21, 31) and anew[-1] == STEPS
-        loss, norm = distance(curve(run_dir), curve(tmp_path / "whole"))
-        print(f"ranks {name}: loss {loss:.1e}, gradient norm {norm:.1e}")
-        assert loss <= LOSS_RELATIVE and norm <= NORM_RELATIVE
-        assert curve(run_dir) != curve(tmp_path / "whole"), "no ranks shared it"
-        assert consumed(run_dir) == list(range(12 * STEPS))
-        after = _spent(run_dir)
-        assert after.finished and after.core_seconds > before.core_seconds + 0.2
 
 
 def _spent(folder: Path) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from parallel.errors import UserError
 from spar_scale import demo
 from spar_scale.ablation import CURVE, ROWS, ablate, acts, curve, table, verdict
-from spar_scale.chain import PHASES, Chain, shared_by
+from spar_scale.chain import PHASES, Chain
 
 
 @pytest.fixture
@@ -25,24 +25,6 @@ def test_every_phase_comes_after_those_that_it_starts_from(tmp_path: Path, size:
         for parent in chain.parents(phase):
             assert PHASES.index(parent) < position
         assert recipe.seed == 0 and recipe.run_dir == tmp_path / phase
-
-
-@pytest.mark.parametrize("size", ["demo", "smoke"])
-def test_what_no_other_phase_can_run_beside_takes_all_ranks_in_whole_micro_batches(tmp_path: Path, size: str):
-    chain = Chain(tmp_path, size, 0)
-    assert {step.name: step.ranks for step in chain.steps(2) if step.ranks > 1} == {"align_joint": 2, "instruct": 2}
-    assert all(step.ranks == 1 for step in chain.steps())
-    recipe = chain.recipe("align_joint")
-    for ranks in (2, 4):
-        assert shared_by(recipe, ranks).parallel.micro_batch * ranks == recipe.data.task_block
-    assert shared_by(recipe, 1) == recipe
-
-
-def test_a_run_of_one_rank_is_the_run_of_two(chain: Chain):
-    recipe = chain.recipe("align_joint")
-    recipe.run_dir.mkdir(parents=True)
-    shared_by(recipe, 2).save(recipe.run_dir / "recipe.yaml")
-    assert not chain.is_trained("align_joint")  # and not refused
 
 
 def test_the_last_phases_read_what_is_stored_before_them_and_what_is_compared_is_counted_apart(tmp_path: Path):
