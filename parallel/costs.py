@@ -14,12 +14,14 @@ depthwise convolution as if each channel read all others.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -159,6 +161,9 @@ def _without_values(layers: Sequence[Layer], dtype: torch.dtype) -> nn.ModuleLis
         shape = torch.empty_like(tensor, device="meta")
         is_weight = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if is_weight else shape
+    for value in itertools.chain.from_iterable(vars(module).values() for module in original.modules()):
+        if isinstance(value, dist.ProcessGroup):
+            memo[id(value)] = value
     shadows = copy.deepcopy(original, memo).to(dtype)
     for shadow in shadows:
         shadow.forward = _with_fused_attention(shadow.forward)  # not around it: a recomputation begins here

@@ -87,6 +87,7 @@ class Topology:
 
 
 def _gloo_group() -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo")
+    rehearsed = dist.get_backend() == "fake"  # one rank of a world that is not there
+    group = dist.new_group(backend="fake" if rehearsed else "gloo")
     assert isinstance(group, dist.ProcessGroup)
     return group

@@ -9,6 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+BUCKET = 50_000_000
+"""Elements that DeepSpeed reduces or gathers at a time."""
+PERSISTENT = 10_000
+"""Elements up to which ZeRO-3 leaves a parameter whole on every rank."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -49,14 +54,14 @@ def deepspeed_config(zero: int, data_size: int, settings: EngineSettings, muon: 
             "contiguous_gradients": True,
             "overlap_comm": False,
             "reduce_scatter": not muon,  # Muon orthogonalises whole matrices and refuses it
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
             "round_robin_gradients": False,
             "elastic_checkpoint": False,
             "ignore_unused_parameters": True,
             "sub_group_size": 1_000_000_000,
-            "stage3_prefetch_bucket_size": 50_000_000,
-            "stage3_param_persistence_threshold": 10_000,
+            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_param_persistence_threshold": PERSISTENT,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": False,

@@ -1,4 +1,4 @@
-"""The command line: `spar-scale train | parity | data | checkpoint | track | doctor | demo | evaluate | report |
+"""The command line: `spar-scale train | parity | plan | data | checkpoint | track | doctor | demo | evaluate | report |
 ablate`, and of a trained run `generate | edit | routes | reconstruct | ask`.
 
 Nothing heavy is imported until a command needs it, so `--help` and a refused recipe take a fraction
@@ -70,6 +70,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parity.add_argument("--resumed", action="store_true", help="save under each of five layouts, resume under each")
     _overrides(parity)
+
+    plan = _command(commands, "plan", _plan, "say what each layout of a recipe costs on so many GPUs, without any")
+    plan.add_argument("recipe", type=Path, help="recipe file (YAML)")
+    _overrides(plan)
+    plan.add_argument("--gpus", type=_positive, required=True, help="how many GPUs")
+    plan.add_argument("--gpu", default="h200", help="which: h200 (default), h100-80, a100-80, b200")
+    plan.add_argument("--json", action="store_true", help="print everything, for programs")
+    plan.add_argument(
+        "--rehearse-rank", type=int, metavar="R", help="build rank R of the recipe's own layout, check it"
+    )
 
     data = commands.add_parser("data", help="make, index and look at shards").add_subparsers(
         metavar="COMMAND", required=True
@@ -192,6 +202,18 @@ def _parity(arguments: argparse.Namespace) -> int:
     runs = Runs(arguments.steps, arguments.optimizer, arguments.precision, arguments.resumed)
     within = parity(arguments.recipe, arguments.overrides, arguments.layouts, runs, arguments.out)
     return 0 if within else DIFFERS
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from spar_scale.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from spar_scale.planning import plan, rehearse
+
+    if arguments.rehearse_rank is not None:
+        return _say(rehearse(recipe, arguments.gpus, arguments.rehearse_rank))
+    found = plan(recipe, arguments.gpus, arguments.gpu)
+    return _say(found.json() if arguments.json else found.text())
 
 
 def _make(arguments: argparse.Namespace) -> int:

@@ -23,7 +23,8 @@ _UNIT_NORMS = ("RMSNorm",)  # diffusers' class has no reset of its own: weight 1
 def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> None:
     """Initialise every parameter of `model` in place, on CPU; the global generator is left as it was.
 
-    The top-level parts named in `loaded` keep the weights that they were read with.
+    The top-level parts named in `loaded` keep the weights that they were read with; what is on the meta
+    device has none.
 
     A module is initialised by `_init_weights` of the nearest module around it that has one (that is
     transformers' hook; our parts define it too), else by its own `reset_parameters`. Raises
@@ -34,6 +35,8 @@ def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> Non
             if name.split(".")[0] in loaded:
                 continue
             own = dict(module.named_parameters(recurse=False))
+            if all(parameter.is_meta for parameter in own.values()):
+                continue
             for parameter in own.values():
                 if parameter.device.type != "cpu":
                     raise ValueError(f"initialise runs on CPU, {name} is on {parameter.device}")

@@ -2,7 +2,8 @@
 
 Pretrained parts are directories in their library's published layout, loaded strictly from safetensors:
 a missing or unexpected tensor, another shape, or a config that differs from the preset is refused with
-the dotted key of the recipe. Nothing is ever downloaded.
+the dotted key of the recipe. Nothing is ever downloaded. Under `torch.device("meta")` a part has the shapes
+of its preset and no values, so none is read: that is how a layout is planned without data or weights.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
 from diffusers.utils import logging as diffusers_log
 from safetensors import SafetensorError
-from torch import nn
+from torch import get_default_device, nn
 from transformers import InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 from transformers.utils import logging as transformers_log
 
 from parallel.errors import UserError, nearest
-from spar_scale.models.mllm import mllm_config
+from spar_scale.models.autoencoder import build_autoencoder
+from spar_scale.models.diffusion import Diffusion
+from spar_scale.models.mllm import build_mllm, mllm_config
 from spar_scale.models.presets import PRESETS, Preset
 from spar_scale.models.vision import vision_config
 
@@ -59,13 +62,20 @@ def pretrained_directories(recipe: Any, allowed: tuple[str, ...], required: tupl
         )
     directories = {part: (Path(recipe.run_dir) / directory).resolve() for part, directory in given.items()}
     for part, directory in directories.items():
-        if not (directory / "config.json").is_file():
+        if not shapes_only() and not (directory / "config.json").is_file():
             raise UserError(f"model.pretrained.{part}: no config.json in {directory}")
     return directories
 
 
+def shapes_only() -> bool:
+    """Whether a model is being built on the meta device, where nothing has values."""
+    return get_default_device().type == "meta"
+
+
 def load_autoencoder(directory: Path, preset: Preset) -> tuple[AutoencoderDC, float]:
     """Load AutoencoderDC strictly from its published layout, fp32; return it and its scaling factor."""
+    if shapes_only():
+        return build_autoencoder(preset), preset.autoencoder.scaling_factor
     part = "pixel_autoencoder"
     wanted = preset.autoencoder.config()
     del wanted["scaling_factor"]  # no shape: what was measured when the autoencoder was trained
@@ -77,6 +87,8 @@ def load_autoencoder(directory: Path, preset: Preset) -> tuple[AutoencoderDC, fl
 
 def load_mllm(directory: Path, preset: Preset) -> InternVLForConditionalGeneration:
     """Load InternVL strictly from its published layout, fp32, checked against the preset."""
+    if shapes_only():
+        return build_mllm(preset)
     wanted = mllm_config(preset)
     assert isinstance(wanted.text_config, Qwen2Config)
     language = wanted.text_config.to_dict()
@@ -95,12 +107,14 @@ def load_mllm(directory: Path, preset: Preset) -> InternVLForConditionalGenerati
 
 def load_vision(directory: Path, preset: Preset, part: str = "mllm") -> tuple[nn.Module, nn.Module]:
     """Load InternVL strictly from its published layout and return its (vision tower, projector), fp32."""
-    model = _load_internvl(part, directory, preset)
+    model = build_mllm(preset) if shapes_only() else _load_internvl(part, directory, preset)
     return model.model.vision_tower, model.model.multi_modal_projector
 
 
 def load_diffusion(directory: Path, preset: Preset) -> SanaTransformer2DModel:
     """Load a SANA diffusion transformer strictly from its published layout, fp32, checked against the preset."""
+    if shapes_only():
+        return Diffusion(preset.diffusion).transformer
     part = "diffusion"
     _check_config(part, directory, preset, read_config(part, directory), preset.diffusion.config())
     return _strictly(part, directory, SanaTransformer2DModel, low_cpu_mem_usage=False)

@@ -19,7 +19,7 @@ from parallel.errors import UserError
 from spar_scale.models.autoencoder import latent_scale
 from spar_scale.models.presets import Preset
 from spar_scale.models.tokenizer import Streams, UnifiedTokenizer
-from spar_scale.stages.parts import positive, read_config
+from spar_scale.stages.parts import positive, read_config, shapes_only
 
 KIND, WEIGHTS = "spar_scale.UnifiedTokenizer", "model.safetensors"
 TEACHERS = ("pixel_encoder", "initial_encoder")
@@ -49,6 +49,8 @@ def load_tokenizer(directory: Path, preset: Preset) -> tuple[UnifiedTokenizer, f
     Raises UserError for a directory that holds no tokenizer, one of another preset, and weights that
     do not fit or cannot be read.
     """
+    if shapes_only():
+        return UnifiedTokenizer(preset, "dual", pixel_encoder=False), 1.0
     config, where = read_config(PART, directory), f"model.pretrained.{PART}: {directory}"
     if config.get("kind") != KIND:
         raise UserError(f"{where} holds no unified tokenizer; the `pretrained` of a run of stage tokenizer is needed")

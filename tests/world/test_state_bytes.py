@@ -1,0 +1,168 @@
+"""The arithmetic of what an engine keeps, against engines: the same bytes, of each kind, on each rank."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+import torch
+from launching import run_world
+from nano import NANO
+from tiny_parts import make_parts
+from tiny_runs import make_data, phase_values
+
+from parallel.pipeline import stage_bounds
+from parallel.state_bytes import ZeroShape, state_bytes
+from spar_scale.planning import count
+from spar_scale.recipe import Recipe
+
+pytestmark = pytest.mark.timeout(600)
+
+MUON = {"optimizer__name": "muon", "optimizer__clip": 0}
+CASES: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
+    "dp4-z2": (4, 1, 1, 2, {}),
+    "tp2-pp2-z1": (4, 2, 2, 1, {}),
+    "tp2-dp2-z3": (4, 2, 1, 3, {}),
+    "pp2-dp2-z1": (4, 1, 2, 1, {}),
+    "dp1-z1": (1, 1, 1, 1, {}),
+    "dp4-z2-bf16": (4, 1, 1, 2, {"precision": "bf16"}),
+    "dp4-z3-bf16": (4, 1, 1, 3, {"precision": "bf16"}),
+    "dp1-z1-bf16": (1, 1, 1, 1, {"precision": "bf16"}),
+    "dp4-z1-muon": (4, 1, 1, 1, MUON),
+}
+"""Name -> processes, tensor, pipeline, ZeRO stage, and what else the recipe says."""
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("bytes")
+    make_data(folder / "data", edits=64)
+    parts = make_parts(folder / "parts", NANO)
+    return {
+        name: phase_values(
+            folder / name, "align/joint", folder / "data", parts, "nano", global_batch=24, data__task_block=24,
+            parallel={"tensor": tensor, "pipeline": pipeline, "zero": zero, "micro_batch": 2}, **more,
+        )
+        for name, (_, tensor, pipeline, zero, more) in CASES.items()
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(recipes: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found = {}
+    for world in (1, 4):
+        names = [name for name, (processes, *_) in CASES.items() if processes == world]
+        ranks = run_world(world, measure_all, [recipes[name] for name in names], initialise=False, timeout_s=500)
+        found |= {name: [rank[number] for rank in ranks] for number, name in enumerate(names)}
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_is_exact_on_every_rank(name: str, recipes: dict[str, Any], measured: dict[str, Any]) -> None:
+    world, tensor, pipeline, zero, _ = CASES[name]
+    recipe = Recipe.model_validate_json(json.dumps(recipes[name]))
+    counted = count(recipe, tensor)
+    bounds = stage_bounds([cost.flops for cost in counted.costs], pipeline)
+    half = recipe.precision == "bf16"
+    shape = ZeroShape(zero, world // (tensor * pipeline), half, pipeline > 1, counted.muon)
+    for rank in measured[name]:
+        first, end = list(itertools.pairwise(bounds))[rank["stage"]]
+        expected = state_bytes(counted.stage_weights(first, end), counted.num_groups, shape, rank["data_rank"])
+        print(name, expected)
+        assert rank["bytes"] == expected
+        assert min(expected["weights"], expected["frozen"], expected["gradients"]) > 0
+
+
+def measure_all(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from parallel.launch import stop
+
+    found = [measure(Recipe.model_validate_json(json.dumps(values))) for values in recipes]
+    stop()
+    return found
+
+
+def measure(recipe: Recipe) -> dict[str, Any]:
+    """One step of a trainer of the recipe; bytes by kind after it, gradients as they were before their reduction."""
+    from parallel.launch import start
+    from parallel.topology import Layout, Topology
+    from spar_scale.training.run_directory import RunDirectory
+    from spar_scale.training.trainer import Trainer
+
+    launch = start()
+    topology = Topology(Layout(recipe.parallel.tensor, recipe.parallel.pipeline, recipe.parallel.zero))
+    with RunDirectory(recipe, topology) as directory:
+        trainer = Trainer(recipe, launch, topology, directory)
+        gradients = watch_gradients(trainer.engine)
+        trainer._train_step(iter(trainer.loader))
+        found = kept(trainer.engine) | {"gradients": gradients[0]}
+        trainer.close()
+    return {"stage": topology.stage, "data_rank": topology.data_rank, "bytes": found}
+
+
+def watch_gradients(engine: Any) -> list[int]:
+    """The list that will hold the bytes of gradients at the end of each micro-batch's backward pass."""
+    seen: list[int] = []
+    wrapped = engine.deepspeed.optimizer
+
+    def look() -> None:
+        lists = [
+            *getattr(wrapped, "all_grad_tensors", {}).values(),
+            *getattr(wrapped, "averaged_gradients", {}).values(),
+        ]
+        held = [tensor for tensors in lists if tensors for tensor in tensors]
+        held += getattr(wrapped, "fp32_groups_gradients_flat", [])
+        if engine.zero == 3:
+            held = [wrapped.grad_partitions_flat_buffer]
+        elif engine.zero == 1:
+            held = [*getattr(wrapped, "fp32_groups_gradients_flat", [])]
+            held += [parameter.grad for parameter in engine.deepspeed.module.parameters() if parameter.grad is not None]
+        seen.append(size(held))
+
+    if engine.pipelined:
+        before(wrapped, "reduce_gradients", look)
+    elif hasattr(wrapped, "update_hp_grads"):  # bf16 under ZeRO-1 adds its gradients up here
+        before(wrapped, "update_hp_grads", look)
+    else:
+        before(engine.deepspeed, "step", look)
+    return seen
+
+
+def before(holder: Any, name: str, look: Any) -> None:
+    call = getattr(holder, name)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        look()
+        return call(*args, **kwargs)
+
+    setattr(holder, name, watched)
+
+
+def kept(engine: Any) -> dict[str, int]:
+    wrapped, module = engine.deepspeed.optimizer, engine.deepspeed.module
+    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    if engine.zero == 3:
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        weights = [wrapped.lp_param_buffer, *(parameter.data for parameter in trained)]
+        frozen += [parameter.ds_tensor for parameter in frozen]
+        masters = [flat for flat in wrapped.fp32_partitioned_groups_flat if not shares(flat, wrapped.lp_param_buffer)]
+    else:
+        weights = getattr(wrapped, "bf16_groups_flat", None) or wrapped.bit16_groups_flat
+        masters = [flat for group in wrapped.optimizer.param_groups for flat in group["params"]]
+    states = list(wrapped.optimizer.state.values())
+    moments = [v for state in states for kind, v in state.items() if torch.is_tensor(v) and kind != "ema"]
+    return {
+        "weights": size(weights),
+        "frozen": size(frozen),
+        "optimizer": size([*masters, *moments]),
+        "ema": size([state["ema"] for state in states]),
+    }
+
+
+def shares(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def size(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
