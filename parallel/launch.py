@@ -24,7 +24,9 @@ from parallel.errors import UserError
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 600
-"""Seconds after which a collective gives up (a rank that died or hangs)."""
+"""Seconds that a rank waits for another."""
+MARGIN_S = 5
+"""Seconds by which a collective gives up later than that: the heartbeat, which can name a rank, speaks first."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Launch:
     device: torch.device
 
 
-def start(timeout_s: int = TIMEOUT_S) -> Launch:
+def start(timeout_s: float = TIMEOUT_S) -> Launch:
     """Join the world; raises UserError when the environment is half set or CUDA devices are too few."""
     rank, world, local_rank = read_environment()
     device = torch.device("cpu")
@@ -50,7 +52,7 @@ def start(timeout_s: int = TIMEOUT_S) -> Launch:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        timeout = datetime.timedelta(seconds=timeout_s)
+        timeout = datetime.timedelta(seconds=timeout_s + MARGIN_S)
         backend = "nccl" if device.type == "cuda" else "gloo"
         if world == 1 and "MASTER_ADDR" not in os.environ:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]

@@ -7,14 +7,16 @@ agreements between hosts (metrics, signals), so neither waits behind the other o
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from parallel.errors import UserError
-from parallel.launch import silenced
+from parallel.launch import MARGIN_S, silenced
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ class Topology:
         self.tensor_group: dist.ProcessGroup = self.grid.get_slice_parallel_group()
         self.files_group = _gloo_group()
         self.agreement_group = _gloo_group()
+
+    def limit_waits(self, timeout_s: float) -> None:
+        """Let every group that there is now give up at this timeout: DeepSpeed makes its own without one."""
+        timeout = datetime.timedelta(seconds=timeout_s + MARGIN_S)
+        for group in distributed_c10d._world.pg_map:
+            distributed_c10d._set_pg_timeout(timeout, group)
 
     @property
     def is_last_stage(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 from parallel import checkpoint
 from parallel.agreement import first
 from parallel.errors import UserError
+from parallel.heartbeat import Heartbeat
 from parallel.launch import Launch, read_environment, start
 from parallel.replica import Replica
 from parallel.tensor import cut
@@ -53,10 +54,11 @@ def train(recipe: Recipe) -> int:
     check_tensor(preset_of(recipe), layout.tensor)  # refuse before any process group exists
     layout.data(read_environment()[1])
     with attention_of(recipe):  # likewise
-        launch = start()
+        launch = start(recipe.guards.timeout_s)
         topology = Topology(layout)
-        with RunDirectory(recipe, topology) as directory:
-            trainer = Trainer(recipe, launch, topology, directory)
+        heartbeat = Heartbeat(topology, recipe.guards.timeout_s)
+        with heartbeat, RunDirectory(recipe, topology) as directory:
+            trainer = Trainer(recipe, launch, topology, directory, heartbeat)
             try:
                 trainer.run()
             finally:
@@ -78,8 +80,10 @@ class Pending:
 class Trainer:
     """One run: model, engine, data and logs, from wherever its checkpoints left it."""
 
-    def __init__(self, recipe: Recipe, launch: Launch, topology: Topology, directory: RunDirectory):
-        self.recipe, self.topology, self.directory = recipe, topology, directory
+    def __init__(
+        self, recipe: Recipe, launch: Launch, topology: Topology, directory: RunDirectory, heartbeat: Heartbeat
+    ):
+        self.recipe, self.topology, self.directory, self.heartbeat = recipe, topology, directory, heartbeat
         choose_parent(recipe, topology.files_group)
         self.stage = started_stage(recipe)
         self.encoded = open_encoded(recipe, self.stage)
@@ -105,6 +109,7 @@ class Trainer:
             self._engine_settings(),
             costs,
         )
+        topology.limit_waits(recipe.guards.timeout_s)
         self.adversary = self.stage.adversary
         if self.adversary is not None and topology.is_last_stage:
             replica = Replica(DISCRIMINATOR, self.adversary.module, topology, launch.device, recipe.optimizer.betas)
@@ -154,6 +159,7 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[dict[str, Any]]) -> None:
         self.step += 1
+        self.heartbeat.place = f"step {self.step}"
         lr = learning_rate(self.recipe.optimizer, self.step, self.recipe.train.steps)
         samples: list[int] = []
         bad: list[dict[str, Any]] = []
@@ -217,6 +223,7 @@ class Trainer:
     # -- saving and resuming ----------------------------------------------------------------------
 
     def _save(self) -> None:
+        self.heartbeat.place = f"the save of step {self.step}"
         if self.log is not None:
             self.log.flush()
         state = {
@@ -276,6 +283,7 @@ class Trainer:
     def _export(self) -> None:
         """Write the averaged weights in the published layout, if the stage has one."""
         if self.stage.export is not None:
+            self.heartbeat.place = "the export"
             found = self.directory.newest_checkpoint()
             assert found is not None
             first(self.topology.agreement_group, lambda: export(self.recipe, found, self.directory.path))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +16,9 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import UserError
+from parallel.heartbeat import Heartbeat
+from parallel.launch import start
+from parallel.topology import Layout, Topology
 from spar_scale import ranks
 from spar_scale.processes import Step, run_steps
 from spar_scale.spending import spent
@@ -93,6 +98,22 @@ def test_a_killed_rank_is_told_with_its_signal(tmp_path: Path):
 
     with pytest.raises(UserError, match=r"^a: its process was ended by SIGKILL; .*--jobs 1"):
         run(tmp_path, work)
+
+
+def test_a_rank_that_hangs_is_named_by_the_first(tmp_path: Path, capfd):
+    importlib.import_module("deepspeed")  # once, before the forks
+
+    def work() -> None:
+        start()
+        topology = Topology(Layout())
+        with Heartbeat(topology, timeout_s=3):
+            if rank() == 1:
+                signal.pause()
+            topology.gather(0)
+
+    with pytest.raises(SystemExit, match="error: a failed"):
+        run(tmp_path, work)
+    assert re.search(r"a: rank 0: rank 1 \(host .*\) is alive but has stood at its start", capfd.readouterr().err)
 
 
 def test_all_ranks_end_with_their_step(tmp_path: Path):
