@@ -18,6 +18,9 @@ from torch.distributed import distributed_c10d
 from parallel.errors import UserError
 from parallel.launch import MARGIN_S, silenced
 
+NEAREST = 2
+"""How many layouts a refusal offers."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -31,17 +34,38 @@ class Layout:
         """Number of data ranks in a world; raises UserError when the layout does not fit it."""
         if self.pipeline > 1 and self.zero > 1:
             raise UserError(
-                f"parallel.zero: found {self.zero} with parallel.pipeline {self.pipeline}; a pipeline holds "
-                "whole gradients and parameters, so it goes with zero 1"
+                f"parallel.zero: found {self.zero} with parallel.pipeline {self.pipeline}; a pipeline holds whole "
+                f"gradients and parameters; nearest that fit: parallel.pipeline={self.pipeline} parallel.zero=1 or "
+                f"parallel.pipeline=1 parallel.zero={self.zero}"
             )
         size = self.tensor * self.pipeline
         if world % size:
-            fits = [n for n in range(1, world + 1) if world % n == 0]
+            below, above = world // size * size, (world // size + 1) * size
             raise UserError(
-                f"parallel: tensor {self.tensor} x pipeline {self.pipeline} = {size} does not divide "
-                f"{world} process(es); sizes that fit: {', '.join(map(str, fits))}"
+                f"parallel: found tensor {self.tensor} x pipeline {self.pipeline} in a world of {world} process(es), "
+                f"which must be a multiple of {size}; nearest that fit: {self._smaller(world, self.pipeline)}, or "
+                f"{f'{below} or ' if below else ''}{above} processes"
             )
         return world // size
+
+    def check_layers(self, num_layers: int, world: int) -> None:
+        """Raise UserError where the pipeline has more stages than the phase has layers."""
+        if self.pipeline > num_layers:
+            raise UserError(
+                f"parallel.pipeline: found {self.pipeline}, but this phase has {num_layers} layers, and every stage "
+                f"holds one or more; nearest that fit {world} process(es): {self._smaller(world, num_layers)}",
+                everywhere=True,
+            )
+
+    def _smaller(self, world: int, most_stages: int) -> str:
+        """The largest smaller layouts that fit, as they are written behind a command.
+
+        A tensor size that divides this one divides what this one does.
+        """
+        tensors = [size for size in range(1, self.tensor + 1) if self.tensor % size == 0]
+        fits = [(t, p) for t in tensors for p in range(1, most_stages + 1) if world % (t * p) == 0]
+        fits.sort(key=lambda sizes: (-sizes[0] * sizes[1], -sizes[0]))
+        return " or ".join(f"parallel.tensor={t} parallel.pipeline={p}" for t, p in fits[:NEAREST])
 
 
 class Topology:

@@ -62,7 +62,9 @@ def _phase_belongs_to_stage(value: Lookup) -> Iterator[Contradiction]:
 def _pipeline_needs_zero_1(value: Lookup) -> Iterator[Contradiction]:
     pipeline, zero = value("parallel.pipeline"), value("parallel.zero")
     if pipeline > 1 and zero != 1:
-        yield "parallel.zero", f"found {zero} with parallel.pipeline {pipeline}, a pipeline runs under zero 1 only"
+        fits = f"parallel.pipeline={pipeline} parallel.zero=1 or parallel.pipeline=1 parallel.zero={zero}"
+        found = f"found {zero} with parallel.pipeline {pipeline}"
+        yield "parallel.zero", f"{found}, a pipeline runs under zero 1 only; nearest that fit: {fits}"
 
 
 def _muon_keeps_matrices_whole(value: Lookup) -> Iterator[Contradiction]:
@@ -70,7 +72,9 @@ def _muon_keeps_matrices_whole(value: Lookup) -> Iterator[Contradiction]:
         return
     for key in ("parallel.tensor", "parallel.pipeline"):
         if value(key) != 1:
-            yield key, f"found {value(key)} with optimizer.name muon, which needs whole matrices: must be 1"
+            fits = f"{key}=1 or optimizer.name=adamw {key}={value(key)}"
+            found = f"found {value(key)} with optimizer.name muon"
+            yield key, f"{found}, which needs whole matrices; nearest that fit: {fits}"
     if value("optimizer.clip") != 0:
         found = show(value("optimizer.clip"))
         yield "optimizer.clip", f"found {found} with optimizer.name muon, whose update is not a gradient: must be 0"

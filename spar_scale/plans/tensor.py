@@ -18,6 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP
 
 from parallel.errors import UserError
 from parallel.tensor import ModulePlan, Plan, Split
+from parallel.topology import NEAREST
 from spar_scale.models.layers import ResBlock, SelfAttention, TransformerLayer
 from spar_scale.models.presets import Preset
 from spar_scale.models.unified import SPAR
@@ -63,8 +64,9 @@ def check_tensor(preset: Preset, tensor: int) -> None:
     refused = [key for key, size in sizes.items() if size % tensor]
     if refused:
         common = gcd(*sizes.values())
-        fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        fits = [number for number in range(1, common + 1) if common % number == 0]
+        fits.sort(key=lambda number: max(number, tensor) / min(number, tensor))
         raise UserError(
             f"parallel.tensor: found {tensor}; preset '{preset.name}' has {refused[0]} {sizes[refused[0]]}, which it"
-            f" must divide; {fits} fit"
+            f" must divide; nearest that fit: {' or '.join(f'parallel.tensor={number}' for number in fits[:NEAREST])}"
         )

@@ -89,6 +89,7 @@ class Trainer:
         self.encoded = open_encoded(recipe, self.stage)
         if self.encoded is not None:
             self.stage = self.stage.encoded()
+        topology.layout.check_layers(len(self.stage.layers), topology.world)
         self.frozen = frozen_digests(self.stage.model)
         costs = first(topology.agreement_group, lambda: pipeline_costs(recipe, self.stage))
         cut(self.stage.model, self.stage.layers, PLAN, topology.tensor_group)

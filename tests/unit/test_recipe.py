@@ -106,10 +106,23 @@ OVERRIDES = [
     (["parallel.micro_batch=0"], ["parallel.micro_batch: found 0, must be greater than or equal to 1"]),
     (["phase=inti"], ['phase: found "inti"', "did you mean 'init'?"]),
     (["phase=joint"], ['phase: found "joint", stage tokenizer has init, decoder, encoder']),
-    (["parallel.pipeline=2", "parallel.zero=2"], ["parallel.zero: found 2 with parallel.pipeline 2"]),
+    (
+        ["parallel.pipeline=2", "parallel.zero=2"],
+        [
+            "parallel.zero: found 2 with parallel.pipeline 2, a pipeline runs under zero 1 only; nearest that fit:",
+            "parallel.pipeline=2 parallel.zero=1 or parallel.pipeline=1 parallel.zero=2",
+        ],
+    ),
     (["optimizer.name=muon"], ["optimizer.clip: found 1.0 with optimizer.name muon", "must be 0"]),
-    (["optimizer.name=muon", "optimizer.clip=0", "parallel.tensor=2"], ["parallel.tensor: found 2 with optimizer"]),
-    (["optimizer.name=muon", "optimizer.clip=0", "parallel.pipeline=2"], ["parallel.pipeline: found 2 with optim"]),
+    (
+        ["optimizer.name=muon", "optimizer.clip=0", "parallel.tensor=2"],
+        ["parallel.tensor: found 2 with optimizer", "parallel.tensor=1 or optimizer.name=adamw parallel.tensor=2"],
+    ),
+    (
+        ["optimizer.name=muon", "optimizer.clip=0", "parallel.pipeline=3"],
+        ["parallel.pipeline: found 3 with optim", "parallel.pipeline=1 or optimizer.name=adamw parallel.pipeline=3"],
+    ),
+    (["guards.timeout_s=4"], ["guards.timeout_s: found 4, must be greater than or equal to 5"]),
     (["optimizer.min_lr=1"], ["optimizer.min_lr: found 1, must not be above optimizer.lr (0.0001)"]),
     (["data.task_block=9"], ["data.task_block: found 9, must not be above global_batch (8)"]),
     (["model.routing=uniform"], ['model.routing: found "uniform", but stage tokenizer does not read it']),

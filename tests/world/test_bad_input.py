@@ -91,8 +91,8 @@ EXPECTED = {
     "full disk": r"File too large",
     "run directory in the way": r"in-the-way",
     "recipe of another run": r"optimizer\.lr",
-    "tensor that divides no heads": r"parallel\.tensor",
-    "layout that does not fit": r"parallel",
+    "tensor that divides no heads": r"parallel\.tensor: .*; nearest that fit: parallel\.tensor=2",
+    "layout that does not fit": r"parallel: .*; nearest that fit: parallel\.tensor=1 parallel\.pipeline=1",
 }
 
 
