@@ -12,7 +12,7 @@ FORBIDDEN = {
     "spar_scale/objectives": ("parallel", "spar_scale.training", "spar_scale.data", "spar_scale.stages"),
     "spar_scale/ops": ("parallel", "spar_scale.training", "spar_scale.data", "spar_scale.stages"),
 }
-LIGHT = {"spar_scale/cli.py", "spar_scale/recipe.py", "spar_scale/rules.py", "spar_scale/settings.py"}
+LIGHT = {f"spar_scale/{name}.py" for name in ("cli", "arguments", "commands", "recipe", "rules", "settings")}
 HEAVY = ("torch", "numpy", "deepspeed", "transformers", "diffusers", "webdataset", "rich", "PIL")
 
 
