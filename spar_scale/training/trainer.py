@@ -1,16 +1,14 @@
 """The one training loop: every stage, phase and layout goes through `train`.
 
 Read `Trainer.run` first. Between fetching a batch and the update nothing of ours waits for the
-device; metrics stay there and are read in blocks, at log steps and before each checkpoint.
+device; metrics stay there until a log step or a checkpoint (`metrics.py`).
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from parallel.launch import Launch, read_environment, start
 from parallel.replica import Replica
 from parallel.tensor import cut
 from parallel.topology import Layout, Topology
-from parallel.zero import Engine, StepRecord, name_parameters
+from parallel.zero import Engine, name_parameters
 from parallel.zero_config import EngineSettings
 from spar_scale.data.loader import Loader, Source
 from spar_scale.data.order import micro_steps
@@ -34,7 +32,8 @@ from spar_scale.stages.parts import preset_of
 from spar_scale.training.attention_choice import attention_of
 from spar_scale.training.encode import frozen_digests, open_encoded
 from spar_scale.training.export import export
-from spar_scale.training.guards import BadSampleGuard, NonFiniteGuard
+from spar_scale.training.guards import NonFiniteGuard
+from spar_scale.training.metrics import FinishedStep, StepMetrics
 from spar_scale.training.mlflow_mirror import Mirror
 from spar_scale.training.optimizers import DISCRIMINATOR, optimizer_factory, parameter_groups
 from spar_scale.training.parent import choose_parent, started_stage
@@ -64,17 +63,6 @@ def train(recipe: Recipe) -> int:
             finally:
                 trainer.close()
     return 0
-
-
-@dataclass
-class Pending:
-    """A finished step whose numbers are still on the device."""
-
-    step: int
-    lr: float
-    record: StepRecord
-    samples: list[int]
-    bad: list[dict[str, Any]]
 
 
 class Trainer:
@@ -116,7 +104,6 @@ class Trainer:
             replica = Replica(DISCRIMINATOR, self.adversary.module, topology, launch.device, recipe.optimizer.betas)
             self.adversary.bind(replica, launch.device)
         self.non_finite = NonFiniteGuard(recipe.guards.max_skipped_steps)
-        self.bad_samples = BadSampleGuard(recipe.guards.max_bad_fraction)
         self.tracked: str | None = None  # the id that MLflow knows the run by
         self.step, shards = self._resume()
         self.loader = self._loader()
@@ -126,8 +113,7 @@ class Trainer:
         mirrored = recipe.tracking.mirror and topology.rank == 0
         self.tracked = run_id(directory.path, self.tracked) if mirrored else self.tracked
         self.mirror = Mirror(directory.path, recipe.tracking) if mirrored else None
-        self.pending: list[Pending] = []
-        self.since = time.monotonic()
+        self.metrics = StepMetrics(recipe, self.stage.terms, topology, self.log, self.engine.muon)
 
     def run(self) -> None:
         """Train up to the recipe's last step, save, and write the published layout where the stage has one."""
@@ -140,7 +126,7 @@ class Trainer:
                 self._train_step(batches)
                 saves = self.step % every == 0 or self.step == steps
                 if saves or self.step % self.recipe.train.log_every == 0:
-                    progress.show(self._write_metrics())
+                    progress.show(self.metrics.write())
                 if saves:
                     self._save()
         finally:
@@ -180,46 +166,8 @@ class Trainer:
         if self.adversary is not None:
             factor = self.recipe.optimizer.groups.get(DISCRIMINATOR, 1.0)
             self.adversary.finish(lr * factor, self.recipe.optimizer.clip)
-        self.pending.append(Pending(self.step, lr, record, samples, bad))
+        self.metrics.add(FinishedStep(self.step, lr, record, samples, bad))
         self.non_finite.observe(self.step, record.skipped)
-
-    # -- telling --------------------------------------------------------------------------------
-
-    def _write_metrics(self) -> dict[str, Any]:
-        """Bring the pending steps to the host, sum them over ranks, write them; return the last line."""
-        local = torch.stack([pending.record.terms for pending in self.pending]).cpu()
-        terms = self.topology.sum(local if self.topology.speaks else torch.zeros_like(local))
-        norms = torch.stack([pending.record.grad_norm for pending in self.pending]).cpu()
-        counts = self.topology.tensor_rank == 0 and self.topology.stage == 0
-        mine = [(pending.samples, pending.bad) if counts else ([], []) for pending in self.pending]
-        everyone = self.topology.gather(mine)
-        now = time.monotonic()
-        rate = len(self.pending) * self.recipe.global_batch / (now - self.since)
-        self.since = now
-        line: dict[str, Any] = {}
-        for index, pending in enumerate(self.pending):
-            values = dict(zip(self.stage.terms, terms[index].tolist(), strict=True))
-            line = {
-                "step": pending.step,
-                "samples": pending.step * self.recipe.global_batch,
-                "loss": sum(self.stage.terms[name] * value for name, value in values.items()),
-                "grad_norm": float(norms[index]),
-                "norm_of": "update" if self.engine.muon else "gradient",
-                "lr": pending.lr,
-                "samples_per_s": round(rate, 2),
-                "terms": values,
-                "skipped": pending.record.skipped,
-                "time": round(time.time(), 3),
-            }
-            samples = [number for rank in everyone for number in rank[index][0]]
-            bad = [entry for rank in everyone for entry in rank[index][1]]
-            if self.log is not None:
-                self.log.metrics([line])
-                self.log.samples(pending.step, samples)
-                self.log.bad_samples(pending.step, bad)
-            self.bad_samples.observe(pending.step, len(samples), bad)
-        self.pending.clear()
-        return line
 
     # -- saving and resuming ----------------------------------------------------------------------
 

@@ -1,0 +1,87 @@
+"""What finished steps have to tell, left on the device until it is asked for, then summed over the ranks and written.
+
+Reading a number makes the host wait for the device, so steps are read in blocks: the curve has every step, and a step
+waits for none of it. Lines go to `metrics.jsonl`, the samples that a step consumed or left out beside them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from parallel.topology import Topology
+from parallel.zero import StepRecord
+from spar_scale.recipe import Recipe
+from spar_scale.training.guards import BadSampleGuard
+from spar_scale.training.tracking import RunLog
+
+
+@dataclass
+class FinishedStep:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    lr: float
+    record: StepRecord
+    samples: list[int]
+    bad: list[dict[str, Any]]
+
+
+class StepMetrics:
+    """The steps of one run; `terms` are the stage's losses and their weights, `log` is rank 0's alone.
+
+    `muon` says that the norm is that of Muon's update. Too many bad samples raise UserError in `write`.
+    """
+
+    def __init__(self, recipe: Recipe, terms: Mapping[str, float], topology: Topology, log: RunLog | None, muon: bool):
+        self._terms, self._topology, self._log = terms, topology, log
+        self._global_batch, self._norm_of = recipe.global_batch, "update" if muon else "gradient"
+        self._guard = BadSampleGuard(recipe.guards.max_bad_fraction)
+        self._pending: list[FinishedStep] = []
+        self._since = time.monotonic()
+
+    def add(self, step: FinishedStep) -> None:
+        """Keep a step for the next `write`."""
+        self._pending.append(step)
+
+    def write(self) -> dict[str, Any]:
+        """Bring the steps to the host, sum them over ranks, write them; return the last line. On all ranks at once."""
+        local = torch.stack([step.record.terms for step in self._pending]).cpu()
+        terms = self._topology.sum(local if self._topology.speaks else torch.zeros_like(local))
+        norms = torch.stack([step.record.grad_norm for step in self._pending]).cpu()
+        counts = self._topology.tensor_rank == 0 and self._topology.stage == 0
+        everyone = self._topology.gather([(step.samples, step.bad) if counts else ([], []) for step in self._pending])
+        now = time.monotonic()
+        rate = len(self._pending) * self._global_batch / (now - self._since)
+        self._since = now
+        line: dict[str, Any] = {}
+        for index, step in enumerate(self._pending):
+            line = self._line(step, terms[index].tolist(), float(norms[index]), rate)
+            samples = [number for rank in everyone for number in rank[index][0]]
+            bad = [entry for rank in everyone for entry in rank[index][1]]
+            if self._log is not None:
+                self._log.metrics([line])
+                self._log.samples(step.step, samples)
+                self._log.bad_samples(step.step, bad)
+            self._guard.observe(step.step, len(samples), bad)
+        self._pending.clear()
+        return line
+
+    def _line(self, step: FinishedStep, terms: list[float], norm: float, rate: float) -> dict[str, Any]:
+        values = dict(zip(self._terms, terms, strict=True))
+        return {
+            "step": step.step,
+            "samples": step.step * self._global_batch,
+            "loss": sum(self._terms[name] * value for name, value in values.items()),
+            "grad_norm": norm,
+            "norm_of": self._norm_of,
+            "lr": step.lr,
+            "samples_per_s": round(rate, 2),
+            "terms": values,
+            "skipped": step.record.skipped,
+            "time": round(time.time(), 3),
+        }
