@@ -29,7 +29,7 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU by its published figures: bytes, operations a second, bytes a second one way to GPUs of its node, and out."""
+    """A GPU by its published figures: bytes, operations a second, bytes a second one way within its node, and out."""
 
     name: str
     memory_bytes: float

@@ -109,7 +109,7 @@ def _steps(groups: dict[int, list[int]], shape: ZeroShape) -> int:
 
 
 def _overlapping(numels: list[int], start: int, length: int) -> int:
-    """Elements of the parameters, each whole, of which some lie in the part of the flat group that begins at `start`."""
+    """Elements of the parameters, each whole, of which some lie in the flat group's part from `start` on."""
     found = position = 0
     for numel in numels:
         if position < start + length and position + numel > start:

@@ -146,8 +146,8 @@ def rehearse(recipe: Recipe, gpus: int, rank: int) -> str:
     told = ", ".join(f"{kind} {size:,}" for kind, size in kinds.items())
     where = f"tensor rank {topology.tensor_rank}, data rank {topology.data_rank}, stage {topology.stage}"
     return (
-        f"rank {rank} of {gpus} ({where}) built in {seconds:.1f} s: layers {first}-{end - 1}, {built:,} weights, as planned"
-        f"\nbytes: {told}"
+        f"rank {rank} of {gpus} ({where}) built in {seconds:.1f} s: layers {first}-{end - 1},"
+        f" {built:,} weights, as planned\nbytes: {told}"
     )
 
 
@@ -197,7 +197,8 @@ def _flops(recipe: Recipe, counted: Counted, gpus: int) -> dict[str, int]:
 def _lines(plan: Plan) -> Iterator[str]:
     recipe, machine = plan.recipe, plan.machine
     total = sum(plan.flops.values())
-    yield f"{recipe.stage}/{recipe.phase}, preset {recipe.model.preset}, {recipe.precision}, on {plan.gpus} x {machine.name}"
+    what = f"{recipe.stage}/{recipe.phase}, preset {recipe.model.preset}, {recipe.precision}"
+    yield f"{what}, on {plan.gpus} x {machine.name}"
     shares = ", ".join(f"{part} {flops / total:.0%}" for part, flops in plan.flops.items() if flops)
     yield f"{total / 1e12:,.1f} TFLOP a step of {recipe.global_batch} samples: {shares}"
     yield ""
@@ -225,9 +226,10 @@ def _is_own(recipe: Recipe, found: Outlook) -> bool:
 
 
 def _row(found: Outlook, recipe: Recipe) -> str:
-    layout, share = found.layout, {kind: seconds / found.step_s for kind, seconds in found.seconds.items()}
+    layout, mark = found.layout, "*" if _is_own(recipe, found) else " "
+    share = {kind: seconds / found.step_s for kind, seconds in found.seconds.items()}
     return (
-        f"{'*' if _is_own(recipe, found) else ' '} {layout.tensor:6} {layout.pipeline:8} {found.data_size:4} {layout.zero:4}"
+        f"{mark} {layout.tensor:6} {layout.pipeline:8} {found.data_size:4} {layout.zero:4}"
         f" {found.step_s:7.3f}s {recipe.global_batch / found.step_s:9,.0f} {found.memory_bytes / 2**30:8.1f}"
         f" {share['compute']:8.0%} {share['tensor']:6.0%} {share['data']:5.0%} {share['pipeline']:5.0%}"
         f" {share['bubble']:6.0%} {found.padding:8.0%}"

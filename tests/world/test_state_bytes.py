@@ -107,16 +107,13 @@ def watch_gradients(engine: Any) -> list[int]:
     wrapped = engine.deepspeed.optimizer
 
     def look() -> None:
-        lists = [
-            *getattr(wrapped, "all_grad_tensors", {}).values(),
-            *getattr(wrapped, "averaged_gradients", {}).values(),
-        ]
-        held = [tensor for tensors in lists if tensors for tensor in tensors]
-        held += getattr(wrapped, "fp32_groups_gradients_flat", [])
         if engine.zero == 3:
             held = [wrapped.grad_partitions_flat_buffer]
-        elif engine.zero == 1:
-            held = [*getattr(wrapped, "fp32_groups_gradients_flat", [])]
+        elif engine.zero == 2:
+            groups = [*wrapped.all_grad_tensors.values(), *wrapped.averaged_gradients.values()]
+            held = [tensor for tensors in groups if tensors for tensor in tensors]
+        else:
+            held = [*getattr(wrapped, "fp32_groups_gradients_flat", [])]  # of bf16
             held += [parameter.grad for parameter in engine.deepspeed.module.parameters() if parameter.grad is not None]
         seen.append(size(held))
 
