@@ -2,7 +2,8 @@
 
 It is whole on every rank that computes it, fp32, plain AdamW. Its gradients are summed over the data
 ranks as the engine's are (no averages: the loss is already a share of the global batch), so its
-weights stay equal everywhere and its curve does not know the layout. Its state is ordinary tensors in
+weights stay equal everywhere and its curve does not know the layout. Tensor ranks see the same
+samples and come to the same sum, each over its own data ranks. Its state is ordinary tensors in
 the checkpoint. Too small to be worth sharding: that is the trade-off.
 """
 

@@ -107,6 +107,14 @@ def test_a_pair_goes_on_from_the_middle(recipe: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in resumed] == [1, 2, 3, 4] and saved[3]["time"] < resumed[3]["time"]
 
 
+def test_what_training_refuses_is_told_with_the_layout_and_leaves_nothing(recipe: Path, tmp_path: Path) -> None:
+    code, said = parity_command(tmp_path, "--recipe", recipe, "--layouts", "dp2-z1", "init_from=../nowhere")
+    assert code == 2 and not rows(said)
+    refusal = (tmp_path / "stderr").read_text().splitlines()[-1]
+    assert refusal.startswith("error: dp1-z1: init_from: ") and "holds no checkpoint; train that phase first" in refusal
+    assert not list(recipe.parent.glob("run-parity-*"))
+
+
 def test_names_are_read_back_and_no_two_layouts_share_one() -> None:
     assert set(SPREADS) >= {"dp2-z1", "dp4-z3", "tp2", "pp2", "tp2-pp2", "tp2-dp2-z3", "tp2-pp2-dp2", *RESUMED}
     assert len(set(SPREADS.values())) == len(SPREADS)

@@ -23,12 +23,14 @@ def values(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.relu(1 - module(x)).squeeze(1)
 
 
-def train(rank: int, world: int, clip: float, poison: int | None = None) -> tuple[list[float], dict[str, Any]]:
+def train(
+    rank: int, world: int, clip: float, poison: int | None = None, tensor: int = 1
+) -> tuple[list[float], dict[str, Any]]:
     from parallel.launch import start
     from parallel.replica import Replica
     from parallel.topology import Layout, Topology
 
-    launch, topology = start(), Topology(Layout())
+    launch, topology = start(), Topology(Layout(tensor=tensor))
     replica = Replica("judge", network(), topology, launch.device, BETAS)
     norms = []
     for step in range(STEPS):
@@ -52,10 +54,10 @@ def plain(clip: float) -> tuple[list[float], nn.Module]:
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.1])
-@pytest.mark.parametrize("world", [1, 3])
-def test_a_replica_trains_as_plain_torch_does(world: int, clip: float) -> None:
+@pytest.mark.parametrize(("world", "tensor"), [(1, 1), (3, 1), (4, 2)])
+def test_a_replica_trains_as_plain_torch_does(world: int, tensor: int, clip: float) -> None:
     norms, module = plain(clip)
-    for found, tensors in run_world(world, train, clip, initialise=False):
+    for found, tensors in run_world(world, train, clip, None, tensor, initialise=False):
         assert found == pytest.approx(norms, rel=1e-4)
         for name, parameter in module.named_parameters():
             torch.testing.assert_close(tensors[f"judge.{name}"], parameter.detach(), rtol=1e-4, atol=1e-5)
