@@ -18,7 +18,7 @@ from parallel.state_bytes import ZeroShape, state_bytes
 from spar_scale.planning import count
 from spar_scale.recipe import Recipe
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 MUON = {"optimizer__name": "muon", "optimizer__clip": 0}
 CASES: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
@@ -54,7 +54,7 @@ def measured(recipes: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any
     found = {}
     for world in (1, 4):
         names = [name for name, (processes, *_) in CASES.items() if processes == world]
-        ranks = run_world(world, measure_all, [recipes[name] for name in names], initialise=False, timeout_s=500)
+        ranks = run_world(world, measure_all, [recipes[name] for name in names], initialise=False, timeout_s=800)
         found |= {name: [rank[number] for rank in ranks] for number, name in enumerate(names)}
     return found
 
