@@ -187,7 +187,7 @@ class Parity:
         if recipe.run_dir not in self._trained:
             began = time.monotonic()
             try:
-                run_ranks(work, spread.processes, lambda *_: None)
+                run_ranks(work, spread.processes)
             except UserError as error:
                 raise UserError(f"{recipe.run_dir.name}: {error}") from None
             self._trained[recipe.run_dir] = curve(recipe.run_dir), time.monotonic() - began

@@ -22,7 +22,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from parallel.errors import UserError
 from spar_scale.children import FORK, killed, listen_to_parent_alone, stop, undisturbed
-from spar_scale.training.progress import Listener, told_to
+from spar_scale.training.progress import told_to
 
 GRACE_S = 5.0  # for ranks that are told to stop; less than this process itself is given
 PATIENCE_S = 2.0  # from a defect, for the other ranks to fail too: theirs may be its cause
@@ -30,8 +30,8 @@ LOOK_S = 0.5  # between two looks at what has ended
 LOOPBACK = "127.0.0.1"
 
 
-def run_ranks(work: Callable[[], object], num_ranks: int, tell: Listener) -> None:
-    """Do `work` in so many processes at once; `tell` hears what the first says of its progress.
+def run_ranks(work: Callable[[], object], num_ranks: int) -> None:
+    """Do `work` in so many processes at once; its runs show no progress.
 
     Raises the UserError or OSError by which a rank refuses, UserError where one is killed, SystemExit where one
     fails (its traceback is printed); the others are ended.
@@ -44,7 +44,7 @@ def run_ranks(work: Callable[[], object], num_ranks: int, tell: Listener) -> Non
         store = _store()  # after the forks: its server is a thread, which none of them should have been forked amid
         for rank in ranks:
             rank.meet_at(store.port)
-        _listen(ranks, tell)
+        _listen(ranks)
     finally:
         stop([rank.process for rank in ranks], GRACE_S)
 
@@ -73,31 +73,27 @@ class _Rank:
         with contextlib.suppress(BrokenPipeError):
             self.pipe.send(port)
 
-    def listen(self, tell: Listener) -> bool:
+    def listen(self) -> bool:
         """Hear what it says, and return whether it still runs; how it failed is kept."""
         code = self.process.exitcode  # before it is heard: of one that has ended, all is heard
         while self.pipe.poll():
             try:
-                said = self.pipe.recv()
+                self.failure = self.pipe.recv()
             except (EOFError, OSError):
                 break
-            if not isinstance(said, tuple):
-                self.failure = said
-            elif self.rank == 0:
-                tell(*said)
         if code and self.failure is None:
             left = _Defect(f"rank {self.rank} ended with exit code {code}")
             self.failure = UserError(killed(code)) if code < 0 else left
         return code is None
 
 
-def _listen(ranks: Sequence[_Rank], tell: Listener) -> None:
+def _listen(ranks: Sequence[_Rank]) -> None:
     """Wait for all ranks; where one fails, raise what tells most of the cause."""
     running, until = list(ranks), float("inf")
     defects: list[_Defect] = []
     while running and time.monotonic() < until:
         wait([file for rank in running for file in (rank.pipe, rank.process.sentinel)], timeout=LOOK_S)
-        running = [rank for rank in running if rank.listen(tell)]
+        running = [rank for rank in running if rank.listen()]
         for rank in ranks:
             if isinstance(rank.failure, Exception):
                 raise rank.failure
@@ -126,7 +122,7 @@ def _work(work: Callable[[], object], rank: int, num_ranks: int, parent: int, pi
     code = 1
     try:
         os.environ.update(_environment(rank, num_ranks, pipe.recv()))
-        with told_to(lambda *progress: pipe.send(progress)):
+        with told_to(lambda *_: None):
             work()
         code = 0
     except (UserError, OSError) as error:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def meet() -> None:
 
 
 def run(folder: Path, work: Callable[[], object], *others: Step) -> None:
-    run_steps([*others, Step("a", folder / "a", work, ranks=2)], jobs=2)
+    run_steps([*others, Step("a", folder / "a", partial(ranks.run_ranks, work, 2))], jobs=2)
 
 
 def test_the_ranks_meet_on_the_loopback_and_the_first_alone_speaks(tmp_path: Path, capfd):

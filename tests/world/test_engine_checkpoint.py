@@ -34,6 +34,7 @@ class LargestAllocation(TorchDispatchMode):
 def save_real(rank: int, world: int, recipes: list[dict[str, Any]], saves: list[str]) -> list[dict[str, Any]]:
     """Build the engine of each recipe as the trainer does, save it, and say what this rank wrote."""
     from parallel import checkpoint
+    from parallel.heartbeat import Heartbeat
     from parallel.launch import start
     from parallel.topology import Layout, Topology
     from spar_scale.recipe import Recipe
@@ -45,7 +46,7 @@ def save_real(rank: int, world: int, recipes: list[dict[str, Any]], saves: list[
         recipe = Recipe.model_validate_json(json.dumps(values))
         launch, topology = start(), Topology(Layout(zero=recipe.parallel.zero))
         with RunDirectory(recipe, topology) as directory:
-            trainer = Trainer(recipe, launch, topology, directory)
+            trainer = Trainer(recipe, launch, topology, directory, Heartbeat(topology, recipe.guards.timeout_s))
             fragments = trainer.engine.state.fragments()
             with LargestAllocation() as allocation:
                 path = checkpoint.save(Path(save), 1, fragments, {}, {}, topology.files_group, keep=1)

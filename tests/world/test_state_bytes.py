@@ -85,6 +85,7 @@ def measure_all(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[di
 
 def measure(recipe: Recipe) -> dict[str, Any]:
     """One step of a trainer of the recipe; bytes by kind after it, gradients as they were before their reduction."""
+    from parallel.heartbeat import Heartbeat
     from parallel.launch import start
     from parallel.topology import Layout, Topology
     from spar_scale.training.run_directory import RunDirectory
@@ -93,7 +94,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     launch = start()
     topology = Topology(Layout(recipe.parallel.tensor, recipe.parallel.pipeline, recipe.parallel.zero))
     with RunDirectory(recipe, topology) as directory:
-        trainer = Trainer(recipe, launch, topology, directory)
+        trainer = Trainer(recipe, launch, topology, directory, Heartbeat(topology, recipe.guards.timeout_s))
         gradients = watch_gradients(trainer.engine)
         trainer._train_step(iter(trainer.loader))
         found = kept(trainer.engine) | {"gradients": gradients[0]}
