@@ -20,8 +20,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```\w*\n(.*?)```", README, flags=re.S)
 PROGRAMS = ("spar-scale ", "torchrun ", "mkdir ", "tar ")
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith(PROGRAMS)]
-LAUNCHES = {"torchrun ": "torch.distributed.run", "spar-scale parity ": "spar_scale.cli"}
-"""How commands begin that start processes of their own, and the module that each is."""
+LAUNCHES = {
+    "torchrun ": "torch.distributed.run",
+    "spar-scale parity ": "spar_scale.cli",
+    "spar-scale plan ": "spar_scale.cli",
+}
+"""How commands begin that make worlds of their own, and the module that each is."""
 SMALL_BATCH = ["global_batch=8", "data.task_block=8", "parallel.micro_batch=4"]
 SMALL = {
     "make": ["scenes=64", "heldout=8", "edits=8", "heldout_edits=8"],
