@@ -42,6 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in _DISK:
             raise
         return _refuse(f"{error.filename or 'disk'}: {error.strerror}", everywhere=False)
+    except RuntimeError as error:
+        if "torch" not in sys.modules:
+            raise
+        from spar_scale.data.loader import is_lost_worker, lost_worker
+
+        if not is_lost_worker(error):
+            raise
+        return _refuse(lost_worker(error), everywhere=False)
     except KeyboardInterrupt:
         return INTERRUPTED
 

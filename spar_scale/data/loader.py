@@ -126,10 +126,15 @@ class Loader:
             for _ in self._numbers:
                 if self._batches is None or self._passes != this_pass:
                     return
-                batch = self._next()
+                batch = next(self._batches)
                 if isinstance(batch, _Failure):
                     raise UserError(batch.message)
                 yield batch
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            # A lost worker shows as torch's own message, or as its tensors' connection breaking.
+            if isinstance(error, RuntimeError) and not is_lost_worker(error):
+                raise
+            raise UserError(lost_worker(error)) from None
         finally:
             if self._passes == this_pass:
                 self.close()
@@ -142,18 +147,18 @@ class Loader:
         self._batches = None
         atexit.unregister(self.close)
 
-    def _next(self) -> Batch | _Failure:
-        assert self._batches is not None
-        try:
-            return next(self._batches)
-        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-            # A lost worker shows as torch's own message, or as its tensors' connection breaking.
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
-                raise
-            raise UserError(
-                f"data.workers: a worker process was lost ({error}); most often the machine has run out of memory,"
-                " and fewer workers or a smaller prefetch help"
-            ) from None
+
+def is_lost_worker(error: RuntimeError) -> bool:
+    """Whether torch (2.13) says here that a worker died; its signal handler says so wherever the process is."""
+    return str(error).startswith("DataLoader worker (pid")
+
+
+def lost_worker(error: Exception) -> str:
+    """What a person is told of it."""
+    return (
+        f"data.workers: a worker process was lost ({error}); most often the machine has run out of memory, and fewer"
+        " workers or a smaller prefetch help"
+    )
 
 
 @dataclass(frozen=True)
