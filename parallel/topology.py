@@ -11,6 +11,7 @@ import datetime
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
@@ -110,6 +111,14 @@ class Topology:
         total = values.clone()
         dist.all_reduce(total, group=self.agreement_group)
         return total
+
+    def largest(self, value: int) -> int:
+        """The largest of every process's number, on every process."""
+        if self.world == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.agreement_group)
+        return int(found)
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's (small, picklable) value, in rank order, on every process."""

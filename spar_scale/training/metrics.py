@@ -49,7 +49,12 @@ class StepMetrics:
         self._pending.append(step)
 
     def write(self) -> dict[str, Any]:
-        """Bring the steps to the host, sum them over ranks, write them; return the last line. On all ranks at once."""
+        """Bring the steps to the host, sum them over ranks, write them; return the last line. On all ranks at once.
+
+        Where no step has been added since the last call nothing is written, and the line is empty.
+        """
+        if not self._pending:
+            return {}
         local = torch.stack([step.record.terms for step in self._pending]).cpu()
         terms = self._topology.sum(local if self._topology.speaks else torch.zeros_like(local))
         norms = torch.stack([step.record.grad_norm for step in self._pending]).cpu()

@@ -37,6 +37,7 @@ from spar_scale.training.metrics import FinishedStep, StepMetrics
 from spar_scale.training.mlflow_mirror import Mirror
 from spar_scale.training.optimizers import DISCRIMINATOR, optimizer_factory, parameter_groups
 from spar_scale.training.parent import choose_parent, started_stage
+from spar_scale.training.preemption import STOPPED, StopRequest
 from spar_scale.training.progress import Progress
 from spar_scale.training.run_directory import RunDirectory
 from spar_scale.training.schedule import learning_rate
@@ -48,7 +49,10 @@ STATE_VERSION = 1
 
 
 def train(recipe: Recipe) -> int:
-    """Train a recipe to its last step, from its newest whole checkpoint if there is one; 0 when done."""
+    """Train a recipe to its last step, from its newest whole checkpoint if there is one; 0 when done.
+
+    Raises SystemExit(STOPPED) where a signal has asked it to stop and what was trained has been saved.
+    """
     layout = Layout(recipe.parallel.tensor, recipe.parallel.pipeline, recipe.parallel.zero)
     check_tensor(preset_of(recipe), layout.tensor)  # refuse before any process group exists
     layout.data(read_environment()[1])
@@ -56,12 +60,14 @@ def train(recipe: Recipe) -> int:
         launch = start(recipe.guards.timeout_s)
         topology = Topology(layout)
         heartbeat = Heartbeat(topology, recipe.guards.timeout_s)
-        with heartbeat, RunDirectory(recipe, topology) as directory:
+        with StopRequest(topology) as stop, heartbeat, RunDirectory(recipe, topology) as directory:
             trainer = Trainer(recipe, launch, topology, directory, heartbeat)
             try:
-                trainer.run()
+                done = trainer.run(stop)
             finally:
                 trainer.close()
+    if not done:
+        raise SystemExit(STOPPED)
     return 0
 
 
@@ -106,6 +112,7 @@ class Trainer:
         self.non_finite = NonFiniteGuard(recipe.guards.max_skipped_steps)
         self.tracked: str | None = None  # the id that MLflow knows the run by
         self.step, shards = self._resume()
+        self.saved = self.step
         self.loader = self._loader()
         if shards not in (None, self.loader.digest):
             raise UserError("data.sources: the shards are not those that this run was trained on; restore them")
@@ -115,14 +122,20 @@ class Trainer:
         self.mirror = Mirror(directory.path, recipe.tracking) if mirrored else None
         self.metrics = StepMetrics(recipe, self.stage.terms, topology, self.log, self.engine.muon)
 
-    def run(self) -> None:
-        """Train up to the recipe's last step, save, and write the published layout where the stage has one."""
+    def run(self, stop: StopRequest) -> bool:
+        """Train up to the recipe's last step, save, and write the published layout where the stage has one.
+
+        Returns whether the run is done: when asked to stop it saves and leaves the rest.
+        """
         steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
         title = f"{self.recipe.stage}/{self.recipe.phase}"
         progress = Progress(title, self.step, steps, speaks=self.topology.rank == 0)
         try:
             batches = iter(self.loader)
             while self.step < steps:
+                if asked := stop.agreed():
+                    self._stop(asked)
+                    return False
                 self._train_step(batches)
                 saves = self.step % every == 0 or self.step == steps
                 if saves or self.step % self.recipe.train.log_every == 0:
@@ -132,6 +145,7 @@ class Trainer:
         finally:
             progress.close()
         self._export()
+        return True
 
     def close(self) -> None:
         """Stop the loader's workers, close the logs and release the engine."""
@@ -171,6 +185,13 @@ class Trainer:
 
     # -- saving and resuming ----------------------------------------------------------------------
 
+    def _stop(self, asked: str) -> None:
+        """Save what is not saved yet."""
+        self._announce(f"was asked to stop by {asked} after step {self.step}; the same command goes on from there")
+        if self.step > self.saved:
+            self.metrics.write()
+            self._save()
+
     def _save(self) -> None:
         self.heartbeat.place = f"the save of step {self.step}"
         if self.log is not None:
@@ -197,6 +218,7 @@ class Trainer:
             group=self.topology.files_group,
             keep=self.recipe.checkpoint.keep,
         )
+        self.saved = self.step
 
     def _resume(self) -> tuple[int, str | None]:
         """Load the newest whole checkpoint; return its step and shard digest, (0, None) for a fresh run."""
