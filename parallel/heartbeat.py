@@ -39,14 +39,13 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from parallel.errors import UserError
+from parallel.exit_codes import LOST
 from parallel.topology import Topology
 
 PERIOD_S = 1.0
 """Seconds between two beats."""
 PATIENCE_S = 5.0
 """Seconds from a failure for the other ranks to end by themselves; who is silent for as long then is dead."""
-EXIT_CODE = 75
-"""Of a process that ends for another's sake (EX_TEMPFAIL of sysexits.h: the same command goes on from here)."""
 
 _runs = itertools.count()  # tells the runs of one process apart in the store; ranks make the same runs
 
@@ -177,7 +176,7 @@ class Heartbeat:
             time.sleep(3 * PERIOD_S)  # for the others to read it: the store may end with this process
         self._named.set()
         if not leaving:
-            os._exit(EXIT_CODE)
+            os._exit(LOST)
 
 
 def judge(seen: Mapping[int, Seen], now_s: float, timeout_s: float, knows_all: bool) -> dict[int, str]:

@@ -78,7 +78,25 @@ def build_parser() -> argparse.ArgumentParser:
     sent.add_argument("path", type=Path, help="run directory, or the directory that holds them")
     sent.add_argument("--uri", help="server or database to send it to (default: the recipe's tracking.uri)")
 
-    _command(commands, "doctor", do.doctor)
+    doctor = _command(commands, "doctor", do.doctor)
+    doctor.add_argument(
+        "recipe", type=Path, nargs="?", help="recipe file (YAML): whether this machine can train it now, too"
+    )
+    _overrides(doctor)
+
+    cluster = commands.add_parser("cluster", help="what the scripts of cluster/ run").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    job = _command(cluster, "job", do.cluster_job)
+    job.add_argument("recipe", type=Path, help="recipe file (YAML)")
+    _overrides(job)
+    node = _command(cluster, "node", do.cluster_node)
+    node.add_argument("words", nargs=argparse.REMAINDER, metavar="WORD", help="a command of spar-scale")
+    submit = _command(cluster, "submit", do.cluster_submit)
+    submit.add_argument("folder", type=Path, metavar="RECIPE_DIR", help="folder of recipes, one for each phase")
+    submit.add_argument("root", type=Path, metavar="RUN_DIR", help="directory of the runs, one for each phase")
+    submit.add_argument("--dry-run", action="store_true", help="print the lines, submit nothing")
+    submit.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTION", help="options of sbatch, for every job")
 
     demo = _command(commands, "demo", do.demo)
     demo.add_argument(

@@ -19,6 +19,7 @@ from parallel import checkpoint
 from parallel.errors import UserError
 from spar_scale.data.commands import make
 from spar_scale.data.shapes_world import World
+from spar_scale.phases import PHASES, SIZES, starts_from
 from spar_scale.processes import Step
 from spar_scale.recipe import Recipe, load_recipe
 from spar_scale.rules import reads
@@ -26,22 +27,7 @@ from spar_scale.training.encode import encode
 from spar_scale.training.run_directory import refuse_another
 from spar_scale.training.trainer import train
 
-PHASES = (
-    "bootstrap_autoencoder",
-    "bootstrap_mllm",
-    "bootstrap_diffusion",
-    "tokenizer_init",
-    "tokenizer_decoder",
-    "tokenizer_encoder",
-    "align_connector",
-    "align_joint",
-    "instruct",
-)
-"""Names of the recipes, in their order."""
-
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-SIZES = {"demo": "tiny", "smoke": "smoke", "full": "full"}
-"""Size -> its folder of recipes."""
 SAMPLES_PER_S = {
     "bootstrap_autoencoder": 230,
     "bootstrap_mllm": 80,
@@ -138,10 +124,8 @@ class Chain:
         return root / ",".join([phase, *marks])
 
     def parents(self, phase: str) -> list[str]:
-        """The phases that one starts from: the first part of each path beside its own run directory."""
-        recipe = self._plain(phase)
-        references = [*([recipe.init_from] if recipe.init_from else []), *recipe.model.pretrained.values()]
-        return list(dict.fromkeys(PurePath(reference).parts[1] for reference in references))
+        """The phases that one starts from."""
+        return starts_from(self._plain(phase))
 
     def recipe(self, phase: str, switches: Switches = NONE) -> Recipe:
         """The recipe of a phase under switches: its run directory, shards, and what it starts from in their places."""

@@ -1,5 +1,5 @@
-"""The command line: `spar-scale train | parity | plan | data | checkpoint | track | doctor | demo | evaluate | report |
-ablate`, and of a trained run `generate | edit | routes | reconstruct | ask`.
+"""The command line: `spar-scale train | parity | plan | data | checkpoint | track | doctor | cluster | demo | evaluate
+| report | ablate`, and of a trained run `generate | edit | routes | reconstruct | ask`.
 
 Nothing heavy is imported until a command needs it, so `--help` and a refused recipe take a fraction
 of a second where importing torch alone takes one. A refusal (`UserError`) is one message on stderr
@@ -15,10 +15,9 @@ import sys
 from collections.abc import Sequence
 
 from parallel.errors import UserError
+from parallel.exit_codes import INTERRUPTED, REFUSED
 from spar_scale.arguments import build_parser
 
-REFUSED = 2
-INTERRUPTED = 130
 # What the disk or its owner refuses; the person can mend it, so it is no defect of ours.
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS})
 

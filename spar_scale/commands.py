@@ -112,10 +112,38 @@ def track_sync(arguments: argparse.Namespace) -> int:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Say what is installed here and whether it fits together."""
-    from spar_scale.doctor import report
+    """Say what is installed here and whether it fits together; with a recipe, whether it can be trained here now."""
+    if arguments.recipe is None:
+        from spar_scale.doctor import report
 
-    return report()
+        return report()
+    from spar_scale.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from spar_scale.cluster.preflight import preflight
+
+    return preflight(recipe)
+
+
+def cluster_job(arguments: argparse.Namespace) -> int:
+    """Look at the nodes of this job, train on them, and have the job go on later if need be."""
+    from spar_scale.cluster.job import run_job
+
+    return run_job(arguments.recipe, arguments.overrides)
+
+
+def cluster_node(arguments: argparse.Namespace) -> int:
+    """Run a command as the ranks of this node, one for each GPU."""
+    from spar_scale.cluster.node import run_node
+
+    return run_node(arguments.words)
+
+
+def cluster_submit(arguments: argparse.Namespace) -> int:
+    """Submit every phase of a folder of recipes, each as a job that waits for those it starts from."""
+    from spar_scale.cluster.submit import submit
+
+    return _say(submit(arguments.folder, arguments.root, arguments.options, arguments.dry_run))
 
 
 def demo(arguments: argparse.Namespace) -> int:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from spar_scale.board import clock
-from spar_scale.chain import COMPARED, PHASES, STORED, Chain, data_step
+from spar_scale.chain import COMPARED, STORED, Chain, data_step
 from spar_scale.data.shapes_world import World
 from spar_scale.data.storage import write_atomic
 from spar_scale.evaluation.report import write_report
+from spar_scale.phases import PHASES
 from spar_scale.processes import Step, available_cores, import_before_forks, run_steps, threads
 from spar_scale.settings import load
 from spar_scale.spending import Spending, spent

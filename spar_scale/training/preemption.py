@@ -14,8 +14,6 @@ from typing import Any
 
 from parallel.topology import Topology
 
-STOPPED = 85
-"""Exit code of a run that was asked to stop and has saved (Linux's ERESTART): the same command goes on from there."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -26,14 +24,18 @@ class StopRequest:
         self._topology = topology
         self._asked: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._mask: set[Any] = set()
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             heard = [name for name in SIGNALS if signal.getsignal(name) is not signal.SIG_IGN]
             self._before = {name: signal.signal(name, self._note) for name in heard}
+            self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)  # a launcher has kept SIGUSR1 until now
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if self._before:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for name, handler in self._before.items():
             signal.signal(name, handler)
 

@@ -15,9 +15,11 @@ import torch
 
 from parallel import checkpoint
 from parallel.agreement import first
+from parallel.environment import read_environment
 from parallel.errors import UserError
+from parallel.exit_codes import STOPPED
 from parallel.heartbeat import Heartbeat
-from parallel.launch import Launch, read_environment, start
+from parallel.launch import Launch, start
 from parallel.replica import Replica
 from parallel.tensor import cut
 from parallel.topology import Layout, Topology
@@ -37,7 +39,7 @@ from spar_scale.training.metrics import FinishedStep, StepMetrics
 from spar_scale.training.mlflow_mirror import Mirror
 from spar_scale.training.optimizers import DISCRIMINATOR, optimizer_factory, parameter_groups
 from spar_scale.training.parent import choose_parent, started_stage
-from spar_scale.training.preemption import STOPPED, StopRequest
+from spar_scale.training.preemption import StopRequest
 from spar_scale.training.progress import Progress
 from spar_scale.training.run_directory import RunDirectory
 from spar_scale.training.schedule import learning_rate

@@ -21,7 +21,8 @@ STEPS, LAST = 40, "bootstrap_mllm"
 
 def write_recipes(folder: Path) -> None:
     """Recipes of size smoke on the nano preset; the language model's take long enough to be caught."""
-    from spar_scale.chain import PHASES, RECIPES
+    from spar_scale.chain import RECIPES
+    from spar_scale.phases import PHASES
 
     (folder / "smoke").mkdir(parents=True)
     for name in (*PHASES, "world"):

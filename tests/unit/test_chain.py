@@ -9,7 +9,8 @@ import pytest
 from parallel.errors import UserError
 from spar_scale import demo
 from spar_scale.ablation import CURVE, ROWS, ablate, acts, curve, table, verdict
-from spar_scale.chain import PHASES, Chain
+from spar_scale.chain import Chain
+from spar_scale.phases import PHASES
 
 
 @pytest.fixture

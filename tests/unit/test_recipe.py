@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from parallel.errors import UserError
-from spar_scale.chain import PHASES
+from spar_scale.phases import PHASES
 from spar_scale.recipe import Recipe, differences, load_recipe, may_change_at_resume
 from spar_scale.settings import load
 

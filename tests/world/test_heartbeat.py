@@ -21,7 +21,8 @@ import yaml
 from launching import start_process
 from tiny_runs import make_data, metrics, phase_values
 
-from parallel.heartbeat import EXIT_CODE, PATIENCE_S
+from parallel.exit_codes import LOST
+from parallel.heartbeat import PATIENCE_S
 from parallel.launch import MARGIN_S
 
 pytestmark = pytest.mark.timeout(600)
@@ -179,7 +180,7 @@ def test_every_other_rank_names_the_one_to_blame_in_time(ended: tuple[dict[str, 
 def test_who_hangs_shows_where(ended: tuple[dict[str, Ended], Path]) -> None:
     for name in ("hangs", "hangs in a pipeline"):
         case, result = CASES[name], ended[0][name]
-        assert result.codes[case.victim] == EXIT_CODE
+        assert result.codes[case.victim] == LOST
         assert "in stand_still" in result.said[case.victim]
         assert "in stand_still" not in result.said[0]
 

@@ -1,0 +1,60 @@
+"""Who am I: rank, world and rendezvous, from torchrun's or SLURM's environment or alone.
+
+Under SLURM the tasks of one srun are the world, and torchrun's variables go before SLURM's. A batch script itself, or
+the shell of an allocation, is no such task, though SLURM calls it task 0 of n as well: it is a world of one, and says
+so. Tasks meet at the first host of their step. Its name is read out of SLURM's list by hand, a line, because scontrol
+is often missing in a container.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+from parallel.errors import UserError
+
+PORTS = range(20_000, 30_000)
+"""Where the tasks of an srun meet, unless MASTER_PORT is set: below the ports that systems hand out by themselves."""
+BATCH_STEP = 0xFFFFFFF0
+"""SLURM numbers the steps of srun from 0; a batch script and the shell of an allocation have one from here, or none."""
+
+
+def read_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
+    """Return (rank, world, local rank) from torchrun's or SLURM's variables; (0, 1, 0) when neither is set."""
+    if "RANK" in environment:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif is_task_of_srun(environment):
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        return 0, 1, 0
+    found = {name: environment[name] for name in names if name in environment}
+    if missing := sorted(set(names) - set(found)):
+        raise UserError(
+            f"the environment sets {sorted(found)} but not {missing}; start with torchrun, srun, or neither"
+        )
+    try:
+        rank, world, local_rank = (int(value) for value in found.values())
+    except ValueError:
+        raise UserError(f"{'/'.join(names)}: found {found}, whole numbers are needed") from None
+    return rank, world, local_rank
+
+
+def rendezvous(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Return (host, port) where the tasks of an srun meet: the first host of the step, a port from the job's number."""
+    hosts = environment.get("SLURM_STEP_NODELIST", "")
+    job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "")
+    first = re.match(r"(?:[\w.-]|\[\d[\d,-]*\])+(?=,|$)", hosts)
+    if first is None or not job.isdecimal() or not step.isdecimal():
+        raise UserError(
+            f"SLURM_STEP_NODELIST/SLURM_JOB_ID/SLURM_STEP_ID: found {hosts!r}, {job!r}, {step!r}; a list of hosts as "
+            "node[01-04] and two numbers are needed, or MASTER_ADDR and MASTER_PORT"
+        )
+    host = re.sub(r"\[(\d+)[^]]*\]", r"\1", first.group())  # node[003-006,9] begins with node003
+    return host, PORTS[(10 * int(job) + int(step)) % len(PORTS)]  # steps of a job may run side by side
+
+
+def is_task_of_srun(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of the tasks of an srun, and not the batch script or shell of its allocation."""
+    step = environment.get("SLURM_STEP_ID", "")  # "-5" in some batch scripts
+    return "SLURM_PROCID" in environment and step.isdecimal() and int(step) < BATCH_STEP

@@ -1,0 +1,1 @@
+"""Jobs of SLURM: what the scripts under `cluster/` hand to Python."""

@@ -1,0 +1,217 @@
+"""`spar-scale doctor RECIPE`: whether this machine and the others of its world can train a recipe now.
+
+Run by every rank before a job's training, in half a minute where a bad node would cost hours. Each rank looks at its
+GPU, the first of a node at disk and shards too; then all sum a tensor together. What a rank finds it writes into
+`run_dir/preflight`, a file each, as soon as it knows: so a node that dies or hangs here is known by what it lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from parallel.environment import read_environment
+from parallel.errors import UserError
+from parallel.launch import meet, stop
+from spar_scale.data.storage import expand_shards, read_member, shard_bytes, write_atomic
+from spar_scale.data.tar_index import check_fresh, read_index
+from spar_scale.doctor import Finding
+from spar_scale.recipe import Recipe
+
+FOLDER = "preflight"
+MEETING_S = 120.0
+"""For all ranks to meet: a node may import torch from a slow shared disk."""
+MATRIX, MATRIX_FLOPS = 8192, 50e12
+"""Side of the bf16 product, and the operations a second that a GPU worth using makes (an A100 four times as many)."""
+SUMMED_BYTES = {"cuda": 256 << 20, "cpu": 1 << 20}
+SUMMED_BYTES_PER_S = {"cuda": 1e9, "cpu": 1e5}
+"""A tenth of what one 100 Gb/s adapter moves; on CPUs only that it moves at all."""
+STATE_BYTES = 16
+"""Of a trained weight in a checkpoint: fp32 master, two moments, average."""
+PROBE_BYTES = 1 << 20
+
+
+def preflight(recipe: Recipe) -> int:
+    """Print and write what this rank finds; return 1 if one finding keeps it from training, else 0."""
+    rank, world, local_rank = read_environment()
+    findings: list[Finding] = []
+
+    def told(found: Iterator[Finding]) -> None:
+        for finding in found:
+            findings.append(finding)
+            if finding.state == "bad" or local_rank == 0:
+                print(f"{_host()}: {finding.state:>6}  {finding.subject:<10} {finding.text}", flush=True)
+        _write(recipe.run_dir, rank, findings)
+
+    folder = _disk(recipe, rank) if local_rank == 0 else iter(())
+    told(folder)
+    told(_gpu(local_rank))
+    if local_rank == 0:
+        told(_shards(recipe))
+    told(_together(world))
+    return int(any(finding.state == "bad" for finding in findings))
+
+
+def bad_nodes(run_dir: Path, hosts: Sequence[str]) -> dict[str, str]:
+    """What keeps each bad node from training, by its name; a node that has said nothing is bad."""
+    said: dict[str, list[Finding]] = {}
+    for file in sorted((run_dir / FOLDER).glob("*.json")):
+        content = json.loads(file.read_text())
+        said.setdefault(content["host"], []).extend(Finding(**finding) for finding in content["findings"])
+    found = {}
+    for host in hosts:
+        bad = [f"{finding.subject}: {finding.text}" for finding in said.get(host, ()) if finding.state == "bad"]
+        if bad or host not in said:
+            found[host] = "; ".join(dict.fromkeys(bad)) or "said nothing: it has died or hangs"
+    return found
+
+
+def forget(run_dir: Path) -> None:
+    """Remove what an earlier preflight has written."""
+    for file in (run_dir / FOLDER).glob("*.json"):
+        file.unlink()
+
+
+def _write(run_dir: Path, rank: int, findings: Sequence[Finding]) -> None:
+    content = {"host": _host(), "rank": rank, "findings": [asdict(finding) for finding in findings]}
+    try:
+        (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+        write_atomic(run_dir / FOLDER / f"rank-{rank}.json", json.dumps(content).encode())
+    except (OSError, UserError):  # the disk's finding says so; who reads finds nothing of this rank
+        return
+
+
+def _host(environment: Mapping[str, str] = os.environ) -> str:
+    """The node's name, as SLURM has it."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _disk(recipe: Recipe, rank: int) -> Iterator[Finding]:
+    """Whether the run's directory can be written, and on the first rank whether it holds one checkpoint more."""
+    probe = recipe.run_dir / FOLDER / f".probe-{rank}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as stream:
+            stream.write(os.urandom(PROBE_BYTES))
+            stream.flush()
+            os.fsync(stream.fileno())
+        probe.unlink()
+        stats = os.statvfs(recipe.run_dir)
+    except OSError as error:
+        yield Finding("bad", "disk", f"{error.filename or recipe.run_dir}: {error.strerror}; run_dir must be writable")
+        return
+    free = stats.f_bavail * stats.f_frsize
+    if rank != 0:
+        yield Finding("ok", "disk", f"{recipe.run_dir} can be written")
+        return
+    needed = _checkpoint_bytes(recipe)
+    text = f"{recipe.run_dir}: {free / 1e9:.1f} GB free, the next checkpoint takes {needed / 1e9:.2f} GB"
+    yield Finding("ok" if free > needed else "bad", "disk", text)
+
+
+def _checkpoint_bytes(recipe: Recipe) -> int:
+    """Bytes of the newest checkpoint; before the first, those of the trained weights."""
+    if kept := sorted((recipe.run_dir / "checkpoints").glob("step-*")):
+        return sum(file.stat().st_size for file in kept[-1].iterdir())
+    from spar_scale.planning import meta_stage
+
+    parameters = meta_stage(recipe).model.parameters()
+    return STATE_BYTES * sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+
+
+def _shards(recipe: Recipe) -> Iterator[Finding]:
+    """Whether every source's first and last shard have an index that fits, and give their last sample."""
+    for source in recipe.data.sources:
+        try:
+            shards = expand_shards(source.shards)
+            for shard in dict.fromkeys((shards[0], shards[-1])):
+                index = read_index(shard)
+                check_fresh(shard, index.tar_bytes, shard_bytes(shard))
+                for member in index.members(len(index) - 1).values():
+                    read_member(shard, *member)
+        except (UserError, OSError) as error:
+            yield Finding("bad", "shards", str(error))
+        else:
+            yield Finding("ok", "shards", f"{source.name}: {len(shards)}, the first and the last can be read")
+
+
+def _gpu(local_rank: int) -> Iterator[Finding]:
+    """Whether this rank's GPU is there, torch can use it, and it multiplies at a plausible speed."""
+    if os.environ.get("SPAR_DEVICE") == "cpu":
+        yield Finding("absent", "gpu", "its checks are skipped on request (SPAR_DEVICE=cpu)")
+        return
+    if not torch.cuda.is_available():
+        asked = os.environ.get("SPAR_DEVICE") == "cuda" or "CUDA_VISIBLE_DEVICES" in os.environ
+        yield Finding("bad" if asked else "absent", "gpu", _why_no_gpu())
+        return
+    if local_rank >= torch.cuda.device_count():
+        yield Finding("bad", "gpu", f"{torch.cuda.device_count()} are visible, and this is process {local_rank + 1}")
+        return
+    try:
+        flops = _multiply(torch.device("cuda", local_rank))
+    except RuntimeError as error:
+        yield Finding("bad", "gpu", f"GPU {local_rank}: {str(error).splitlines()[0]}")
+        return
+    name = torch.cuda.get_device_name(local_rank)
+    text = f"GPU {local_rank} ({name}): {flops / 1e12:.0f} TFLOP/s in bf16"
+    slow = "" if flops > MATRIX_FLOPS else f", below {MATRIX_FLOPS / 1e12:.0f}"
+    yield Finding("bad" if slow else "ok", "gpu", text + slow)
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None:
+        return "torch here is built for CPUs alone"
+    try:
+        torch.cuda.init()
+    except Exception as error:  # torch says it in several types
+        return f"torch for CUDA {torch.version.cuda} and the driver do not agree: {error}"
+    return "none is visible"
+
+
+def _multiply(device: torch.device) -> float:
+    """Operations a second of a matrix product; RuntimeError where it is wrong."""
+    matrix = torch.eye(MATRIX, dtype=torch.bfloat16, device=device) * 2
+    product = matrix @ matrix
+    if not torch.equal(product, matrix * 2):
+        raise RuntimeError("a matrix product is wrong")
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(10):
+        torch.mm(matrix, matrix, out=product)
+    torch.cuda.synchronize(device)
+    return 10 * 2 * MATRIX**3 / (time.perf_counter() - began)
+
+
+def _together(world: int) -> Iterator[Finding]:
+    """Whether all ranks meet, and sum a tensor rightly at a plausible speed."""
+    if world == 1:
+        return
+    try:
+        launch = meet(MEETING_S)
+        kind = launch.device.type
+        values = torch.ones(SUMMED_BYTES[kind] // 4, device=launch.device)
+        dist.all_reduce(values)  # the first opens the connections
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(values)
+        right = bool((values == world**2).all())  # waits for the device
+        seconds = time.perf_counter() - began
+        stop()
+    except (UserError, RuntimeError) as error:
+        yield Finding("bad", "all-reduce", str(error).splitlines()[0])
+        return
+    rate = SUMMED_BYTES[kind] / seconds
+    text = f"{world} ranks, {SUMMED_BYTES[kind] >> 20} MiB at {rate / 1e9:.2f} GB/s"
+    if not right:
+        yield Finding("bad", "all-reduce", f"{text}: the sum is wrong")
+    else:
+        slow = "" if rate > SUMMED_BYTES_PER_S[kind] else f", below {SUMMED_BYTES_PER_S[kind] / 1e9:g}"
+        yield Finding("bad" if slow else "ok", "all-reduce", text + slow)
