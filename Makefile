@@ -44,3 +44,6 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	@if command -v shellcheck >/dev/null; then shellcheck -x cluster/*.sh .ci/run; \
+	elif [ -n "$$SPAR_REQUIRE_SLURM" ]; then echo "error: shellcheck is not installed" >&2; exit 2; \
+	else echo "shellcheck is not installed: the scripts of cluster/ were not checked"; fi

@@ -84,11 +84,12 @@ def run_job(recipe_file: Path, overrides: Sequence[str]) -> int:
     attempts = Attempts(recipe.run_dir)
     _say(f"job {job.id}, attempt {job.restarts + 1} on {job.nodes} node(s), from step {attempts.step()}")
     words = [str(recipe_file), *overrides]
-    code = _preflight(recipe, job, words, signals)
+    code, unfit = _preflight(recipe, job, words, signals)
     if code == DONE and not signals.warned:
         code = _step(job, ["train", *words], signals, recipe.guards.timeout_s + MARGIN_S, None)
-    attempts.add(job, code)
-    return _conclude(job, attempts, signals, code)
+    if code != REFUSED:  # one that never began tells nothing of another job that may be training here
+        attempts.add(job, code)
+    return _conclude(job, attempts, signals, code, unfit)
 
 
 def _step(job: Job, words: Sequence[str], signals: Signals, wait_s: float, limit_s: float | None) -> int:
@@ -104,24 +105,27 @@ def _step(job: Job, words: Sequence[str], signals: Signals, wait_s: float, limit
         return signals.step.wait()
 
 
-def _preflight(recipe: Recipe, job: Job, words: Sequence[str], signals: Signals) -> int:
-    """Look at every node; those that are bad are named, here and in the job's comment."""
+def _preflight(recipe: Recipe, job: Job, words: Sequence[str], signals: Signals) -> tuple[int, list[str]]:
+    """Look at every node; return the exit code and the nodes that are not fit, named here and in the job's comment.
+
+    Where none is fit the nodes are not the cause, and the recipe is refused.
+    """
     from spar_scale.cluster.preflight import bad_nodes, forget
 
     forget(recipe.run_dir)
     code = _step(job, ["doctor", *words], signals, PREFLIGHT_S, PREFLIGHT_S)
-    if code == DONE or signals.warned:
-        return code
+    if code in (DONE, REFUSED) or signals.warned:
+        return code, []
     hosts = slurm.ask("scontrol", "show", "hostnames").split()
     found = bad_nodes(recipe.run_dir, hosts)
     for host, text in found.items():
         _say(f"{host} is not fit: {text}")
     if found:
         job.note(f"not fit: {', '.join(found)}")
-    return REFUSED if len(found) == len(hosts) else DEFECT
+    return (REFUSED, []) if len(found) == len(hosts) else (DEFECT, list(found))
 
 
-def _conclude(job: Job, attempts: Attempts, signals: Signals, code: int) -> int:
+def _conclude(job: Job, attempts: Attempts, signals: Signals, code: int, unfit: Sequence[str]) -> int:
     """What becomes of the job, by how its attempt ended."""
     step = attempts.step()
     if code == DONE:
@@ -133,13 +137,14 @@ def _conclude(job: Job, attempts: Attempts, signals: Signals, code: int) -> int:
     if code == REFUSED:
         _say("refused, for the reason above; the same job would be refused again")
         return REFUSED
-    if not signals.warned and attempts.fruitless() >= FRUITLESS:
+    if attempts.fruitless() >= FRUITLESS:
         told = f"{FRUITLESS} attempts have brought no new checkpoint"
         _say(f"{told} (exit code {code}): mend what stands above, then submit it again; it stops here")
         return DEFECT
-    _say(f"ended with exit code {code}; goes on from step {step} when nodes are free")
+    without = f", without {', '.join(unfit)}" if unfit else ""
+    _say(f"ended with exit code {code}; goes on from step {step} when nodes are free{without}")
     try:
-        job.requeue()
+        job.requeue(unfit)
     except UserError as error:
         _say(f"cannot be queued anew: {error}; submit it again and it goes on from step {step}")
         return code

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from parallel.environment import read_environment
 from parallel.errors import UserError
+from parallel.exit_codes import DEFECT, DONE, REFUSED
 from parallel.launch import meet, stop
 from spar_scale.data.storage import expand_shards, read_member, shard_bytes, write_atomic
 from spar_scale.data.tar_index import check_fresh, read_index
@@ -27,6 +28,7 @@ from spar_scale.doctor import Finding
 from spar_scale.recipe import Recipe
 
 FOLDER = "preflight"
+RECIPE = "recipe"
 MEETING_S = 120.0
 """For all ranks to meet: a node may import torch from a slow shared disk."""
 MATRIX, MATRIX_FLOPS = 8192, 50e12
@@ -40,7 +42,7 @@ PROBE_BYTES = 1 << 20
 
 
 def preflight(recipe: Recipe) -> int:
-    """Print and write what this rank finds; return 1 if one finding keeps it from training, else 0."""
+    """Print and write what this rank finds; return 0 if it can train, 1 if its machine cannot, 2 if nobody can."""
     rank, world, local_rank = read_environment()
     findings: list[Finding] = []
 
@@ -57,7 +59,8 @@ def preflight(recipe: Recipe) -> int:
     if local_rank == 0:
         told(_shards(recipe))
     told(_together(world))
-    return int(any(finding.state == "bad" for finding in findings))
+    bad = {finding.subject for finding in findings if finding.state == "bad"}
+    return REFUSED if RECIPE in bad else DEFECT if bad else DONE
 
 
 def bad_nodes(run_dir: Path, hosts: Sequence[str]) -> dict[str, str]:
@@ -112,7 +115,11 @@ def _disk(recipe: Recipe, rank: int) -> Iterator[Finding]:
     if rank != 0:
         yield Finding("ok", "disk", f"{recipe.run_dir} can be written")
         return
-    needed = _checkpoint_bytes(recipe)
+    try:
+        needed = _checkpoint_bytes(recipe)
+    except UserError as error:
+        yield Finding("bad", RECIPE, str(error))
+        return
     text = f"{recipe.run_dir}: {free / 1e9:.1f} GB free, the next checkpoint takes {needed / 1e9:.2f} GB"
     yield Finding("ok" if free > needed else "bad", "disk", text)
 

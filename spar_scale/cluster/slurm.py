@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from parallel.errors import UserError
@@ -33,12 +34,21 @@ class Job:
 
     def is_running(self) -> bool:
         """Whether SLURM lets it run on: not where it has begun to end it."""
-        found = re.search(r"\bJobState=(\S+)", ask("scontrol", "-o", "show", "job", self.id))
-        return found is not None and found.group(1) == "RUNNING"
+        return self._field("JobState") == "RUNNING"
 
-    def requeue(self) -> None:
-        """Have it started anew, with this number, when nodes are free; SLURM then ends this process."""
+    def requeue(self, without: Collection[str] = ()) -> None:
+        """Have it started anew, with this number, when nodes are free, but not on some; SLURM then ends this process.
+
+        The nodes are taken out once it is queued: 22.05 allows it for a job that waits, not for one that runs.
+        """
         ask("scontrol", "requeue", self.id)
+        if without:
+            excluded = {*self._field("ExcNodeList").split(","), *without} - {"(null)", ""}
+            ask("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(sorted(excluded))}")
+
+    def _field(self, name: str) -> str:
+        found = re.search(rf"\b{name}=(\S+)", ask("scontrol", "-o", "show", "job", self.id))
+        return found.group(1) if found else ""
 
     def note(self, text: str) -> None:
         """Leave a text where `scontrol show job` shows it."""
@@ -46,9 +56,14 @@ class Job:
 
 
 def ask(*words: str) -> str:
-    """What a command of SLURM prints; UserError with its own words where it refuses."""
+    """What a command of SLURM prints; UserError with its own words where it refuses.
+
+    SIGTERM does not end it: SLURM sends that to all of a job which has just asked to be queued anew.
+    """
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=PATIENCE_S, check=False, preexec_fn=_ignore_sigterm
+        )
     except FileNotFoundError:
         raise UserError(f"{words[0]}: not found; SLURM's commands must be on the PATH") from None
     except subprocess.TimeoutExpired:
@@ -56,6 +71,10 @@ def ask(*words: str) -> str:
     if done.returncode:
         raise UserError(f"{' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout.strip()
+
+
+def _ignore_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def srun(job: Job, words: Sequence[str], wait_s: float) -> subprocess.Popen[bytes]:

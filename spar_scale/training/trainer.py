@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -196,6 +197,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.heartbeat.place = f"the save of step {self.step}"
+        began = time.monotonic()
         if self.log is not None:
             self.log.flush()
         state = {
@@ -220,6 +222,7 @@ class Trainer:
             group=self.topology.files_group,
             keep=self.recipe.checkpoint.keep,
         )
+        self._announce(f"saved step {self.step} in {time.monotonic() - began:.1f} s")
         self.saved = self.step
 
     def _resume(self) -> tuple[int, str | None]:

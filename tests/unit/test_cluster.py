@@ -228,6 +228,12 @@ def test_what_is_missing_is_named_with_its_node(recipe: Recipe, monkeypatch: pyt
     assert "shards: " in text and "scenes-00000.tar" in text and "gpu: " in text
 
 
+def test_a_recipe_that_no_stage_can_be_built_of_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPAR_DEVICE", "cpu")
+    model = recipe.model.model_copy(update={"pretrained": {"decoder": "../nowhere"}})
+    assert preflight(recipe.model_copy(update={"model": model})) == REFUSED
+
+
 def test_a_full_or_foreign_disk_is_bad(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPAR_DEVICE", "cpu")
     blocked = recipe.model_copy(update={"run_dir": recipe.run_dir.parent / "data" / "scenes-00000.tar" / "run"})

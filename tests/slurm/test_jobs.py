@@ -1,0 +1,237 @@
+"""The scripts of cluster/ as a user hands them to sbatch, on a real SLURM: they train, save when asked, go on, stop.
+
+A run that was interrupted in whatever way is one lineage: its steps are 1, 2, 3, ..., it consumed each sample once and
+in order, and its curve is that of one process that nobody has disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm.cluster import Cluster
+from tiny_runs import consumed, make_data
+
+from parallel.exit_codes import REFUSED, STOPPED
+from spar_scale.curves import curve, distance
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE, SCRIPT = "recipes/smoke/bootstrap_autoencoder.yaml", "cluster/stage0_bootstrap.sh"
+STEPS, BATCH, EARLY = 120, 6, 10
+DRIFT = 1e-5
+"""Of the loss over all steps against one process, beyond the floor of 1e-6: rounding."""
+SMALL = [f"global_batch={BATCH}", f"data.task_block={BATCH}", "parallel.micro_batch=2", "train.log_every=1",
+         "checkpoint.every=1000000", "optimizer.name=adamw", "optimizer.clip=1.0", "optimizer.lr=1e-5"]  # fmt: skip
+SITE = {"SPAR_HOME": str(ROOT), "SPAR_PYTHON": sys.executable, "SPAR_DEVICE": "cpu", "RECIPE": RECIPE}
+
+
+class Jobs:
+    """Submits training jobs of one small recipe, each into a run directory of its own, and waits for what they do."""
+
+    def __init__(self, slurm: Cluster, folder: Path):
+        self.slurm, self.folder = slurm, folder
+        make_data(folder / "data", edits=16)
+        self.values = [*SMALL, f"train.steps={STEPS}", f"data.sources.0.shards={folder}/data/scenes-*.tar"]
+
+    def run_dir(self, name: str) -> Path:
+        return self.folder / name
+
+    def submit(self, name: str, *options: str, changes: tuple[str, ...] = (), env: dict[str, str] | None = None) -> str:
+        """Submit the script as it is; its output goes to a file beside the run directory."""
+        own = ["--output", f"{self.folder}/{name}.out", *options]
+        found = SITE | {"RUN_DIR": str(self.run_dir(name))} | (env or {})
+        return self.slurm.sbatch(*own, SCRIPT, *self.values, *changes, env=found, cwd=ROOT)
+
+    def said(self, name: str) -> str:
+        file = self.folder / f"{name}.out"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    def steps(self, name: str) -> int:
+        log = self.run_dir(name) / "metrics.jsonl"
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    def until(self, name: str, text: str, timeout: float = 120) -> None:
+        self.slurm.wait_until(lambda: text in self.said(name), timeout, f"{text!r} in\n{self.said(name)}")
+
+    def until_step(self, name: str, step: int, timeout: float = 120) -> None:
+        self.slurm.wait_until(lambda: self.steps(name) >= step, timeout, f"step {step}\n{self.said(name)}")
+
+    def restarted(self, job: str, timeout: float = 90) -> None:
+        self.slurm.wait_until(lambda: self.slurm.job(job)["Restarts"] != "0", timeout, f"a restart of job {job}")
+
+
+@pytest.fixture(scope="module")
+def jobs(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(slurm, tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(jobs: Jobs) -> Path:
+    """The same recipe, trained by one process without any SLURM."""
+    line = [sys.executable, "-m", "spar_scale.cli", "train", RECIPE, *jobs.values, f"run_dir={jobs.run_dir('alone')}"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    subprocess.run(line, cwd=ROOT, check=True, capture_output=True, env=environment | {"OMP_NUM_THREADS": "1"})
+    return jobs.run_dir("alone")
+
+
+def check_lineage(jobs: Jobs, name: str, undisturbed: Path, steps: int = STEPS) -> None:
+    found = curve(jobs.run_dir(name))
+    assert len(found) >= steps
+    assert consumed(jobs.run_dir(name)) == list(range(BATCH * len(found)))
+    loss, _ = distance(found[:steps], curve(undisturbed)[:steps])
+    print(f"{name}: loss within {loss:.1e} of one process over {steps} steps")
+    assert loss < DRIFT
+
+
+@pytest.fixture(scope="module")
+def timed(jobs: Jobs) -> Iterator[str]:
+    """A job whose time limit comes while another test runs; SLURM warns it a minute before, or half."""
+    job = jobs.submit("timed", "--nodes=1", "--nodelist=node4", "--time=2", "--signal=B:USR1@60",
+                      changes=("train.steps=1000000",))  # fmt: skip
+    yield job
+    jobs.slurm.run("scancel", job)
+
+
+@pytest.mark.timeout(600)
+def test_a_warning_saves_requeues_and_goes_on_as_the_same_run(jobs: Jobs, timed: str, undisturbed: Path) -> None:
+    gres = [f"--gres=gpu:{jobs.slurm.gpus}"] if jobs.slurm.gpus else []
+    job = jobs.submit("warned", "--nodes=2", "--exclude=node4", *gres, changes=("tracking.mirror=true",))
+    assert not gres or jobs.slurm.job(job)["TresPerNode"] == "gres:gpu:8"
+    jobs.until_step("warned", EARLY)
+    known = (jobs.run_dir("warned") / "tracking.json").read_text()
+    jobs.slurm.run("scancel", "--batch", "--signal=USR1", job)
+    jobs.restarted(job)
+    assert jobs.slurm.wait(job, "COMPLETED")["Restarts"] == "1"
+    attempts = json.loads((jobs.run_dir("warned") / "attempts.json").read_text())
+    assert [attempt["exit_code"] for attempt in attempts] == [STOPPED, 0]
+    assert EARLY <= attempts[0]["step"] < attempts[1]["step"] == STEPS
+    assert f"goes on from step {attempts[0]['step']} when nodes are free" in jobs.said("warned")
+    assert "gpu        its checks are skipped on request" in jobs.said("warned")
+    assert (jobs.run_dir("warned") / "tracking.json").read_text() == known
+    check_lineage(jobs, "warned", undisturbed)
+
+
+@pytest.mark.timeout(600)
+def test_a_time_limit_saves_requeues_and_goes_on(jobs: Jobs, timed: str, undisturbed: Path) -> None:
+    jobs.restarted(timed, timeout=200)
+    jobs.until("timed", "goes on from", 100)
+    saved = json.loads((jobs.run_dir("timed") / "attempts.json").read_text())[0]
+    assert saved["exit_code"] == STOPPED and saved["step"] > 0
+    jobs.until_step("timed", saved["step"] + EARLY)
+    jobs.slurm.run("scancel", timed)
+    jobs.slurm.wait(timed, "CANCELLED")
+    check_lineage(jobs, "timed", undisturbed, steps=min(STEPS, jobs.steps("timed")))
+
+
+@pytest.mark.timeout(600)
+def test_a_lost_node_leaves_the_run_to_the_others(jobs: Jobs, undisturbed: Path) -> None:
+    size = ("--nodes=2-3", "--exclude=node4")
+    job = jobs.submit("lost", *size, changes=("checkpoint.every=20",))
+    jobs.until_step("lost", 2 * 20 + 1)
+    assert jobs.slurm.job(job)["NumNodes"] == "3"
+    jobs.slurm.kill_node("node3")
+    jobs.slurm.mark_down("node3")
+    try:
+        jobs.restarted(job)
+        assert jobs.slurm.wait(job, "COMPLETED")["NodeList"] == "node[1-2]"
+        assert "attempt 2 on 2 node(s), from step" in jobs.said("lost")
+    finally:
+        jobs.slurm.boot("node3")
+    check_lineage(jobs, "lost", undisturbed)
+
+
+@pytest.mark.timeout(600)
+def test_a_job_of_higher_rank_preempts_and_the_run_goes_on_after_it(jobs: Jobs, undisturbed: Path) -> None:
+    job = jobs.submit("preempted", "--partition=low", "--nodes=2", "--nodelist=node[1-2]")
+    jobs.until_step("preempted", EARLY)
+    high = jobs.slurm.sbatch("--nodes=2", "--nodelist=node[1-2]", "--exclusive", "--wrap", "sleep 3")
+    jobs.restarted(job)
+    jobs.slurm.wait(high, "COMPLETED")
+    jobs.slurm.wait(job, "COMPLETED")
+    assert "was asked to stop by SIGUSR1 after step" in jobs.said("preempted")
+    check_lineage(jobs, "preempted", undisturbed)
+
+
+@pytest.mark.timeout(300)
+def test_a_refused_stage_cancels_what_waits_for_it(jobs: Jobs) -> None:
+    broken = jobs.submit("broken", "--nodes=2", "--exclude=node4", changes=("optimizer.lr=-1",))
+    behind = jobs.slurm.sbatch(f"--dependency=afterok:{broken}", "--kill-on-invalid-dep=yes", "--wrap", "true")
+    record = jobs.slurm.wait(broken, "FAILED")
+    assert (record["ExitCode"], record["Restarts"]) == (f"{REFUSED}:0", "0")
+    assert "optimizer.lr: found" in jobs.said("broken")
+    jobs.slurm.wait(behind, "CANCELLED")
+
+
+@pytest.mark.timeout(300)
+def test_without_gpus_a_job_says_what_to_ask_for(jobs: Jobs) -> None:
+    job = jobs.submit("bare", "--nodes=1", "--exclude=node4", env={"SPAR_DEVICE": "cuda"})
+    assert jobs.slurm.wait(job, "FAILED")["ExitCode"] == f"{REFUSED}:0"
+    assert "SLURM gave this job no GPU; ask for it (sbatch --gres=gpu:8)" in jobs.said("bare")
+
+
+@pytest.mark.timeout(300)
+def test_the_second_job_in_a_run_directory_is_refused(jobs: Jobs) -> None:
+    first = jobs.submit("shared", "--nodes=1", "--exclude=node4", changes=("train.steps=1000000",))
+    try:
+        jobs.until_step("shared", 1)
+        second = jobs.submit("shared", "--nodes=1", "--exclude=node4", changes=("train.steps=1000000",))
+        assert jobs.slurm.wait(second, "FAILED")["ExitCode"] == f"{REFUSED}:0"
+        assert "in use by process" in jobs.said("shared")
+        before = jobs.steps("shared")
+        jobs.until_step("shared", before + 1)  # the first has not noticed
+    finally:
+        jobs.slurm.run("scancel", first)
+    jobs.slurm.wait(first, "CANCELLED")
+
+
+def on_node(folder: Path, name: str, node: str, instead: str) -> str:
+    """A Python for SPAR_PYTHON that does something else on one node: what a broken node looks like from outside."""
+    program = folder / name
+    case = f'case "$SLURMD_NODENAME $*" in {node}) {instead};; esac'
+    program.write_text(f'#!/bin/sh\n{case}\nexec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    return str(program)
+
+
+@pytest.mark.timeout(300)
+def test_a_bad_node_is_named_and_the_job_goes_on_without_it(jobs: Jobs) -> None:
+    python = on_node(jobs.folder, "broken_node2", "'node2 '*'cluster node doctor'*", "exit 1")
+    size = ("--nodes=2", "--exclude=node4", "--comment=mine")
+    job = jobs.submit("unfit", *size, changes=("train.steps=3",), env={"SPAR_PYTHON": python})
+    jobs.restarted(job)
+    record = jobs.slurm.wait(job, "COMPLETED")
+    assert (record["NodeList"], record["ExcNodeList"]) == ("node[1,3]", "node[2,4]")
+    assert record["Comment"] == "not fit: node2"
+    assert "node2 is not fit: said nothing: it has died or hangs" in jobs.said("unfit")
+
+
+@pytest.mark.timeout(300)
+def test_a_run_that_gets_nowhere_stops(jobs: Jobs) -> None:
+    python = on_node(jobs.folder, "killed", "*'spar_scale.cli train'*", "kill -9 $$")
+    run_dir = jobs.run_dir("stuck")
+    run_dir.mkdir()
+    earlier = [{"job": "1", "restart": number, "step": 0, "exit_code": 137} for number in range(2)]
+    (run_dir / "attempts.json").write_text(json.dumps(earlier))
+    job = jobs.submit("stuck", "--nodes=1", "--exclude=node4", env={"SPAR_PYTHON": python})
+    assert jobs.slurm.wait(job, "FAILED")["Restarts"] == "0"
+    assert "3 attempts have brought no new checkpoint (exit code 137)" in jobs.said("stuck")
+
+
+@pytest.mark.timeout(900)
+def test_the_whole_chain_from_one_command_to_the_report(slurm: Cluster, jobs: Jobs) -> None:
+    began, root = time.monotonic(), jobs.folder / "chain"
+    line = ["cluster/submit_all.sh", "recipes/tiny", str(root), "--nodes=2", "--exclude=node4"]
+    told = slurm.run(*line, cwd=ROOT, env=SITE | {"SIZE": "smoke", "RECIPE": ""})
+    numbers = {line.split()[1]: line.split()[0] for line in told.splitlines()[:11]}
+    assert next(iter(numbers)) == "world" and list(numbers)[-1] == "evaluate"
+    slurm.wait(numbers["evaluate"], "COMPLETED", timeout=800)
+    print(f"the chain took {time.monotonic() - began:.0f} s")
+    assert {slurm.job(number)["JobState"] for number in numbers.values()} == {"COMPLETED"}
+    assert "<html" in (root / "report.html").read_text()[:200] and (root / "scores.json").exists()
+    assert all((root / name / "metrics.jsonl").exists() for name in list(numbers)[1:-1])
