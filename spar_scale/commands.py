@@ -39,9 +39,11 @@ def plan(arguments: argparse.Namespace) -> int:
     from spar_scale.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from spar_scale.planning import plan, rehearse
+    from spar_scale.planning import plan
 
     if arguments.rehearse_rank is not None:
+        from spar_scale.rehearsal import rehearse
+
         return _say(rehearse(recipe, arguments.gpus, arguments.rehearse_rank))
     found = plan(recipe, arguments.gpus, arguments.gpu)
     return _say(found.json() if arguments.json else found.text())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,13 +17,11 @@ import torch
 
 from parallel.costs import layer_costs
 from parallel.errors import UserError
-from parallel.launch import start
-from parallel.pipeline import stage_bounds
 from parallel.planner import ASSUMPTIONS, Counted, Machine, Outlook, Work, outlook
 from parallel.rehearsal import fake_world
-from parallel.state_bytes import Weight, ZeroShape, state_bytes
+from parallel.state_bytes import Weight
 from parallel.tensor import cut
-from parallel.topology import Layout, Topology
+from parallel.topology import Layout
 from spar_scale.data.order import micro_steps
 from spar_scale.plans.costs import micro_batch
 from spar_scale.plans.gpus import find_gpu
@@ -114,43 +111,6 @@ def meta_stage(recipe: Recipe) -> Stage:
     return stage if recipe.data.encoded is None else stage.encoded()
 
 
-def rehearse(recipe: Recipe, gpus: int, rank: int) -> str:
-    """Build rank `rank` of the recipe's own layout on so many GPUs, shapes alone, and compare it with the plan's.
-
-    Raises UserError for a rank or layout that cannot be, RuntimeError where plan and rehearsal differ.
-    """
-    parallel = recipe.parallel
-    layout = Layout(parallel.tensor, parallel.pipeline, parallel.zero)
-    if not 0 <= rank < gpus:
-        raise UserError(f"--rehearse-rank: found {rank}, must be from 0 to {gpus - 1}, the ranks of {gpus} GPUs")
-    data_size = layout.data(gpus)
-    _refuse(recipe, layout, data_size)
-    counted, began = count(recipe, layout.tensor), time.monotonic()
-    bounds = stage_bounds([cost.flops for cost in counted.costs], layout.pipeline)
-    with fake_world(gpus, rank):
-        start()
-        topology, stage = Topology(layout), meta_stage(recipe)
-        with torch.device("meta"):
-            cut(stage.model, stage.layers, PLAN, topology.tensor_group)
-        first, end = bounds[topology.stage : topology.stage + 2]
-        layers = torch.nn.ModuleList(stage.layers[first:end])
-    seconds = time.monotonic() - began
-    built, planned = (sum(numels) for numels in (
-        (parameter.numel() for parameter in layers.parameters()),
-        (weight.numel for weight in counted.stage_weights(first, end)),
-    ))  # fmt: skip
-    if built != planned:
-        raise RuntimeError(f"rank {rank} holds {built} weights by rehearsal and {planned} by the plan")
-    shape = ZeroShape(layout.zero, data_size, recipe.precision == "bf16", layout.pipeline > 1, counted.muon)
-    kinds = state_bytes(counted.stage_weights(first, end), counted.num_groups, shape, topology.data_rank)
-    told = ", ".join(f"{kind} {size:,}" for kind, size in kinds.items())
-    where = f"tensor rank {topology.tensor_rank}, data rank {topology.data_rank}, stage {topology.stage}"
-    return (
-        f"rank {rank} of {gpus} ({where}) built in {seconds:.1f} s: layers {first}-{end - 1},"
-        f" {built:,} weights, as planned\nbytes: {told}"
-    )
-
-
 def _laid_out(group: dict[str, Any]) -> list[Any]:
     """A group's parameters in their optimizer's order: DeepSpeed's Muon (0.19.8) puts the largest shapes first."""
     if not group.get("use_muon"):
@@ -162,7 +122,7 @@ def _look(recipe: Recipe, layout: Layout, gpus: int, machine: Machine, counted: 
     size = layout.tensor * layout.pipeline
     data_size, parallel = gpus // size, recipe.parallel
     try:
-        _refuse(recipe, layout, data_size)
+        refuse(recipe, layout, data_size)
         if layout.tensor not in counted:
             counted[layout.tensor] = count(recipe, layout.tensor)
         steps = micro_steps(recipe.global_batch, recipe.data.task_block, parallel.micro_batch, data_size)
@@ -172,7 +132,7 @@ def _look(recipe: Recipe, layout: Layout, gpus: int, machine: Machine, counted: 
         return Outlook(layout, data_size, str(error))
 
 
-def _refuse(recipe: Recipe, layout: Layout, data_size: int) -> None:
+def refuse(recipe: Recipe, layout: Layout, data_size: int) -> None:
     """Raise UserError where the recipe's rules, its preset or its batch do not allow a layout."""
     asked = {f"parallel.{key}": value for key, value in asdict(layout).items()}
     values = dict(flatten(recipe.model_dump())) | asked

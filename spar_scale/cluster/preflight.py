@@ -29,8 +29,8 @@ from spar_scale.recipe import Recipe
 
 FOLDER = "preflight"
 RECIPE = "recipe"
-MEETING_S = 120.0
-"""For all ranks to meet: a node may import torch from a slow shared disk."""
+MEETING_S = 60.0
+"""For all ranks to meet: one node may import torch so much later than another."""
 MATRIX, MATRIX_FLOPS = 8192, 50e12
 """Side of the bf16 product, and the operations a second that a GPU worth using makes (an A100 four times as many)."""
 SUMMED_BYTES = {"cuda": 256 << 20, "cpu": 1 << 20}

@@ -16,11 +16,12 @@ from parallel.errors import UserError
 from parallel.planner import FREE_SHARE, Counted, Work, outlook
 from parallel.rehearsal import fake_world
 from parallel.topology import Layout
-from spar_scale import planning
-from spar_scale.planning import Plan, count, plan, rehearse
+from spar_scale import planning, rehearsal
+from spar_scale.planning import Plan, count, plan
 from spar_scale.plans.gpus import GPUS
 from spar_scale.plans.parts import part_of
 from spar_scale.recipe import Recipe
+from spar_scale.rehearsal import rehearse
 
 NOWHERE = {part: f"nowhere/{part}" for part in ("mllm", "tokenizer", "diffusion")}
 
@@ -79,7 +80,7 @@ def test_the_table_marks_the_recipes_own_layout_and_json_holds_everything(eight:
 
 def test_muon_is_refused_with_tensor_or_pipeline():
     with pytest.raises(UserError, match=r"parallel\.pipeline: found 2 with optimizer\.name muon"):
-        planning._refuse(recipe(optimizer__name="muon", optimizer__clip=0), Layout(1, 2, 1), 2)
+        planning.refuse(recipe(optimizer__name="muon", optimizer__clip=0), Layout(1, 2, 1), 2)
 
 
 def test_a_gpu_that_is_too_small_is_told_with_what_takes_most(counted: Counted):
@@ -112,6 +113,12 @@ def test_tensor_ranks_share_operations_and_weights_and_pay_with_traffic(counted:
     assert sum(w.numel for w in halves.weights.values()) < sum(w.numel for w in counted.weights.values())
 
 
+@pytest.mark.parametrize("layout", [{"zero": 2}, {"zero": 3, "tensor": 2}, {"tensor": 2, "pipeline": 2}])
+def test_the_engine_of_a_rehearsed_rank_keeps_what_was_planned(layout: dict[str, int]):
+    told = rehearse(recipe(global_batch=64, data__task_block=64, parallel={"micro_batch": 1, **layout}), 64, 37)
+    assert f"engine: ZeRO {layout.get('zero', 1)} built on CPU tensors keeps the same" in told
+
+
 @pytest.mark.parametrize(("rank", "place"), [(0, (0, 0, 0)), (37, (1, 2, 1)), (511, (1, 15, 15))])
 def test_a_rehearsed_rank_of_a_large_world_is_where_and_what_was_planned(rank: int, place: tuple[int, int, int]):
     large = recipe(data__task_block=24, parallel={"micro_batch": 2, "tensor": 2, "pipeline": 16})
@@ -120,7 +127,7 @@ def test_a_rehearsed_rank_of_a_large_world_is_where_and_what_was_planned(rank: i
 
 
 def test_a_rehearsal_that_differs_from_the_plan_is_an_error(monkeypatch: pytest.MonkeyPatch, counted: Counted):
-    monkeypatch.setattr(planning, "count", lambda *_: counted)  # planned whole, built in halves
+    monkeypatch.setattr(rehearsal, "count", lambda *_: counted)  # planned whole, built in halves
     with pytest.raises(RuntimeError, match=r"rank 1 holds \d+ weights by rehearsal and \d+ by the plan"):
         rehearse(recipe(parallel={"micro_batch": 2, "tensor": 2}), 4, 1)
 

@@ -86,6 +86,7 @@ def measure_all(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[di
 def measure(recipe: Recipe) -> dict[str, Any]:
     """One step of a trainer of the recipe; bytes by kind after it, gradients as they were before their reduction."""
     from parallel.heartbeat import Heartbeat
+    from parallel.kept_bytes import kept_bytes
     from parallel.launch import start
     from parallel.topology import Layout, Topology
     from spar_scale.training.run_directory import RunDirectory
@@ -97,7 +98,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         trainer = Trainer(recipe, launch, topology, directory, Heartbeat(topology, recipe.guards.timeout_s))
         gradients = watch_gradients(trainer.engine)
         trainer._train_step(iter(trainer.loader))
-        found = kept(trainer.engine) | {"gradients": gradients[0]}
+        found = kept_bytes(trainer.engine) | {"gradients": gradients[0]}
         trainer.close()
     return {"stage": topology.stage, "data_rank": topology.data_rank, "bytes": found}
 
@@ -135,31 +136,6 @@ def before(holder: Any, name: str, look: Any) -> None:
         return call(*args, **kwargs)
 
     setattr(holder, name, watched)
-
-
-def kept(engine: Any) -> dict[str, int]:
-    wrapped, module = engine.deepspeed.optimizer, engine.deepspeed.module
-    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
-    if engine.zero == 3:
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        weights = [wrapped.lp_param_buffer, *(parameter.data for parameter in trained)]
-        frozen += [parameter.ds_tensor for parameter in frozen]
-        masters = [flat for flat in wrapped.fp32_partitioned_groups_flat if not shares(flat, wrapped.lp_param_buffer)]
-    else:
-        weights = getattr(wrapped, "bf16_groups_flat", None) or wrapped.bit16_groups_flat
-        masters = [flat for group in wrapped.optimizer.param_groups for flat in group["params"]]
-    states = list(wrapped.optimizer.state.values())
-    moments = [v for state in states for kind, v in state.items() if torch.is_tensor(v) and kind != "ema"]
-    return {
-        "weights": size(weights),
-        "frozen": size(frozen),
-        "optimizer": size([*masters, *moments]),
-        "ema": size([state["ema"] for state in states]),
-    }
-
-
-def shares(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def size(tensors: list[torch.Tensor]) -> int:
