@@ -28,7 +28,8 @@ STEPS, BATCH, EARLY = 120, 6, 10
 DRIFT = 1e-5
 """Of the loss over all steps against one process, beyond the floor of 1e-6: rounding."""
 SMALL = [f"global_batch={BATCH}", f"data.task_block={BATCH}", "parallel.micro_batch=2", "train.log_every=1",
-         "checkpoint.every=1000000", "optimizer.name=adamw", "optimizer.clip=1.0", "optimizer.lr=1e-5", "optimizer.schedule=constant"]  # fmt: skip
+         "checkpoint.every=1000000", "optimizer.name=adamw", "optimizer.clip=1.0", "optimizer.lr=1e-5",
+         "optimizer.schedule=constant"]  # fmt: skip
 SITE = {"SPAR_HOME": str(ROOT), "SPAR_PYTHON": sys.executable, "SPAR_DEVICE": "cpu", "RECIPE": RECIPE}
 
 
