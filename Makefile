@@ -22,7 +22,9 @@ venv: $(STAMP)
 $(STAMP): setup.py $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found on PATH; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments (on Debian: install python3-venv)" >&2; exit 2; }
+	@test ! -e $(VENV) || test -e $(VENV)/.ours || test -e $@ || { echo "error: $(VENV) is there and was not made here; it would be emptied. Name another: make $(MAKECMDGOALS) VENV=/path" >&2; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
+	@touch $(VENV)/.ours
 	$(BIN)/python constraints/announce.py torch
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
@@ -33,7 +35,7 @@ demo: venv
 # What MLflow shows of the runs in OUT, to this machine only.
 ui: venv
 	@test -f $(OUT)/mlflow.db || { echo "error: $(OUT)/mlflow.db is not there; runs make it in the directory that holds theirs: make ui OUT=runs/tiny" >&2; exit 2; }
-	@echo "MLflow shows $(OUT) at http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
+	@echo "MLflow shows $(OUT) at http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning (Ctrl-C ends it)"
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(OUT))/mlflow.db \
 		--artifacts-destination $(abspath $(OUT))/mlartifacts --host 127.0.0.1 --port $(PORT) --workers 1
 
