@@ -28,7 +28,7 @@ from spar_scale.doctor import Finding
 from spar_scale.recipe import Recipe
 
 FOLDER = "preflight"
-RECIPE = "recipe"
+RECIPE, TOGETHER = "recipe", "all-reduce"
 MEETING_S = 60.0
 """For all ranks to meet: one node may import torch so much later than another."""
 MATRIX, MATRIX_FLOPS = 8192, 50e12
@@ -64,17 +64,21 @@ def preflight(recipe: Recipe) -> int:
 
 
 def bad_nodes(run_dir: Path, hosts: Sequence[str]) -> dict[str, str]:
-    """What keeps each bad node from training, by its name; a node that has said nothing is bad."""
-    said: dict[str, list[Finding]] = {}
+    """What keeps each bad node from training, by its name; a node that has said nothing is bad.
+
+    That ranks could not sum together is held against nodes only where none has a fault of its own.
+    """
+    own, common = dict[str, list[str]](), dict[str, list[str]]()
     for file in sorted((run_dir / FOLDER).glob("*.json")):
         content = json.loads(file.read_text())
-        said.setdefault(content["host"], []).extend(Finding(**finding) for finding in content["findings"])
-    found = {}
+        found = [Finding(**finding) for finding in content["findings"]]
+        for faults, shared in ((own, False), (common, True)):
+            bad = [one for one in found if one.state == "bad" and (one.subject == TOGETHER) == shared]
+            faults.setdefault(content["host"], []).extend(f"{one.subject}: {one.text}" for one in bad)
     for host in hosts:
-        bad = [f"{finding.subject}: {finding.text}" for finding in said.get(host, ()) if finding.state == "bad"]
-        if bad or host not in said:
-            found[host] = "; ".join(dict.fromkeys(bad)) or "said nothing: it has died or hangs"
-    return found
+        own.setdefault(host, ["said nothing: it has died or hangs"])
+    faults = own if any(own.values()) else common
+    return {host: "; ".join(dict.fromkeys(faults[host])) for host in hosts if faults.get(host)}
 
 
 def forget(run_dir: Path) -> None:
@@ -213,12 +217,12 @@ def _together(world: int) -> Iterator[Finding]:
         seconds = time.perf_counter() - began
         stop()
     except (UserError, RuntimeError) as error:
-        yield Finding("bad", "all-reduce", str(error).splitlines()[0])
+        yield Finding("bad", TOGETHER, str(error).splitlines()[0])
         return
     rate = SUMMED_BYTES[kind] / seconds
     text = f"{world} ranks, {SUMMED_BYTES[kind] >> 20} MiB at {rate / 1e9:.2f} GB/s"
     if not right:
-        yield Finding("bad", "all-reduce", f"{text}: the sum is wrong")
+        yield Finding("bad", TOGETHER, f"{text}: the sum is wrong")
     else:
         slow = "" if rate > SUMMED_BYTES_PER_S[kind] else f", below {SUMMED_BYTES_PER_S[kind] / 1e9:g}"
-        yield Finding("bad" if slow else "ok", "all-reduce", text + slow)
+        yield Finding("bad" if slow else "ok", TOGETHER, text + slow)

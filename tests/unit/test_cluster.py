@@ -218,6 +218,16 @@ def test_a_machine_that_can_train_is_fit(
     assert set(bad_nodes(recipe.run_dir, [socket.gethostname()])) == {socket.gethostname()}
 
 
+def test_a_silent_node_is_to_blame_where_all_could_not_sum(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir()
+    for rank in (0, 1):
+        found = [{"state": "bad", "subject": "all-reduce", "text": "could not meet"}]
+        said = {"host": f"node{rank}", "rank": rank, "findings": found}
+        (tmp_path / FOLDER / f"rank-{rank}.json").write_text(json.dumps(said))
+    assert bad_nodes(tmp_path, ["node0", "node1"]) == dict.fromkeys(("node0", "node1"), "all-reduce: could not meet")
+    assert list(bad_nodes(tmp_path, ["node0", "node1", "node2"])) == ["node2"]
+
+
 def test_what_is_missing_is_named_with_its_node(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPAR_DEVICE", "cuda")  # there is none
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
