@@ -43,8 +43,8 @@ class Job:
         """
         ask("scontrol", "requeue", self.id)
         if without:
-            excluded = {*self._field("ExcNodeList").split(","), *without} - {"(null)", ""}
-            ask("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(sorted(excluded))}")
+            before = self._field("ExcNodeList").replace("(null)", "")  # as node[2,4-6], which stays one word
+            ask("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(filter(None, (before, *without)))}")
 
     def _field(self, name: str) -> str:
         found = re.search(rf"\b{name}=(\S+)", ask("scontrol", "-o", "show", "job", self.id))

@@ -208,11 +208,11 @@ def broken(folder: Path, condition: str) -> dict[str, str]:
 @pytest.mark.timeout(300)
 def test_a_bad_node_is_named_and_the_job_goes_on_without_it(jobs: Jobs) -> None:
     site = broken(jobs.folder / "site2", 'node == "node2" and "cluster node doctor" in words')
-    size = ("--nodes=2", "--exclude=node4", "--comment=mine")
+    size = ("--nodes=1-2", "--exclude=node[3-4]", "--comment=mine")
     job = jobs.submit("unfit", *size, changes=("train.steps=3",), env=site)
     jobs.restarted(job, timeout=200)  # the others wait a minute for it
     record = jobs.slurm.wait(job, "COMPLETED")
-    assert (record["NodeList"], record["ExcNodeList"]) == ("node[1,3]", "node[2,4]")
+    assert (record["NodeList"], record["ExcNodeList"]) == ("node1", "node[3-4],node2")
     assert record["Comment"] == "not fit: node2"
     assert "node2 is not fit: said nothing: it has died or hangs" in jobs.said("unfit")
 
