@@ -22,6 +22,7 @@ from parallel.errors import UserError
 from parallel.exit_codes import DEFECT, DONE, REFUSED, STOPPED
 from spar_scale.cluster import slurm
 from spar_scale.cluster.slurm import Job
+from spar_scale.data.storage import write_atomic
 from spar_scale.recipe import Recipe, load_recipe
 
 FRUITLESS = 3
@@ -31,7 +32,7 @@ PREFLIGHT_S = 300.0
 MARGIN_S = 60.0
 """Beyond `guards.timeout_s`, in which ranks end by themselves, until those that are left are killed."""
 ENDING_S = 120.0
-"""For SLURM to end this process once the job is queued anew."""
+"""For SLURM to begin to end this process once the job is queued anew."""
 ATTEMPTS = "attempts.json"
 LOOK_S = 0.5
 
@@ -67,7 +68,7 @@ class Attempts:
         """Note the end of one."""
         self._ended.append({"job": job.id, "restart": job.restarts, "step": self.step(), "exit_code": code})
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.write_text(json.dumps(self._ended, indent=1) + "\n")
+        write_atomic(self._file, (json.dumps(self._ended, indent=1) + "\n").encode())
 
     def fruitless(self) -> int:
         """How many of the last ones ended at the newest checkpoint that there already was when they began."""
@@ -148,7 +149,9 @@ def _conclude(job: Job, attempts: Attempts, signals: Signals, code: int, unfit: 
     except UserError as error:
         _say(f"cannot be queued anew: {error}; submit it again and it goes on from step {step}")
         return code
-    time.sleep(ENDING_S)
+    until = time.monotonic() + ENDING_S
+    while not signals.ended and time.monotonic() < until:
+        time.sleep(LOOK_S)
     return code
 
 
