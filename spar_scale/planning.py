@@ -28,7 +28,7 @@ from spar_scale.plans.gpus import find_gpu
 from spar_scale.plans.parts import part_of
 from spar_scale.plans.tensor import PLAN, check_tensor
 from spar_scale.recipe import Recipe, flatten
-from spar_scale.stages import Stage, build
+from spar_scale.stages import meta_stage
 from spar_scale.stages.parts import preset_of
 from spar_scale.training.optimizers import parameter_groups
 
@@ -102,13 +102,6 @@ def count(recipe: Recipe, tensor: int) -> Counted:
         num_groups=len(groups),
         muon=frozenset(index for index, group in enumerate(groups) if group.get("use_muon")),
     )
-
-
-def meta_stage(recipe: Recipe) -> Stage:
-    """The stage as a run would build it, shapes alone."""
-    with torch.device("meta"):
-        stage = build(recipe)
-    return stage if recipe.data.encoded is None else stage.encoded()
 
 
 def _laid_out(group: dict[str, Any]) -> list[Any]:

@@ -24,10 +24,10 @@ from parallel.topology import Layout, Topology
 from parallel.zero import Engine, name_parameters
 from parallel.zero_config import EngineSettings
 from spar_scale.data.order import micro_steps
-from spar_scale.planning import count, meta_stage, refuse
+from spar_scale.planning import count, refuse
 from spar_scale.plans.tensor import PLAN
 from spar_scale.recipe import Recipe
-from spar_scale.stages import Stage
+from spar_scale.stages import Stage, meta_stage
 from spar_scale.training.optimizers import optimizer_factory, parameter_groups
 
 ENGINE_BYTES = 2**30

@@ -132,7 +132,7 @@ def _checkpoint_bytes(recipe: Recipe) -> int:
     """Bytes of the newest checkpoint; before the first, those of the trained weights."""
     if kept := sorted((recipe.run_dir / "checkpoints").glob("step-*")):
         return sum(file.stat().st_size for file in kept[-1].iterdir())
-    from spar_scale.planning import meta_stage
+    from spar_scale.stages import meta_stage
 
     parameters = meta_stage(recipe).model.parameters()
     return STATE_BYTES * sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

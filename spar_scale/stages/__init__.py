@@ -136,3 +136,12 @@ def build(recipe: Any) -> Stage:
     for layer in (*stage.layers, *more):
         layer.train()
     return stage
+
+
+def meta_stage(recipe: Any) -> Stage:
+    """The stage as a run would build it, shapes alone."""
+    import torch
+
+    with torch.device("meta"):
+        stage = build(recipe)
+    return stage if recipe.data.encoded is None else stage.encoded()

@@ -31,6 +31,7 @@ from spar_scale.data.order import micro_steps
 from spar_scale.plans.costs import pipeline_costs
 from spar_scale.plans.tensor import PLAN, check_tensor
 from spar_scale.recipe import Recipe
+from spar_scale.stages import meta_stage
 from spar_scale.stages.parts import preset_of
 from spar_scale.training.attention_choice import attention_of
 from spar_scale.training.encode import frozen_digests, open_encoded
@@ -58,7 +59,10 @@ def train(recipe: Recipe) -> int:
     """
     layout = Layout(recipe.parallel.tensor, recipe.parallel.pipeline, recipe.parallel.zero)
     check_tensor(preset_of(recipe), layout.tensor)  # refuse before any process group exists
-    layout.data(read_environment()[1])
+    world = read_environment()[1]
+    layout.data(world)
+    if layout.pipeline > 1:
+        layout.check_layers(len(meta_stage(recipe).layers), world)
     with attention_of(recipe):  # likewise
         launch = start(recipe.guards.timeout_s)
         topology = Topology(layout)
@@ -86,7 +90,6 @@ class Trainer:
         self.encoded = open_encoded(recipe, self.stage)
         if self.encoded is not None:
             self.stage = self.stage.encoded()
-        topology.layout.check_layers(len(self.stage.layers), topology.world)
         self.frozen = frozen_digests(self.stage.model)
         costs = first(topology.agreement_group, lambda: pipeline_costs(recipe, self.stage))
         cut(self.stage.model, self.stage.layers, PLAN, topology.tensor_group)

@@ -102,3 +102,12 @@ def test_doctor_names_another_package_called_parallel(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "state='bad'" in done.stdout and str(tmp_path) in done.stdout
+
+
+def test_a_pipeline_longer_than_the_phase_is_refused_before_any_rank_is_met():
+    """No other rank of this world is there: a process group could not be made."""
+    world = {"RANK": "0", "WORLD_SIZE": "64", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    changes = ("parallel.pipeline=64", "optimizer.name=adamw", "optimizer.clip=1.0")
+    done = run("train", str(TOKENIZER), *changes, **world)
+    assert done.returncode == 2
+    assert "parallel.pipeline: found 64, but this phase has" in done.stderr and "nearest that fit 64" in done.stderr
