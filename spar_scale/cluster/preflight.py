@@ -10,18 +10,14 @@ from __future__ import annotations
 import json
 import os
 import socket
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
 
 from parallel.environment import read_environment
 from parallel.errors import UserError
 from parallel.exit_codes import DEFECT, DONE, REFUSED
-from parallel.launch import meet, stop
+from parallel.probes import probe_gpu, probe_world, why_no_gpu
 from spar_scale.data.storage import expand_shards, read_member, shard_bytes, write_atomic
 from spar_scale.data.tar_index import check_fresh, read_index
 from spar_scale.doctor import Finding
@@ -29,13 +25,6 @@ from spar_scale.recipe import Recipe
 
 FOLDER = "preflight"
 RECIPE, TOGETHER = "recipe", "all-reduce"
-MEETING_S = 60.0
-"""For all ranks to meet: one node may import torch so much later than another."""
-MATRIX, MATRIX_FLOPS = 8192, 50e12
-"""Side of the bf16 product, and the operations a second that a GPU worth using makes (an A100 four times as many)."""
-SUMMED_BYTES = {"cuda": 256 << 20, "cpu": 1 << 20}
-SUMMED_BYTES_PER_S = {"cuda": 1e9, "cpu": 1e5}
-"""A tenth of what one 100 Gb/s adapter moves; on CPUs only that it moves at all."""
 STATE_BYTES = 16
 """Of a trained weight in a checkpoint: fp32 master, two moments, average."""
 PROBE_BYTES = 1 << 20
@@ -46,19 +35,20 @@ def preflight(recipe: Recipe) -> int:
     rank, world, local_rank = read_environment()
     findings: list[Finding] = []
 
-    def told(found: Iterator[Finding]) -> None:
+    def told(found: Iterable[Finding]) -> None:
         for finding in found:
             findings.append(finding)
             if finding.state == "bad" or local_rank == 0:
                 print(f"{_host()}: {finding.state:>6}  {finding.subject:<10} {finding.text}", flush=True)
         _write(recipe.run_dir, rank, findings)
 
-    folder = _disk(recipe, rank) if local_rank == 0 else iter(())
-    told(folder)
+    if local_rank == 0:
+        told(_disk(recipe, rank))
     told(_gpu(local_rank))
     if local_rank == 0:
         told(_shards(recipe))
-    told(_together(world))
+    if world > 1:
+        told([_probed(TOGETHER, probe_world)])
     bad = {finding.subject for finding in findings if finding.state == "bad"}
     return REFUSED if RECIPE in bad else DEFECT if bad else DONE
 
@@ -156,73 +146,18 @@ def _shards(recipe: Recipe) -> Iterator[Finding]:
 
 def _gpu(local_rank: int) -> Iterator[Finding]:
     """Whether this rank's GPU is there, torch can use it, and it multiplies at a plausible speed."""
-    if os.environ.get("SPAR_DEVICE") == "cpu":
+    device = os.environ.get("SPAR_DEVICE")
+    if device == "cpu":
         yield Finding("absent", "gpu", "its checks are skipped on request (SPAR_DEVICE=cpu)")
-        return
-    if not torch.cuda.is_available():
-        asked = os.environ.get("SPAR_DEVICE") == "cuda" or "CUDA_VISIBLE_DEVICES" in os.environ
-        yield Finding("bad" if asked else "absent", "gpu", _why_no_gpu())
-        return
-    if local_rank >= torch.cuda.device_count():
-        yield Finding("bad", "gpu", f"{torch.cuda.device_count()} are visible, and this is process {local_rank + 1}")
-        return
-    try:
-        flops = _multiply(torch.device("cuda", local_rank))
-    except RuntimeError as error:
-        yield Finding("bad", "gpu", f"GPU {local_rank}: {str(error).splitlines()[0]}")
-        return
-    name = torch.cuda.get_device_name(local_rank)
-    text = f"GPU {local_rank} ({name}): {flops / 1e12:.0f} TFLOP/s in bf16"
-    slow = "" if flops > MATRIX_FLOPS else f", below {MATRIX_FLOPS / 1e12:.0f}"
-    yield Finding("bad" if slow else "ok", "gpu", text + slow)
-
-
-def _why_no_gpu() -> str:
-    if torch.version.cuda is None:
-        return "torch here is built for CPUs alone"
-    try:
-        torch.cuda.init()
-    except Exception as error:  # torch says it in several types
-        return f"torch for CUDA {torch.version.cuda} and the driver do not agree: {error}"
-    return "none is visible"
-
-
-def _multiply(device: torch.device) -> float:
-    """Operations a second of a matrix product; RuntimeError where it is wrong."""
-    matrix = torch.eye(MATRIX, dtype=torch.bfloat16, device=device) * 2
-    product = matrix @ matrix
-    if not torch.equal(product, matrix * 2):
-        raise RuntimeError("a matrix product is wrong")
-    torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    for _ in range(10):
-        torch.mm(matrix, matrix, out=product)
-    torch.cuda.synchronize(device)
-    return 10 * 2 * MATRIX**3 / (time.perf_counter() - began)
-
-
-def _together(world: int) -> Iterator[Finding]:
-    """Whether all ranks meet, and sum a tensor rightly at a plausible speed."""
-    if world == 1:
-        return
-    try:
-        launch = meet(MEETING_S)
-        kind = launch.device.type
-        values = torch.ones(SUMMED_BYTES[kind] // 4, device=launch.device)
-        dist.all_reduce(values)  # the first opens the connections
-        dist.barrier()
-        began = time.perf_counter()
-        dist.all_reduce(values)
-        right = bool((values == world**2).all())  # waits for the device
-        seconds = time.perf_counter() - began
-        stop()
-    except (UserError, RuntimeError) as error:
-        yield Finding("bad", TOGETHER, str(error).splitlines()[0])
-        return
-    rate = SUMMED_BYTES[kind] / seconds
-    text = f"{world} ranks, {SUMMED_BYTES[kind] >> 20} MiB at {rate / 1e9:.2f} GB/s"
-    if not right:
-        yield Finding("bad", TOGETHER, f"{text}: the sum is wrong")
+    elif why := why_no_gpu():
+        asked = device == "cuda" or "CUDA_VISIBLE_DEVICES" in os.environ
+        yield Finding("bad" if asked else "absent", "gpu", why)
     else:
-        slow = "" if rate > SUMMED_BYTES_PER_S[kind] else f", below {SUMMED_BYTES_PER_S[kind] / 1e9:g}"
-        yield Finding("bad" if slow else "ok", TOGETHER, text + slow)
+        yield _probed("gpu", lambda: probe_gpu(local_rank))
+
+
+def _probed(subject: str, probe: Callable[[], str]) -> Finding:
+    try:
+        return Finding("ok", subject, probe())
+    except UserError as error:
+        return Finding("bad", subject, str(error).splitlines()[0])
