@@ -54,6 +54,18 @@ def rendezvous(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
     return host, PORTS[(10 * int(job) + int(step)) % len(PORTS)]  # steps of a job may run side by side
 
 
+def rank_environment(rank: int, world: int, local_rank: int, local_world: int, host: str, port: int) -> dict[str, str]:
+    """What torchrun sets for a rank, for launchers of our own."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(local_world),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
+    }
+
+
 def is_task_of_srun(environment: Mapping[str, str]) -> bool:
     """Whether this process is one of the tasks of an srun, and not the batch script or shell of its allocation."""
     step = environment.get("SLURM_STEP_ID", "")  # "-5" in some batch scripts

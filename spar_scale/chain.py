@@ -19,7 +19,7 @@ from parallel import checkpoint
 from parallel.errors import UserError
 from spar_scale.data.commands import make
 from spar_scale.data.shapes_world import World
-from spar_scale.phases import PHASES, SIZES, starts_from
+from spar_scale.phases import PHASES, SIZES, shards_in, starts_from
 from spar_scale.processes import Step
 from spar_scale.recipe import Recipe, load_recipe
 from spar_scale.rules import reads
@@ -145,8 +145,7 @@ class Chain:
         if plain.init_from:
             changes.append(f"init_from={beside(plain.init_from)}")
         changes += [f"model.pretrained.{part}={beside(where)}" for part, where in plain.model.pretrained.items()]
-        for index, source in enumerate(plain.data.sources):
-            changes.append(f"data.sources.{index}.shards={self.shared / 'data' / PurePath(source.shards).name}")
+        changes += shards_in(plain, self.shared / "data")
         return load_recipe(self.folder / f"{phase}.yaml", changes)
 
     def _plain(self, phase: str) -> Recipe:

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from parallel.environment import rank_environment
 from parallel.errors import UserError
 from spar_scale.children import FORK, killed, listen_to_parent_alone, stop, undisturbed
 from spar_scale.training.progress import told_to
@@ -136,13 +137,7 @@ def _work(work: Callable[[], object], rank: int, num_ranks: int, parent: int, pi
 
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """What torchrun sets, for ranks that meet at the store of their parent; gloo speaks over the loopback."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(port),
+    return rank_environment(rank, num_ranks, rank, num_ranks, LOOPBACK, port) | {
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "GLOO_SOCKET_IFNAME": socket.if_indextoname(1),  # the loopback's: lo, or lo0

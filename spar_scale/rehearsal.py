@@ -22,12 +22,11 @@ from parallel.state_bytes import ZeroShape, state_bytes
 from parallel.tensor import cut
 from parallel.topology import Layout, Topology
 from parallel.zero import Engine, name_parameters
-from parallel.zero_config import EngineSettings
-from spar_scale.data.order import micro_steps
 from spar_scale.planning import count, refuse
 from spar_scale.plans.tensor import PLAN
 from spar_scale.recipe import Recipe
 from spar_scale.stages import Stage, meta_stage
+from spar_scale.training.engine_settings import engine_settings
 from spar_scale.training.optimizers import optimizer_factory, parameter_groups
 
 ENGINE_BYTES = 2**30
@@ -82,16 +81,6 @@ def _engine_keeps(recipe: Recipe, stage: Stage, topology: Topology, counted: Cou
     groups = parameter_groups(stage, recipe.optimizer)
     for group in groups:
         group.pop("multiplier")
-    micro_batch, block = recipe.parallel.micro_batch, recipe.data.task_block
-    settings = EngineSettings(
-        precision=recipe.precision,
-        micro_batch=micro_batch,
-        micro_steps=micro_steps(recipe.global_batch, block, micro_batch, topology.data_size),
-        global_batch=recipe.global_batch,
-        clip=recipe.optimizer.clip,
-        ema_decay=recipe.optimizer.ema_decay,
-        recompute=recipe.parallel.recompute == "blocks",
-    )
     engine = Engine(
         stage.layers,
         stage.inputs,
@@ -100,7 +89,7 @@ def _engine_keeps(recipe: Recipe, stage: Stage, topology: Topology, counted: Cou
         optimizer_factory(recipe.optimizer),
         topology,
         torch.device("cpu"),
-        settings,
+        engine_settings(recipe, topology.data_size),
         [cost.flops for cost in counted.costs],
     )
     engine.state.fragments(loading=True)  # has the optimizer make its moments

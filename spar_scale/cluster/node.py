@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from parallel.environment import rendezvous
+from parallel.environment import rank_environment, rendezvous
 from parallel.errors import UserError, nearest
 from parallel.exit_codes import REFUSED, SIGNALLED, STOPPED
 from spar_scale.children import end_with_parent
@@ -55,15 +55,12 @@ def rank_environments(environment: Mapping[str, str]) -> list[dict[str, str]]:
         raise UserError("SLURM_NODEID, SLURM_STEP_NUM_NODES: not there; srun starts this, once on each node") from None
     device, count = processes_per_node(environment)
     host, port = rendezvous(environment)
-    shared = {
-        "WORLD_SIZE": str(nodes * count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": environment.get("MASTER_ADDR", host),
-        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
-    }
-    if device == "cpu":
-        shared |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    return [shared | {"RANK": str(node * count + local), "LOCAL_RANK": str(local)} for local in range(count)]
+    given = {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
+    return [
+        rank_environment(node * count + local, nodes * count, local, count, host, port) | given | hidden
+        for local in range(count)
+    ]
 
 
 def processes_per_node(environment: Mapping[str, str]) -> tuple[str, int]:

@@ -7,11 +7,11 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from parallel.errors import UserError
 from spar_scale.cluster import slurm
-from spar_scale.phases import PHASES, SIZES, starts_from
+from spar_scale.phases import PHASES, SIZES, shards_in, starts_from
 from spar_scale.recipe import load_recipe
 
 SCRIPTS = {
@@ -60,11 +60,7 @@ def submissions(folder: Path, root: Path) -> list[Submission]:
         found.append(Submission(WORLD, WORLD_SCRIPT, _places(_file(folder, WORLD), root / "data"), (), alone=True))
     for phase, recipe in recipes.items():
         after = tuple(parent for parent in starts_from(recipe) if parent in recipes)
-        shards = tuple(
-            f"data.sources.{index}.shards={root / 'data' / PurePath(str(source.shards)).name}"
-            for index, source in enumerate(recipe.data.sources)
-            if world
-        )
+        shards = tuple(shards_in(recipe, root / "data")) if world else ()
         environment = _places(_file(folder, phase), root / phase)
         found.append(Submission(phase, SCRIPTS[recipe.stage], environment, (WORLD,) * world + after, shards))
     if world:

@@ -25,9 +25,7 @@ from parallel.replica import Replica
 from parallel.tensor import cut
 from parallel.topology import Layout, Topology
 from parallel.zero import Engine, name_parameters
-from parallel.zero_config import EngineSettings
 from spar_scale.data.loader import Loader, Source
-from spar_scale.data.order import micro_steps
 from spar_scale.plans.costs import pipeline_costs
 from spar_scale.plans.tensor import PLAN, check_tensor
 from spar_scale.recipe import Recipe
@@ -35,6 +33,7 @@ from spar_scale.stages import meta_stage
 from spar_scale.stages.parts import preset_of
 from spar_scale.training.attention_choice import attention_of
 from spar_scale.training.encode import frozen_digests, open_encoded
+from spar_scale.training.engine_settings import engine_settings
 from spar_scale.training.export import export
 from spar_scale.training.guards import NonFiniteGuard
 from spar_scale.training.metrics import FinishedStep, StepMetrics
@@ -96,9 +95,8 @@ class Trainer:
         name_parameters(self.stage.model)
         groups = parameter_groups(self.stage, recipe.optimizer)
         self.multipliers = {group["name"]: group.pop("multiplier") for group in groups}
-        self.micro_steps = micro_steps(
-            recipe.global_batch, recipe.data.task_block, recipe.parallel.micro_batch, topology.data_size
-        )
+        settings = engine_settings(recipe, topology.data_size)
+        self.micro_steps = settings.micro_steps
         self.engine = Engine(
             self.stage.layers,
             self.stage.inputs,
@@ -107,7 +105,7 @@ class Trainer:
             optimizer_factory(recipe.optimizer),
             topology,
             launch.device,
-            self._engine_settings(),
+            settings,
             costs,
         )
         topology.limit_waits(recipe.guards.timeout_s)
@@ -284,18 +282,6 @@ class Trainer:
             first_step=self.step,
             steps=recipe.train.steps - self.step,
             encoded=self.encoded,
-        )
-
-    def _engine_settings(self) -> EngineSettings:
-        recipe = self.recipe
-        return EngineSettings(
-            precision=recipe.precision,
-            micro_batch=recipe.parallel.micro_batch,
-            micro_steps=self.micro_steps,
-            global_batch=recipe.global_batch,
-            clip=recipe.optimizer.clip,
-            ema_decay=recipe.optimizer.ema_decay,
-            recompute=recipe.parallel.recompute == "blocks",
         )
 
     def _announce(self, text: str) -> None:

@@ -1,0 +1,21 @@
+"""What a recipe says to the engine."""
+
+from __future__ import annotations
+
+from parallel.zero_config import EngineSettings
+from spar_scale.data.order import micro_steps
+from spar_scale.recipe import Recipe
+
+
+def engine_settings(recipe: Recipe, data_size: int) -> EngineSettings:
+    """The engine's settings with so many data ranks."""
+    micro_batch = recipe.parallel.micro_batch
+    return EngineSettings(
+        precision=recipe.precision,
+        micro_batch=micro_batch,
+        micro_steps=micro_steps(recipe.global_batch, recipe.data.task_block, micro_batch, data_size),
+        global_batch=recipe.global_batch,
+        clip=recipe.optimizer.clip,
+        ema_decay=recipe.optimizer.ema_decay,
+        recompute=recipe.parallel.recompute == "blocks",
+    )
