@@ -28,7 +28,7 @@ from spar_scale.recipe import Recipe, load_recipe
 FRUITLESS = 3
 """Attempts that may end one after another without a new checkpoint."""
 PREFLIGHT_S = 300.0
-"""For all nodes to be looked at, a slow shared disk included."""
+"""From the first node that has been looked at to the last, a slow shared disk included."""
 MARGIN_S = 60.0
 """Beyond `guards.timeout_s`, in which ranks end by themselves, until those that are left are killed."""
 ENDING_S = 120.0
@@ -87,23 +87,19 @@ def run_job(recipe_file: Path, overrides: Sequence[str]) -> int:
     words = [str(recipe_file), *overrides]
     code, unfit = _preflight(recipe, job, words, signals)
     if code == DONE and not signals.warned:
-        code = _step(job, ["train", *words], signals, recipe.guards.timeout_s + MARGIN_S, None)
+        code = _step(job, ["train", *words], signals, recipe.guards.timeout_s + MARGIN_S)
     if code != REFUSED:  # one that never began tells nothing of another job that may be training here
         attempts.add(job, code)
     return _conclude(job, attempts, signals, code, unfit)
 
 
-def _step(job: Job, words: Sequence[str], signals: Signals, wait_s: float, limit_s: float | None) -> int:
-    """Run `spar-scale WORDS` on every node; return the highest exit code. Past the limit it is killed."""
+def _step(job: Job, words: Sequence[str], signals: Signals, wait_s: float) -> int:
+    """Run `spar-scale WORDS` on every node; return the highest exit code. `wait_s` is srun's."""
     program = [sys.executable, "-m", "spar_scale.cli", "cluster", "node", *words]
     signals.step = slurm.srun(job, program, wait_s)
     if signals.warned:  # between the last look and the start
         signals.step.send_signal(signal.SIGUSR1)
-    try:
-        return signals.step.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        signals.step.kill()
-        return signals.step.wait()
+    return signals.step.wait()
 
 
 def _preflight(recipe: Recipe, job: Job, words: Sequence[str], signals: Signals) -> tuple[int, list[str]]:
@@ -114,7 +110,7 @@ def _preflight(recipe: Recipe, job: Job, words: Sequence[str], signals: Signals)
     from spar_scale.cluster.preflight import bad_nodes, forget
 
     forget(recipe.run_dir)
-    code = _step(job, ["doctor", *words], signals, PREFLIGHT_S, PREFLIGHT_S)
+    code = _step(job, ["doctor", *words], signals, PREFLIGHT_S)
     if code in (DONE, REFUSED) or signals.warned:
         return code, []
     hosts = slurm.ask("scontrol", "show", "hostnames").split()

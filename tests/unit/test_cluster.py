@@ -84,6 +84,7 @@ def test_a_signal_reaches_every_rank_even_before_it_listens(tmp_path: Path) -> N
     """The ranks are this file's `listen`: they install a handler late, and leave with a code of their own."""
     rank = f"""
         import os, signal, sys, time
+        open("{tmp_path}/started-" + os.environ["RANK"], "w").close()
         time.sleep(1)
         signal.signal(signal.SIGUSR1, lambda *_: sys.exit({STOPPED}))
         open("{tmp_path}/ready-" + os.environ["RANK"], "w").close()
@@ -103,7 +104,8 @@ def test_a_signal_reaches_every_rank_even_before_it_listens(tmp_path: Path) -> N
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(launcher)], cwd=ROOT)
     try:
-        time.sleep(0.7)
+        while process.poll() is None and len(list(tmp_path.glob("started-*"))) < 2:
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == STOPPED
         assert len(list(tmp_path.glob("ready-*"))) == 2
