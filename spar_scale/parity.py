@@ -3,7 +3,7 @@ under another.
 
 Each layout trains the recipe for a few steps in a world of forked processes of its own, through the one trainer,
 and its curve is compared with that of one process. What is measured is the arithmetic of a layout and nothing else, so
-every run is in fp32 with AdamW, whatever the recipe says.Two bands that are wider can be asked for: Muon, whose
+every run is in fp32 with AdamW, whatever the recipe says. Two bands that are wider can be asked for: Muon, whose
 Newton-Schulz iteration runs in half precision on a GPU, and bf16, whose bounds are twice the measured distance between
 one process and two. The trade-off: all processes share this machine, so a large recipe is made small by overrides.
 """
