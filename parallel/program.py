@@ -5,7 +5,9 @@ serves ZeRO 1, 2 and 3; cut into consecutive pieces it serves the pipeline. What
 computed from what the layers declare: a slot travels where a later layer still reads it. The
 trade-off is that a layer must name its slots, and that the names are checked before the first step.
 
-A slot is a tensor whose first dimension is the micro-batch (B, ...). At a boundary a floating slot
+A slot is a contiguous tensor whose first dimension is the micro-batch (B, ...): `run_layer` makes it so wherever no
+cut is, because one that has crossed a cut is contiguous, and in bf16 the next layer's products are rounded otherwise
+for one that is not. At a boundary a floating slot
 without gradient is bit-viewed as integers, because DeepSpeed's pipeline expects a gradient for
 every floating tensor that it sends (0.19.8).
 """
@@ -88,7 +90,7 @@ def run_layer(
     )
     if set(written) != set(layer.writes):
         raise TypeError(f"{type(layer).__name__} wrote {sorted(written)}, declared {sorted(layer.writes)}")
-    written = {n: t.detach() if n in layer.detached else t for n, t in written.items()}
+    written = {n: (t.detach() if n in layer.detached else t).contiguous() for n, t in written.items()}
     merged = {**live, **written}
     return {name: merged[name] for name in keep}
 
@@ -117,7 +119,7 @@ def pack(slots: Mapping[str, Tensor], names: Sequence[str]) -> tuple[Tensor, ...
     """
     packed = []
     for name in names:
-        tensor = slots[name].contiguous()  # as gloo sends it
+        tensor = slots[name]
         if tensor.is_floating_point() and not tensor.requires_grad:
             tensor = tensor.detach().view(_AS_INTEGER[tensor.dtype])
         packed.append(tensor)

@@ -6,9 +6,11 @@ in place by modules whose parameters have the same names, so a checkpoint knows 
 names is whole on every tensor rank and gets the same gradients there; DeepSpeed counts it once (it reads
 `tensor_model_parallel` of a parameter).
 
-Linears and embeddings are megatron-core's (0.16.1), imported when something is cut. Written by hand, because
-megatron-core has none: the convolutions, and the two collectives around them, whose own are silently wrong on a
-tensor that is not contiguous; and the gathering of logits, whose own asks for CUDA.
+Linears and embeddings are megatron-core's (0.16.1), imported when something is cut. Written by hand are their
+products, `_Column` and `_Row`: megatron-core's round to the weights' precision before they add bias or the other
+ranks' parts, which in bf16 is another run than that of one process (0.4% in loss). Ours add in fp32 and round once,
+as one process does; the price is twice the bytes in a sum over ranks. Also by hand, because megatron-core has none:
+convolutions, of the same products; and the gathering of logits, whose own asks for CUDA.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.boxes import TensorCut
@@ -124,7 +127,7 @@ def _megatron() -> Any:
         """A linear cut by outputs that returns them alone."""
 
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-            return super().forward(x)[0]
+            return cast(Tensor, _Column.apply(x, self.weight, self.bias, self.tp_group))
 
     class Head(Column):
         """The same with the outputs of all ranks."""
@@ -136,7 +139,7 @@ def _megatron() -> Any:
         """A linear cut by inputs, summed over the ranks."""
 
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-            return super().forward(x)[0]
+            return cast(Tensor, _Row.apply(x, self.weight, self.bias, self.tp_group))
 
     def config(group: Group) -> Any:
         return ModelParallelConfig(
@@ -191,36 +194,67 @@ def _vocabulary(embedding: Any, parts: int, group: Group) -> nn.Module:
     return made
 
 
-# -- convolutions ----------------------------------------------------------------------------------
+# -- products --------------------------------------------------------------------------------------
 
 
-class _Copy(torch.autograd.Function):
-    """The input of what is cut by outputs: itself; its gradient is the sum over the ranks."""
+def _unrounded(a: Tensor, b: Tensor) -> Tensor:
+    """Matrices (N, I) and (I, O) to their product (N, O) in fp32, which is how a GPU adds up bf16 anyway."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+class _Column(torch.autograd.Function):
+    """x (..., I) by this rank's rows of a weight, plus bias; the gradient of x is summed over ranks.
+
+    The weight is a linear's (O / t, I) or a pointwise convolution's (O / t, I, 1, 1), whole: ZeRO-3 fills it in later.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
         ctx.group = group
-        return x.view_as(x)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return F.linear(x, weight.flatten(1), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        rows, grad_x, waiting = grad.flatten(0, -2), None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = _unrounded(rows, weight.flatten(1))
+            waiting = dist.all_reduce(grad_x, group=ctx.group, async_op=True)  # behind the product below
+        of_parameters = _of_parameters(ctx, rows, x, weight)
+        if waiting is not None:
+            waiting.wait()
+            grad_x = cast(Tensor, grad_x).to(grad.dtype).view(*grad.shape[:-1], -1)
+        return grad_x, *of_parameters, None
 
 
-class _Sum(torch.autograd.Function):
-    """The output of what is cut by inputs: the sum over the ranks; its gradient is itself."""
+class _Row(torch.autograd.Function):
+    """This rank's x (..., I / t) by its columns of such a weight, (O, I / t, ...), summed over ranks, plus bias."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        x = x.contiguous().clone()
-        dist.all_reduce(x, group=group)
-        return x
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        part = _unrounded(x.flatten(0, -2), weight.flatten(1).t())
+        dist.all_reduce(part, group=group)
+        if not x.is_contiguous():  # to the output of such an input torch's linear adds the bias after rounding
+            part = part.to(x.dtype)
+        if bias is not None:
+            part += bias
+        return part.to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad_x = grad @ weight.flatten(1) if ctx.needs_input_grad[0] else None
+        return grad_x, *_of_parameters(ctx, grad.flatten(0, -2), x, weight), None
+
+
+def _of_parameters(ctx: Any, rows: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias from those of the outputs, `rows` (N, O), where they are wanted."""
+    grad_weight = (rows.t() @ x.flatten(0, -2)).view_as(weight) if ctx.needs_input_grad[1] else None
+    return grad_weight, rows.sum(dim=0) if ctx.needs_input_grad[2] else None
 
 
 class _Gather(torch.autograd.Function):
@@ -238,25 +272,33 @@ class _Gather(torch.autograd.Function):
         return grad.narrow(-1, ctx.rank * ctx.width, ctx.width).contiguous(), None
 
 
+# -- convolutions ----------------------------------------------------------------------------------
+
+
 class ColumnConv(nn.Conv2d):
-    """A convolution cut by output channels, of an input that all ranks share; a depthwise one by both."""
+    """A convolution cut by output channels: a pointwise one, whose input all ranks share, or a depthwise one."""
 
     group: Group
 
     def forward(self, input: Tensor) -> Tensor:
         """Channels of this rank (B, C / t, H, W)."""
-        shared = input if self.groups > 1 else cast(Tensor, _Copy.apply(input, self.group))
-        return super().forward(shared)
+        if self.groups > 1:
+            return super().forward(input)
+        return _pointwise(_Column, input, self)
 
 
 class RowConv(nn.Conv2d):
-    """A convolution without bias cut by input channels, summed over the ranks."""
+    """A pointwise convolution cut by input channels, summed over the ranks."""
 
     group: Group
 
     def forward(self, input: Tensor) -> Tensor:
         """All channels (B, C, H, W) of this rank's (B, C' / t, H, W)."""
-        return cast(Tensor, _Sum.apply(super().forward(input), self.group))
+        return _pointwise(_Row, input, self)
+
+
+def _pointwise(product: Any, input: Tensor, conv: Any) -> Tensor:
+    return product.apply(input.permute(0, 2, 3, 1), conv.weight, conv.bias, conv.group).permute(0, 3, 1, 2)
 
 
 def _conv(kind: type[Any], conv: Any, channels: tuple[int, int], groups: int, group: Group) -> Any:
@@ -272,6 +314,8 @@ def _column_conv(conv: Any, parts: int, group: Group) -> nn.Module:
     depthwise = conv.groups > 1
     if depthwise and not conv.groups == conv.in_channels == conv.out_channels:
         raise ValueError(f"a convolution of {conv.groups} groups and {conv.in_channels} channels cannot be cut")
+    if not depthwise:
+        _check_pointwise(conv)
     outputs = _share(conv.out_channels, group)
     channels = (outputs, outputs) if depthwise else (conv.in_channels, outputs)
     made = _conv(ColumnConv, conv, channels, outputs if depthwise else 1, group)
@@ -280,9 +324,15 @@ def _column_conv(conv: Any, parts: int, group: Group) -> nn.Module:
     return made
 
 
+def _check_pointwise(conv: Any) -> None:
+    if (conv.kernel_size, conv.stride, conv.padding) != ((1, 1), (1, 1), (0, 0)):
+        raise ValueError(f"a convolution of kernel {conv.kernel_size} over all channels cannot be cut")
+
+
 def _row_conv(conv: Any, parts: int, group: Group) -> nn.Module:
     if conv.bias is not None or conv.groups > 1:
         raise ValueError("a convolution with a bias or groups cannot be cut by its inputs")
+    _check_pointwise(conv)
     made = _conv(RowConv, conv, (_share(conv.in_channels, group), conv.out_channels), 1, group)
     made.weight = _shard(conv.weight, 1, parts, group)
     return made

@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as functional
 from launching import run_world
 from nano import NANO
 from tiny_parts import make_parts
 from tiny_runs import make_data, metrics, phase_values, train_all
+from torch import Tensor
 
 from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 
@@ -60,17 +63,42 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             recipes.append(values("repeat", "align/joint"))
             recipes.append(values("recompute", "align/joint", parallel__recompute="blocks"))
             recipes.append(values("bf16", "align/joint", zero=3, precision="bf16"))
+            recipes.append(values("bf16-1", "align/joint", precision="bf16"))
         if world == 2:
             reference = folder / run_name("align/joint", (1, 1, 1, 1))
             shutil.copytree(reference, folder / "elastic")
             shutil.rmtree(folder / "elastic" / "checkpoints" / f"step-{STEPS:08d}")
             recipes.append(values("elastic", "align/joint", 2, 3))
+            recipes.append(values("bf16-pipeline", "align/joint", 2, 1, 2, 1, precision="bf16"))
+            recipes.append(values("bf16-tensor", "align/joint", 2, 1, 1, 2, precision="bf16"))
         if world == 4:
             shutil.copytree(folder / "elastic", folder / "elastic-tensor")
             shutil.rmtree(folder / "elastic-tensor" / "checkpoints" / f"step-{STEPS:08d}")
             recipes.append(values("elastic-tensor", "align/joint", 4, 1, 2, 2))
         run_world(world, train_all, recipes, initialise=False, timeout_s=600)
+    reordered = [values("bf16-reordered", "align/joint", precision="bf16")]
+    run_world(1, train_reordered, reordered, initialise=False, timeout_s=600)
     return folder
+
+
+def train_reordered(rank: int, world: int, recipes: list[dict]) -> None:
+    """Train with every product of a linear in bf16 added up in two halves, in fp32, and rounded where torch rounds."""
+    linear = functional.linear
+
+    def in_halves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.dtype != torch.bfloat16:
+            return linear(x, weight, bias)
+        middle = x.shape[-1] // 2
+        halves = (slice(None, middle), slice(middle, None))
+        first, second = (x[..., half].float() @ weight[:, half].float().t() for half in halves)
+        whole = first + second if x.is_contiguous() else (first + second).bfloat16()
+        return (whole if bias is None else whole + bias).bfloat16()
+
+    functional.linear = in_halves
+    try:
+        train_all(rank, world, recipes)
+    finally:
+        functional.linear = linear
 
 
 @pytest.mark.parametrize(("phase", "layout"), CASES, ids=lambda value: str(value).replace("/", "-"))
@@ -108,6 +136,19 @@ def test_the_joint_phase_in_bf16_is_near_fp32_and_not_equal_to_it(runs: Path) ->
     loss, norm = distance(curve(runs / "bf16"), curve(runs / run_name("align/joint", (1, 1, 1, 1))))
     print(f"bf16 against fp32: loss {loss:.1e}, norm {norm:.1e}")
     assert 0 < loss < 0.02
+
+
+def test_a_cut_changes_nothing_of_the_forward_pass_in_bf16(runs: Path) -> None:
+    assert curve(runs / "bf16-pipeline")[0][0] == curve(runs / "bf16-1")[0][0]
+
+
+def test_tensor_ranks_in_bf16_are_as_near_as_another_order_of_adding(runs: Path) -> None:
+    """A sum in another order is rounded to the next number now and then, and what follows from it everywhere."""
+    one = curve(runs / "bf16-1")
+    (loss, norm), (order, norm_order) = (distance(curve(runs / f"bf16-{n}"), one) for n in ("tensor", "reordered"))
+    print(f"bf16: tensor ranks {loss:.1e}, {norm:.1e}; one process in another order {order:.1e}, {norm_order:.1e}")
+    assert 0 < loss <= 3 * order
+    assert norm <= 3 * norm_order
 
 
 @pytest.mark.parametrize("name", ["elastic", "elastic-tensor"])
