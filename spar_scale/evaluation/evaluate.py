@@ -216,6 +216,11 @@ def _flow(trained: Trained) -> Measured:
     for name, shuffled in (("right", False), ("shuffled", True)):
         terms = held_out_terms(trained.root / FINAL, shards, trained.counts.scenes, shuffled)
         scores[f"flow.{name}"] = float(terms["flow_matching"].mean())
+    if any(trained.data.glob("test-edits-*.tar")):
+        shards = {"editing": str(trained.data / "test-edits-*.tar")}
+        for name, mirrored in (("right", False), ("mirrored", True)):
+            terms = held_out_terms(trained.root / FINAL, shards, trained.counts.edits, mirrored=mirrored)
+            scores[f"flow.edit.{name}"] = float(terms["flow_matching"].mean())
     return scores, {}
 
 

@@ -2,7 +2,8 @@
 
 The run's averaged weights, its own list of layers, draws of noise and time that depend on the sample
 alone: two runs of one phase are compared on the very same terms. No caption is dropped. With `shuffled`
-each sample gets the prompt of its neighbour, the control for whether a diffusion model listens.
+each sample gets the prompt of its neighbour, the control for whether a diffusion model listens; with `mirrored`
+the picture to edit is mirrored and the target is not, the control for whether it sees where things stand.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from spar_scale.training.parent import overwrite, started_stage
 PROMPT_SLOTS = ("tokens", "keep")
 
 
-def held_out_terms(run_dir: Path, shards: Mapping[str, str], samples: int, shuffled: bool = False) -> dict[str, Tensor]:
+def held_out_terms(
+    run_dir: Path, shards: Mapping[str, str], samples: int, shuffled: bool = False, mirrored: bool = False
+) -> dict[str, Tensor]:
     """Return each term of the run's phase over `samples` held-out samples, term -> (samples,) fp32.
 
     `shards` maps the phase's source names to held-out shards; they are mixed in equal shares. No sample
@@ -38,12 +41,18 @@ def held_out_terms(run_dir: Path, shards: Mapping[str, str], samples: int, shuff
         raise UserError(f"{run_dir}: holds no checkpoint yet; train it further")
     stage = started_stage(recipe)
     overwrite(stage.model, checkpoint.read(found, "ema"), found)
-    return stage_terms(stage, shards, samples, shuffled)
+    return stage_terms(stage, shards, samples, shuffled, mirrored)
 
 
 @torch.no_grad()
 def stage_terms(
-    stage: Stage, shards: Mapping[str, str], samples: int, shuffled: bool = False, seed: int = 0, batch: int = 50
+    stage: Stage,
+    shards: Mapping[str, str],
+    samples: int,
+    shuffled: bool = False,
+    mirrored: bool = False,
+    seed: int = 0,
+    batch: int = 50,
 ) -> dict[str, Tensor]:
     """The same for a stage with the weights that it has now; `seed` keys the draws, `batch` samples run at a time."""
     stage.model.eval()
@@ -62,6 +71,8 @@ def stage_terms(
         slots = {name: batch_slots[name][good] for name in stage.inputs}
         if shuffled:
             slots |= {name: slots[name].roll(1, 0) for name in PROMPT_SLOTS}
+        if mirrored:
+            slots["images"] = torch.cat([slots["images"][:, :1], slots["images"][:, 1:].flip(-1)], dim=1)
         values.append(program(slots)[batch_slots["sample"][good] < distinct])
     stacked = torch.cat(values)
     return {name: stacked[:, index] for index, name in enumerate(stage.terms)}

@@ -143,6 +143,7 @@ def test_everything_is_measured_and_written(root, monkeypatch, capsys):
         "tokenizer.psnr tokenizer.ssim tokenizer.psnr_tokenizer_encoder t2i.judge_ceiling vqa.before vqa.after"
         " vqa.blind t2i.average t2i.control t2i.control.two t2i.unseen.relation t2i.unseen.average edit.exact"
         " edit.objects edit.psnr edit.copy edit.control flow.right flow.shuffled"
+        " flow.edit.right flow.edit.mirrored"
     )
     assert set(wanted.split()) <= set(scores) and all(math.isfinite(value) for value in scores.values())
     assert "tokenizer.psnr_frozen_encoder" not in scores and "tokenizer.psnr_tokenizer_init" not in scores

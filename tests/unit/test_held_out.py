@@ -85,6 +85,19 @@ def test_a_neighbours_prompt_changes_the_loss_and_neither_noise_nor_picture(fold
         assert torch.equal(torch.cat([first[name][-1:], first[name][:-1]]), other[name])
 
 
+def test_mirroring_turns_the_picture_to_edit_and_not_the_target(folder, monkeypatch):
+    seen: list[dict[str, Tensor]] = []
+    forward = Program.forward
+    monkeypatch.setattr(Program, "forward", lambda self, slots: seen.append(dict(slots)) or forward(self, slots))
+    edits = shards_of(folder, "editing")
+    right, mirrored = (held_out_terms(folder / "run", edits, 6, mirrored=turned) for turned in (False, True))
+    first, other = seen
+    assert torch.equal(first["images"][:, 0], other["images"][:, 0])
+    assert torch.equal(first["images"][:, 1].flip(-1), other["images"][:, 1])
+    assert all(torch.equal(first[name], other[name]) for name in ("tokens", "latent_noise", "timestep_draw"))
+    assert (right["flow_matching"] != mirrored["flow_matching"]).all()
+
+
 def test_no_caption_is_dropped_whatever_the_run_did(folder, right):
     shards = shards_of(folder, "generation")
     shuffled = held_out_terms(folder / "dropping", shards, SAMPLES, shuffled=True)

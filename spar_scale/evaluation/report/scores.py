@@ -114,7 +114,13 @@ def _editing(found: Found) -> Table:
         Column("control", "edit.control.{row}", "edit.control", note="Control, judged by another edit's target: {}."),
         Column("copy", "edit.copy.{row}", "edit.copy", note="Leaving the source as it is would reach {}."),
     ]
-    return _table(found, "Edits, by operation", "operation", OPERATIONS, columns, "all")
+    table = _table(found, "Edits, by operation", "operation", OPERATIONS, columns, "all")
+    if {"flow.edit.right", "flow.edit.mirrored"} <= set(found.scores):
+        right, mirrored = (number(found.scores[f"flow.edit.{name}"]) for name in ("right", "mirrored"))
+        table.notes.append(
+            f"Held-out flow-matching loss: {right} from the picture to edit, {mirrored} from its mirror image."
+        )
+    return table
 
 
 def _questions(found: Found) -> Table:
