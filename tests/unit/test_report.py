@@ -182,6 +182,15 @@ def test_a_score_that_is_not_above_its_control_is_remarked(root: Path):
     assert "Questions is not above its control: 0.847 and 0.900." in Page(root).text
 
 
+@pytest.mark.parametrize(("mirrored", "remarked"), [(0.302, True), (0.36, False)])
+def test_edits_that_do_not_heed_places_are_remarked(root: Path, mirrored: float, remarked: bool):
+    scores = SCORES | {"flow.edit.right": 0.3, "flow.edit.mirrored": mirrored}
+    (root / "scores.json").write_text(json.dumps(scores))
+    text = Page(root).text
+    assert f"0.300 from the picture to edit, {mirrored:.3f} from its mirror image." in text
+    assert ("edits do not heed where things stand" in text) is remarked
+
+
 def test_the_command_takes_the_root_or_a_run_and_loads_no_torch(root: Path):
     assert main(["report", str(root / "instruct")]) == 0
     first = (root / "report.html").read_bytes()
