@@ -5,10 +5,9 @@ serves ZeRO 1, 2 and 3; cut into consecutive pieces it serves the pipeline. What
 computed from what the layers declare: a slot travels where a later layer still reads it. The
 trade-off is that a layer must name its slots, and that the names are checked before the first step.
 
-A slot is a contiguous tensor whose first dimension is the micro-batch (B, ...): `run_layer` makes it so wherever no
-cut is, because one that has crossed a cut is contiguous, and in bf16 the next layer's products are rounded otherwise
-for one that is not. At a boundary a floating slot
-without gradient is bit-viewed as integers, because DeepSpeed's pipeline expects a gradient for
+A slot is a contiguous tensor whose first dimension is the micro-batch (B, ...). `run_layer` makes it so where there is
+no cut either: one that has crossed a cut is contiguous, and in bf16 torch rounds products of the two differently. At a
+boundary a floating slot without gradient is bit-viewed as integers, because DeepSpeed's pipeline expects a gradient for
 every floating tensor that it sends (0.19.8).
 """
 
