@@ -61,6 +61,7 @@ TINY = Preset(
         max_positions=128,
         rope_theta=1e4,
         initializer_range=0.05,
+        word_range=1.0,
     ),
     conditioning=ConditioningShape(
         num_queries=16, sampled_states=4, connector_layers=2, max_words=14, connector_copies=False

@@ -117,7 +117,8 @@ class LanguageShape:
     max_positions: int
     rope_theta: float = 1e6
     rope_factor: float | None = None  # dynamic scaling of sequences longer than max_positions, None for none
-    initializer_range: float = 0.02  # deviation of embeddings and linear weights before training
+    initializer_range: float = 0.02  # deviation of linear weights before training
+    word_range: float = 0.02  # deviation of word embeddings before training
 
 
 @dataclass(frozen=True)

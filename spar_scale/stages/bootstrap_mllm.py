@@ -16,6 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration, Qwen2Config
@@ -120,6 +121,8 @@ def mllm(recipe: Any) -> Stage:
     model = build_mllm(preset)
     model.naming_head = nn.Linear(preset.streams.width, sum(NUM_LABELS))
     initialise(model, recipe.seed)
+    with torch.no_grad():  # transformers' own rule knows one deviation for all weights
+        model.model.language_model.embed_tokens.weight *= preset.language.word_range / preset.language.initializer_range
     return Stage(
         model=model,
         layers=mllm_layers(model),

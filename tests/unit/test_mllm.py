@@ -1,6 +1,7 @@
 """The language model: its layers against the class's own forward, the loss by hand, asking."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,13 +31,17 @@ from spar_scale.stages.parts import load_vision
 TINY = PRESETS["tiny"]
 
 
-@pytest.fixture
-def stage():
+def new_stage():
     model, objective = SimpleNamespace(preset="tiny", pretrained={}), SimpleNamespace()
     recipe = SimpleNamespace(
         stage="bootstrap", phase="mllm", seed=0, run_dir=Path("."), model=model, objective=objective
     )
-    built = build(recipe)
+    return build(recipe)
+
+
+@pytest.fixture
+def stage():
+    built = new_stage()
     with torch.no_grad():  # away from the start, where every word is about as likely
         for parameter in built.model.parameters():
             parameter.mul_(2)
@@ -69,6 +74,17 @@ def published(stage):
     weights = stage.model.state_dict()
     own.load_state_dict({name: weight for name, weight in weights.items() if not name.startswith("naming_head")})
     return own
+
+
+def test_words_start_as_far_apart_as_the_preset_says_and_other_weights_as_near(monkeypatch):
+    language = new_stage().model.model.language_model
+    assert language.embed_tokens.weight.std().item() == pytest.approx(TINY.language.word_range, rel=0.03)
+    hidden = language.layers[3].mlp.up_proj.weight
+    assert hidden.std().item() == pytest.approx(TINY.language.initializer_range, rel=0.03)
+    monkeypatch.setitem(PRESETS, "tiny", replace(TINY, language=replace(TINY.language, word_range=0.3)))
+    nearer = new_stage().model.model.language_model
+    assert nearer.embed_tokens.weight.std().item() == pytest.approx(0.3, rel=0.03)
+    assert torch.equal(nearer.layers[3].mlp.up_proj.weight, hidden)
 
 
 def test_the_layers_equal_the_classs_own_forward_in_loss_and_gradients(stage):
