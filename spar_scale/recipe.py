@@ -131,6 +131,8 @@ class ObjectiveConfig(Section):
     """lambda_a, the coefficient of the alignment of the diffusion transformer."""
     align_block: Count = 6
     """Block of the diffusion transformer whose features are aligned, counted from 1."""
+    timestep_shift: Annotated[float, Field(ge=1)] = 1.0
+    """Shift s of the training's times towards noise, sigma -> s sigma / (1 + (s - 1) sigma); 1 is the published."""
     caption_dropout: Share = 0.1
     """Share of samples trained without their caption."""
 

@@ -37,6 +37,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "objective.lecam_weight": ("tokenizer/encoder",),
     "objective.align_weight": ("align/joint", "instruct"),
     "objective.align_block": ("align/joint", "instruct"),
+    "objective.timestep_shift": ("bootstrap/diffusion", "align", "instruct"),
     "objective.caption_dropout": ("bootstrap/diffusion", "align", "instruct"),
     "data.encoded": ("bootstrap/diffusion", "align", "instruct"),
     "init_from": ("tokenizer/decoder", "tokenizer/encoder", "align/joint", "instruct"),

@@ -68,7 +68,7 @@ def connector(recipe: Any) -> Stage:
     """Build phase `connector`: one group, `main` (queries, routing, connector).
 
     Reads from the recipe model.preset, model.pretrained.{mllm, pixel_autoencoder, diffusion}, all
-    required, model.routing, seed and objective.caption_dropout. Any name of a source will do.
+    required, model.routing, seed and objective.{caption_dropout, timestep_shift}. Any name of a source will do.
     """
     parts = ("mllm", "pixel_autoencoder", "diffusion")
     directories = pretrained_directories(recipe, allowed=parts, required=parts)
@@ -77,7 +77,7 @@ def connector(recipe: Any) -> Stage:
     tokenizer = PixelTokenizer(autoencoder, preset)
     model = _model(recipe, preset, directories, tokenizer, scale, aligned=False)
     latent = AutoencoderLatent(tokenizer, scale)
-    drawing = diffusion_layers(model.diffusion, preset.conditioning.num_queries)
+    drawing = diffusion_layers(model.diffusion, preset.conditioning.num_queries, recipe.objective.timestep_shift)
     text = prefix_layers(model, illustrated=False)
     return Stage(
         model=model,
@@ -103,7 +103,7 @@ def joint(recipe: Any) -> Stage:
 
     Reads from the recipe model.preset, model.pretrained.{mllm, tokenizer, diffusion}, all required,
     model.pretrained.teacher where model.alignment is external, model.routing, model.alignment, seed,
-    objective.{align_weight, align_block, caption_dropout}. A source is named after its task,
+    objective.{align_weight, align_block, caption_dropout, timestep_shift}. A source is named after its task,
     generation or editing.
     """
     external = recipe.model.alignment == "external"
@@ -126,7 +126,7 @@ def joint(recipe: Any) -> Stage:
             model.teacher = _teacher(directories["teacher"], preset)
             drawn.append(ExternalTeacher(model.teacher))
         tap = objective.align_block, Alignment(model.alignment_head, *teacher)
-    drawing = diffusion_layers(model.diffusion, preset.conditioning.num_queries, tap)
+    drawing = diffusion_layers(model.diffusion, preset.conditioning.num_queries, objective.timestep_shift, tap)
     return Stage(
         model=model,
         layers=[*seen, *conditioning_layers(model, illustrated=True), *drawn, *drawing],

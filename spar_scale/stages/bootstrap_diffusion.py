@@ -2,7 +2,7 @@
 
 It draws latents of the pixel autoencoder from captions, as the published one does through a text encoder of
 its own: here words, their places and one layer, thrown away afterwards. Two others were given up. The frozen
-language model's words of one kind (left, right) are so alike that the transformer hardly heeded places. Layers of
+language model's last states, when its words still began nearly alike: the transformer hardly heeded places. Layers of
 the connector's kind drew a fifth fewer of the prompts after the same steps: under Muon their gated feed-forwards
 grow until little of a word is left of what they write, and with one of two seeds half of the placed objects stood
 wrong. The caption prompt is that of stage 2.
@@ -90,7 +90,7 @@ def diffusion(recipe: Any) -> Stage:
     """Build stage `bootstrap`, phase `diffusion`.
 
     Reads from the recipe model.preset, model.pretrained.pixel_autoencoder, required, seed and
-    objective.caption_dropout. Exports the published layout of SanaTransformer2DModel.
+    objective.{caption_dropout, timestep_shift}. Exports the published layout of SanaTransformer2DModel.
     """
     parts = ("pixel_autoencoder",)
     directories = pretrained_directories(recipe, allowed=parts, required=parts)
@@ -104,7 +104,7 @@ def diffusion(recipe: Any) -> Stage:
         layers=[
             EncodeText(model.text_encoder),
             AutoencoderLatent(tokenizer, scale),
-            *diffusion_layers(model.diffusion, 0),
+            *diffusion_layers(model.diffusion, 0, recipe.objective.timestep_shift),
         ],
         inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
         terms={"flow_matching": 1.0},

@@ -57,13 +57,13 @@ class BeginDiffusion(Layer):
     reads = ("captions", "latent", "latent_noise", "timestep_draw")
     writes = ("image_tokens", "captions", "modulation", "time")
 
-    def __init__(self, diffusion: Diffusion):
+    def __init__(self, diffusion: Diffusion, shift: float):
         super().__init__()
-        self.begin = DiffusionInput(diffusion.transformer)
+        self.begin, self.shift = DiffusionInput(diffusion.transformer), shift
 
     def forward(self, captions: Tensor, latent: Tensor, latent_noise: Tensor, timestep_draw: Tensor):
         """Mix the noise in and embed."""
-        timestep = timesteps(timestep_draw)
+        timestep = timesteps(timestep_draw, self.shift)
         embedded = self.begin(noisy_latents(latent, latent_noise, timestep), timestep, captions)
         return dict(zip(self.writes, embedded, strict=True))
 
@@ -114,14 +114,16 @@ class FlowMatching(Layer):
         return {"flow_matching": velocity_error(self.end(image_tokens, time, self.grid), latent, latent_noise)}
 
 
-def diffusion_layers(diffusion: Diffusion, num_queries: int, tap: tuple[int, Layer] | None = None) -> list[Layer]:
+def diffusion_layers(
+    diffusion: Diffusion, num_queries: int, shift: float, tap: tuple[int, Layer] | None = None
+) -> list[Layer]:
     """Return the way from `captions` and `latent` to the term `flow_matching`.
 
-    `num_queries` of the captions stand behind those that `keep` tells of; `tap` is a layer with the
-    number, from 1, of the block that it follows.
+    `num_queries` of the captions stand behind those that `keep` tells of; `shift` moves the times towards
+    noise; `tap` is a layer with the number, from 1, of the block that it follows.
     """
     grid = diffusion.shape.sample_size // diffusion.shape.patch_size
-    layers: list[Layer] = [BeginDiffusion(diffusion)]
+    layers: list[Layer] = [BeginDiffusion(diffusion, shift)]
     for number, block in enumerate(diffusion.transformer.transformer_blocks, start=1):
         layers.append(DiffusionBlock(block, grid, num_queries))
         if tap is not None and number == tap[0]:

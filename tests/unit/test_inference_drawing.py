@@ -27,9 +27,11 @@ def parts(tmp_path_factory):
     return make_parts(tmp_path_factory.mktemp("parts"))
 
 
-def stage_of(parts, stage, phase, routing="dynamic") -> Any:
+def stage_of(parts, stage, phase, routing="dynamic", shift=1.0) -> Any:
     model = SimpleNamespace(preset="tiny", pretrained=parts_of(stage, phase, parts), routing=routing, alignment="self")
-    objective = SimpleNamespace(align_weight=0.5, align_block=3, caption_dropout=0.1, adversarial_weight=0)
+    objective = SimpleNamespace(
+        align_weight=0.5, align_block=3, caption_dropout=0.1, timestep_shift=shift, adversarial_weight=0
+    )
     return build(SimpleNamespace(stage=stage, phase=phase, seed=0, run_dir=".", model=model, objective=objective))
 
 
@@ -58,19 +60,19 @@ def batch_of(prompts, pictures):
 
 
 @pytest.mark.parametrize(
-    ("stage", "phase", "task"),
-    [("align", "joint", "generation"), ("align", "joint", "editing"), ("align", "connector", "generation"),
-     ("bootstrap", "diffusion", "generation")],
+    ("stage", "phase", "task", "shift"),
+    [("align", "joint", "generation", 1.0), ("align", "joint", "editing", 3.0),
+     ("align", "connector", "generation", 3.0), ("bootstrap", "diffusion", "generation", 3.0)],
 )  # fmt: skip
-def test_velocity_is_that_of_the_layers(parts, stage, phase, task):
-    built = stage_of(parts, stage, phase)
+def test_velocity_is_that_of_the_layers(parts, stage, phase, task, shift):
+    built = stage_of(parts, stage, phase, shift=shift)
     edits = task == "editing"
     prompts = [editing_prompt(said, 16) for said in EDITS] if edits else [generation_prompt(said) for said in CAPTIONS]
     batch = batch_of(prompts, 2 if edits else 1)
     terms = Program(built.layers, built.inputs, list(built.terms))(batch)
     model = built.model.eval()
     latents = model.tokenizer.encode(batch["images"][:, 0]) * model.latent_scale
-    timestep = timesteps(batch["timestep_draw"])
+    timestep = timesteps(batch["timestep_draw"], shift)
     noisy = noisy_latents(latents, batch["latent_noise"], timestep)
     captions, keep = model.condition(batch["tokens"], batch["keep"], batch["images"][:, 1] if edits else None)
     velocity = model.velocity(noisy, timestep, captions, keep)

@@ -19,6 +19,12 @@ def test_timesteps_by_hand():
     assert timesteps(draws).tolist() == [500, 1000, 750, 1]
 
 
+def test_shifted_timesteps_by_hand():
+    # shift 3: sigma 0.5 -> 1.5 / 2 = 0.75; 1 stays; 0.75 -> 2.25 / 2.5 = 0.9; 0.001 -> 0.003 / 1.002
+    draws = torch.tensor([0.0, logit(0.0004), logit(0.2505), logit(0.9995)])
+    torch.testing.assert_close(timesteps(draws, 3.0), torch.tensor([750.0, 1000.0, 900.0, 3 / 1.002]))
+
+
 def test_timesteps_stay_in_the_table_at_any_draw():
     assert timesteps(torch.tensor([-200.0, 200.0])).tolist() == [1000, 1]  # sigmoid reaches 0 and 1 in fp32
 

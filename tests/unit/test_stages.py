@@ -30,7 +30,7 @@ TINY = PRESETS["tiny"]
 
 def recipe_of(stage, phase, run_dir=".", pretrained=None, preset="tiny", **objective):
     defaults = {"perceptual_weight": 0.1, "latent_noise": 0.1, "latent_power_weight": 1e-3, "pixel_alignment_weight": 1,
-                "align_weight": 0.5, "align_block": 3, "caption_dropout": 0.1}  # fmt: skip
+                "align_weight": 0.5, "align_block": 3, "caption_dropout": 0.1, "timestep_shift": 1.0}  # fmt: skip
     return SimpleNamespace(
         stage=stage, phase=phase, seed=0, run_dir=Path(run_dir),
         model=SimpleNamespace(preset=preset, pretrained=pretrained or {}, routing="dynamic", alignment="self"),
