@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from spar_scale.stages.parts import load_vision
 TINY = PRESETS["tiny"]
 
 
-def new_stage():
+def new_stage() -> Any:
     model, objective = SimpleNamespace(preset="tiny", pretrained={}), SimpleNamespace()
     recipe = SimpleNamespace(
         stage="bootstrap", phase="mllm", seed=0, run_dir=Path("."), model=model, objective=objective
