@@ -7,9 +7,8 @@ same preset have interchangeable weights.
 vision tower takes patches of 8 pixels, one for each of its 16 tokens: patches of 4 folded 2 x 2 by the
 pixel shuffle, as the published tower does it, gave the tokenizer 0.6 dB more after 200 steps of its
 first phase and cost every phase that reads pictures four times the tokens. Its language model starts
-wider than the published, and its words at deviation 1, as the queries do: at 0.05 the first layer wrote a hundred
-times what a word was, and a token that named a colour changed by a twentieth of its length with that colour in what
-the last layers wrote, where it now changes by nearly all of it (after 200 steps). Its connector starts from the
+wider than the published, and its words at deviation 1, as the queries do: begun at 0.05 they are drowned by what its
+first layer writes (docs/demo.md). Its connector starts from the
 seed: layers copied from a language model of a thousand steps expect a residual stream some thirty times as
 large as what the routing hands over, and drew less than half of the prompts that new ones drew (80 steps).
 

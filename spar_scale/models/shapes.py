@@ -200,7 +200,7 @@ class SamplingShape:
 
     steps: int
     guidance: float
-    flow_shift: float  # of the sampler's time steps; training has none
+    flow_shift: float  # of the sampler's time steps; training has its own, objective.timestep_shift
 
 
 @dataclass(frozen=True)
