@@ -1,9 +1,10 @@
-# The commands of the house. VENV, OUT, SIZE, SEED, PORT and PYTHON can be given: `make demo OUT=runs/other SEED=1`.
+# The commands of the house. VENV, OUT, SIZE, SEED, PORT, WORKERS and PYTHON can be given: `make demo OUT=runs/other SEED=1`.
 
 VENV ?= .venv
 OUT ?= runs/demo
 SIZE ?= demo
 PORT ?= 5000
+WORKERS ?= 2
 CONSTRAINTS ?= constraints/cpu.txt
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -39,8 +40,9 @@ ui: venv
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(OUT))/mlflow.db \
 		--artifacts-destination $(abspath $(OUT))/mlartifacts --host 127.0.0.1 --port $(PORT) --workers 1
 
+# Files of tests side by side, each whole on one worker (its fixtures train), in their order: the long ones come early.
 test: venv
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(BIN)/ruff check .

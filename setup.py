@@ -32,6 +32,6 @@ setup(
         "safetensors",
     ],
     extras_require={
-        "dev": ["ruff", "pyright", "pytest", "pytest-timeout"],
+        "dev": ["ruff", "pyright", "pytest", "pytest-timeout", "pytest-xdist"],
     },
 )

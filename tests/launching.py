@@ -57,7 +57,7 @@ def run_world(
     size: int,
     function: Callable[..., Any],
     *args: Any,
-    timeout_s: float = 60.0,
+    timeout_s: float = 300.0,
     initialise: bool = True,
     env: dict[str, str] | None = None,
 ) -> list[Any]:

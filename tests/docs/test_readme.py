@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from launching import run_world
 from tiny_runs import metrics
 
@@ -74,7 +73,6 @@ def launch(module: str, words: list[str], folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
-@pytest.mark.timeout(700)
 def test_the_commands_run_in_their_order(tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     commands = [command for command in COMMANDS if not command.startswith(tuple(LAUNCHES))]

@@ -24,7 +24,7 @@ def test_a_gpu_follows_the_cpu_and_bf16_follows_fp32(tmp_path: Path, zero: int) 
     def train(name: str, hidden: bool, **changes) -> list[tuple[float, float]]:
         values = recipe_values(tmp_path / name, shards, autoencoder, parallel__zero=zero, **changes)
         environment = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if hidden else {"DS_ACCELERATOR": "cuda"}
-        run_world(1, train_all, [values], initialise=False, timeout_s=200, env=environment)
+        run_world(1, train_all, [values], initialise=False, env=environment)
         return curve(tmp_path / name)
 
     cpu, gpu, half = train("cpu", True), train("gpu", False), train("half", False, precision="bf16")

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from launching import preload, start_process
 from nano import NANO
@@ -64,7 +63,6 @@ def caught(process: Any, run_dir: Path, steps: int) -> None:
         process.join(0.01)
 
 
-@pytest.mark.timeout(300)
 def test_killed_in_the_middle_it_goes_on_and_counts_both_parts(tmp_path: Path) -> None:
     write_recipes(tmp_path / "recipes")
     first, last = tmp_path / "out" / "bootstrap_autoencoder", tmp_path / "out" / LAST
@@ -79,7 +77,7 @@ def test_killed_in_the_middle_it_goes_on_and_counts_both_parts(tmp_path: Path) -
     assert before.core_seconds > 0.5 and not before.finished
     began = time.time()
     process = start_process(begin, str(tmp_path))
-    process.join(120)
+    process.join(300)
     assert process.exitcode == 0
     after, again = _spent(last), (first / "metrics.jsonl").stat()
     assert (again.st_ino, again.st_mtime_ns) == (logged.st_ino, logged.st_mtime_ns)
@@ -91,13 +89,12 @@ def test_killed_in_the_middle_it_goes_on_and_counts_both_parts(tmp_path: Path) -
     assert after.wall_seconds > before.wall_seconds
 
 
-@pytest.mark.timeout(300)
 def test_ctrl_c_says_how_to_go_on_and_ends_every_process(tmp_path: Path) -> None:
     write_recipes(tmp_path / "recipes")
     process = start_process(command, str(tmp_path))
     caught(process, tmp_path / "out" / LAST, 5)
     os.kill(process.pid, signal.SIGINT)
-    process.join(60)
+    process.join(180)
     assert (tmp_path / "code").read_text() == "130"
     said = (tmp_path / "said").read_text()
     assert said.splitlines()[-1] == "stopped; the same command again goes on from here"

@@ -45,7 +45,6 @@ def saving(run_dir: Path) -> bool:
         return False
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("phase", PHASES)
 def test_killed_at_seeded_moments_the_curve_is_bit_equal(tmp_path: Path, phase: str) -> None:
     make_data(tmp_path / "data", edits=64)

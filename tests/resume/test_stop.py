@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 from launching import run_world
 from nano import NANO
 from tiny_parts import make_parts
@@ -48,7 +47,6 @@ def train_until(rank: int, world: int, values: dict[str, Any], number: int, line
     return 0
 
 
-@pytest.mark.timeout(300)
 def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> None:
     make_data(tmp_path / "data", edits=64)
     parts = make_parts(tmp_path / "parts", NANO)

@@ -138,7 +138,7 @@ class Cluster:
         text = self.run("scontrol", "show", "job", id).split("\n\n")[0]
         return {free or key: rest.rstrip() or value for free, rest, key, value in _FIELD.findall(text)}
 
-    def wait(self, id: str, *states: str, timeout: float = 120) -> dict[str, str]:
+    def wait(self, id: str, *states: str, timeout: float = 240) -> dict[str, str]:
         """Return the job's record once its state is one of `states` (default: any final one).
 
         AssertionError with the record and the end of its output if that is late or the job has ended otherwise.
@@ -162,7 +162,7 @@ class Cluster:
                 raise AssertionError(f"not within {timeout:g} s: {what}\n{nodes}\n{jobs}")
             time.sleep(0.1)
 
-    def idle(self, timeout: float = 60) -> None:
+    def idle(self, timeout: float = 120) -> None:
         """Wait until all nodes are idle."""
         self.wait_until(lambda: self._states(*self.nodes) == {"idle"}, timeout, "all nodes idle")
 
@@ -174,7 +174,7 @@ class Cluster:
         """Tell SLURM that a killed node is down, instead of waiting for it to notice; a living slurmd would deny it."""
         self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=test")
 
-    def boot(self, name: str, timeout: float = 60) -> None:
+    def boot(self, name: str, timeout: float = 120) -> None:
         """Start a killed node again; returns when it is idle, or at work already for a job that waited for it."""
         self.mark_down(name)  # one that SLURM does not miss yet would seem idle before its slurmd serves
         self._start_node(name)

@@ -353,7 +353,7 @@ def _kill_at_every_event(rank: int, size: int, root_text: str) -> list[str]:
 
 
 def test_killed_at_every_file_system_event_of_a_save(root: Path) -> None:
-    assert run_world(1, _kill_at_every_event, str(root), initialise=False, timeout_s=120) == [[]]
+    assert run_world(1, _kill_at_every_event, str(root), initialise=False) == [[]]
 
 
 def _killed_by_the_limit(rank: int, size: int, root: str) -> None:

@@ -86,7 +86,7 @@ def train_plain_and_stored(rank: int, world: int, folder: Path) -> dict[str, Any
 
 @pytest.fixture(scope="module")
 def ran(folder, stored) -> dict[str, Any]:
-    return run_world(1, train_plain_and_stored, folder, initialise=False, timeout_s=280)[0]
+    return run_world(1, train_plain_and_stored, folder, initialise=False)[0]
 
 
 @pytest.mark.parametrize("run", [*PHASES, "resumed"])

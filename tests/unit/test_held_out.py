@@ -38,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
         phase_values(folder / name, "align/joint", folder / "data", parts, objective__caption_dropout=rate, **few)
         for name, rate in (("run", 0.0), ("dropping", 1.0))
     ]
-    run_world(1, train_all, recipes, initialise=False, timeout_s=250)
+    run_world(1, train_all, recipes, initialise=False)
     return folder
 
 

@@ -13,8 +13,6 @@ from tiny_runs import make_data, metrics, phase_values, train_all
 
 from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 
-pytestmark = pytest.mark.timeout(600)
-
 LAYOUTS = [(world, zero, 1, 1) for world in (1, 2, 4) for zero in (1, 2, 3)] + [(2, 1, 2, 1)]
 LAYOUTS += [(2, 1, 1, 2), (4, 3, 1, 2), (4, 1, 2, 2)]
 """(processes, ZeRO stage, pipeline stages, tensor ranks)"""

@@ -18,8 +18,6 @@ import yaml
 from launching import run_world
 from tiny_runs import make_autoencoder, make_data, metrics, recipe_values
 
-pytestmark = pytest.mark.timeout(600)
-
 Case = tuple[str, list[str], int | None]
 """Name, arguments, and the largest file in bytes that the process may write."""
 
@@ -119,7 +117,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     objective = {"perceptual_weight": 0.5}
     unlike = recipe("autoencoder_run", **model, objective=objective, optimizer__groups={})
     good_runs: list[Case] = [("run", ["train", recipe("run")], None), ("unlike", ["train", unlike], None)]
-    made = run_world(1, run_cases, good_runs, initialise=False, timeout_s=100)[0]
+    made = run_world(1, run_cases, good_runs, initialise=False)[0]
     assert {code for code, _ in made.values()} == {0}, made
     run = folder / "run"
     assert len(metrics(run)) == 2
@@ -146,7 +144,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("index broken", ["data", "index", str(folder / "shards" / "broken-0.tar")], None),
         ("index stale", ["data", "index", stale], None),
     ]
-    run_world(1, run_cases, before, initialise=False, timeout_s=100)
+    run_world(1, run_cases, before, initialise=False)
     Path(stale).write_bytes(good.read_bytes() + b"\0" * 512)
 
     def again(name: str, **changes: Any) -> list[str]:
@@ -185,7 +183,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("layout that does not fit", ["train", recipe("g"), "parallel.pipeline=3"], None),
     ]
     assert [name for name, _, _ in cases] == list(EXPECTED)
-    found = run_world(1, run_cases, cases, initialise=False, timeout_s=300)[0]
+    found = run_world(1, run_cases, cases, initialise=False)[0]
     assert lost.exists()
     return {"found": found, "folder": folder, "kept": kept, "trap": trap}
 

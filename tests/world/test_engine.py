@@ -52,7 +52,7 @@ def runs() -> dict[tuple, tuple]:
     found = {}
     for world in (1, 2, 4):
         cases = [case for case in CASES if case[0] == world]
-        by_rank = run_world(world, run_cases, cases, initialise=False, timeout_s=200)
+        by_rank = run_world(world, run_cases, cases, initialise=False)
         for index, case in enumerate(cases):
             found[case] = by_rank[0][index][0], [ranks[index][1] for ranks in by_rank]
     return found

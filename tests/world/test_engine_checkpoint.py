@@ -12,8 +12,6 @@ from launching import run_world
 from tiny_runs import make_autoencoder, make_data, recipe_values
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytestmark = pytest.mark.timeout(400)
-
 
 class LargestAllocation(TorchDispatchMode):
     """The largest new floating-point storage, in elements, that any operation makes."""
@@ -78,7 +76,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     stages = (1, 2, 3)
     recipes = [recipe_values(folder / f"z{zero}", shards, autoencoder, parallel__zero=zero) for zero in stages]
     saves = [str(folder / f"save{zero}") for zero in stages]
-    by_rank = run_world(4, save_real, recipes, saves, initialise=False, timeout_s=200)
+    by_rank = run_world(4, save_real, recipes, saves, initialise=False)
     return {zero: [rank[index] for rank in by_rank] for index, zero in enumerate(stages)}
 
 

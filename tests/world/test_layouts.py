@@ -12,8 +12,6 @@ from tiny_runs import consumed, make_data, recipe_values, train_all
 
 from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 
-pytestmark = pytest.mark.timeout(900)
-
 LAYOUTS = [(world, zero, 1) for world in (1, 2, 4) for zero in (1, 2, 3)] + [(2, 1, 2), (4, 1, 2)]
 """(processes, ZeRO stage, pipeline stages)"""
 
@@ -44,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             recipes.append(values("1-1-micro", parallel__micro_batch=5))
             recipes.append(values("1-1-recompute", parallel__recompute="blocks"))
             recipes.append(values("1-1-repeat"))
-        run_world(world, train_all, recipes, initialise=False, timeout_s=300)
+        run_world(world, train_all, recipes, initialise=False)
     return folder
 
 

@@ -15,8 +15,6 @@ from launching import run_world
 from tiny_parts import make_parts
 from tiny_runs import metrics, phase_values, train_all
 
-pytestmark = pytest.mark.timeout(900)
-
 HELD_OUT = 300
 MLLM_STEPS, DIFFUSION_STEPS, JOINT_STEPS = 70, 60, 20
 MUON = {"name": "muon", "muon_lr": 0.015, "lr": 1.5e-3, "warmup_steps": 5, "clip": 0, "ema_decay": 0.8}

@@ -18,8 +18,6 @@ from parallel.errors import UserError
 from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve
 from spar_scale.parity import RESUMED, SERIAL, SPREADS, USUAL, Parity, Row, Runs, Spread, parity, parse_layouts
 
-pytestmark = pytest.mark.timeout(300)
-
 preload("spar_scale.parity", "nano")
 
 BOUNDS = LOSS_RELATIVE, NORM_RELATIVE

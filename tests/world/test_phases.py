@@ -17,8 +17,6 @@ from torch import Tensor
 
 from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 
-pytestmark = pytest.mark.timeout(900)
-
 JOINT = [(world, zero, 1, 1) for world in (1, 2, 4) for zero in (1, 2, 3)] + [(2, 1, 2, 1)]
 JOINT += [(2, 1, 1, 2), *((4, zero, 1, 2) for zero in (1, 2, 3)), (4, 1, 2, 2), (4, 1, 4, 1)]
 OTHERS = [(1, 1, 1, 1), (2, 1, 1, 1), (4, 3, 1, 1), (4, 1, 2, 2)]

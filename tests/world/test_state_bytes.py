@@ -18,8 +18,6 @@ from parallel.state_bytes import ZeroShape, state_bytes
 from spar_scale.planning import count
 from spar_scale.recipe import Recipe
 
-pytestmark = pytest.mark.timeout(900)
-
 MUON = {"optimizer__name": "muon", "optimizer__clip": 0}
 CASES: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "dp4-z2": (4, 1, 1, 2, {}),

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
 from launching import run_world
 from tiny_runs import make_autoencoder, make_data, recipe_values
 
@@ -46,7 +45,6 @@ def train_and_go_on(rank: int, world: int, values: dict[str, Any], losses: list[
     return found
 
 
-@pytest.mark.timeout(900)
 def test_a_run_that_goes_on_keeps_its_mlflow_run_and_shows_each_step_once(tmp_path: Path) -> None:
     shards, parts = make_data(tmp_path / "data"), make_autoencoder(tmp_path / "autoencoder")
     changes: dict[str, Any] = {"tracking": {"mirror": True}}
