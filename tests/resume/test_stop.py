@@ -37,6 +37,8 @@ def train_until(rank: int, world: int, values: dict[str, Any], number: int, line
 
     if rank == world - 1:
         threading.Thread(target=ask, daemon=True).start()
+    if signal.getsignal(number) is signal.SIG_IGN:  # SIGINT, where the tests run in the background of a shell
+        signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     try:
         train_all(rank, world, [values])

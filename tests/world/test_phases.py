@@ -141,11 +141,15 @@ def test_a_cut_changes_nothing_of_the_forward_pass_in_bf16(runs: Path) -> None:
 
 
 def test_tensor_ranks_in_bf16_are_as_near_as_another_order_of_adding(runs: Path) -> None:
-    """A sum in another order is rounded to the next number now and then, and what follows from it everywhere."""
+    """A sum in another order is rounded to the next number now and then, and what follows from it everywhere.
+
+    Not on every CPU: on one with AMX tensor ranks gave the very losses of one process.
+    """
     one = curve(runs / "bf16-1")
     (loss, norm), (order, norm_order) = (distance(curve(runs / f"bf16-{n}"), one) for n in ("tensor", "reordered"))
     print(f"bf16: tensor ranks {loss:.1e}, {norm:.1e}; one process in another order {order:.1e}, {norm_order:.1e}")
-    assert 0 < loss <= 3 * order
+    assert 0 < order < 0.01 and norm_order < 0.01
+    assert loss <= 3 * order
     assert norm <= 3 * norm_order
 
 
