@@ -40,7 +40,7 @@ ui: venv
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(OUT))/mlflow.db \
 		--artifacts-destination $(abspath $(OUT))/mlartifacts --host 127.0.0.1 --port $(PORT) --workers 1
 
-# Files of tests side by side, each whole on one worker (its fixtures train), in their order: the long ones come early.
+# Files of tests side by side, each whole on one worker (its fixtures train), in their order: SLURM's, the longest, come early.
 test: venv
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

@@ -226,7 +226,7 @@ def test_the_whole_chain_from_one_command_to_the_report(slurm: Cluster, jobs: Jo
     told = slurm.run(*line, cwd=ROOT, env=SITE | {"SIZE": "smoke", "RECIPE": ""})
     numbers = {line.split()[1]: line.split()[0] for line in told.splitlines()[:11]}
     assert next(iter(numbers)) == "world" and list(numbers)[-1] == "evaluate"
-    slurm.wait(numbers["evaluate"], "COMPLETED", timeout=800)
+    slurm.wait(numbers["evaluate"], "COMPLETED", timeout=1600)
     print(f"the chain took {time.monotonic() - began:.0f} s")
     assert "<html" in (root / "report.html").read_text()[:200] and (root / "scores.json").exists()
     assert all((root / name / "metrics.jsonl").exists() for name in list(numbers)[1:-1])
