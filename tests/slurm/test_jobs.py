@@ -64,7 +64,7 @@ class Jobs:
     def until_step(self, name: str, step: int, timeout: float = 240) -> None:
         self.slurm.wait_until(lambda: self.steps(name) >= step, timeout, f"step {step}\n{self.said(name)}")
 
-    def restarted(self, job: str, timeout: float = 180) -> None:
+    def restarted(self, job: str, timeout: float = 300) -> None:
         self.slurm.wait_until(lambda: self.slurm.job(job)["Restarts"] != "0", timeout, f"a restart of job {job}")
 
 
@@ -119,8 +119,8 @@ def test_a_warning_saves_requeues_and_goes_on_as_the_same_run(jobs: Jobs, timed:
 
 
 def test_a_time_limit_saves_requeues_and_goes_on(jobs: Jobs, timed: str, undisturbed: Path) -> None:
-    jobs.restarted(timed, timeout=300)
-    jobs.until("timed", "goes on from", 240)
+    jobs.restarted(timed)
+    jobs.until("timed", "goes on from")
     saved = json.loads((jobs.run_dir("timed") / "attempts.json").read_text())[0]
     assert saved["exit_code"] == STOPPED and saved["step"] > 0
     jobs.until_step("timed", saved["step"] + EARLY)
@@ -202,7 +202,7 @@ def test_a_bad_node_is_named_and_the_job_goes_on_without_it(jobs: Jobs) -> None:
     site = broken(jobs.folder / "site2", 'node == "node2" and "cluster node doctor" in words')
     size = ("--nodes=1-2", "--exclude=node[3-4]", "--comment=mine")
     job = jobs.submit("unfit", *size, changes=("train.steps=3",), env=site)
-    jobs.restarted(job, timeout=300)  # the others wait a minute for it
+    jobs.restarted(job)  # the others wait a minute for it
     record = jobs.slurm.wait(job, "COMPLETED")
     assert (record["NodeList"], record["ExcNodeList"]) == ("node1", "node[3-4],node2")
     assert record["Comment"] == "not fit: node2"

@@ -89,7 +89,7 @@ def compare(rank: int, world: int, folder: str, values: dict) -> tuple[float, fl
     return float(engine.mean()), float(stage_terms(stage, shards, HELD_OUT)["flow_matching"].mean())
 
 
-@pytest.mark.timeout(3600 if LONG else 1800)
+@pytest.mark.timeout(3600)
 def test_the_engines_muon_reaches_the_loss_of_a_plain_one(tmp_path: Path) -> None:
     from spar_scale.data.shapes_world import World
     from spar_scale.data.shards import make_world
