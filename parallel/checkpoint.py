@@ -35,6 +35,7 @@ from parallel.boxes import BoxLoadPlanner, BoxSavePlanner, Fragment, GlobalTenso
 from parallel.checkpoint_report import inspect, verify
 from parallel.checkpoint_storage import BoxReader, BoxWriter
 from parallel.errors import UserError
+from parallel.files import remove_temporaries, sync_directory, write_file
 from parallel.manifest import (
     FileRecord,
     KeyRecord,
@@ -49,8 +50,6 @@ from parallel.manifest import (
     sha256_of,
     step_name,
     step_of,
-    sync_directory,
-    write_durably,
 )
 from parallel.same_model import require_same_model
 
@@ -58,6 +57,7 @@ __all__ = ["find", "inspect", "load", "manifest_hash", "protect", "read", "remov
 
 Group = dist.ProcessGroup | None
 _LEFTOVER = ".tmp-"
+LATEST = "latest"  # a file with the name of the newest checkpoint, for people
 _log = logging.getLogger(__name__)
 
 
@@ -166,6 +166,7 @@ def remove_leftovers(root: Path) -> None:
     if root.is_dir():
         for path in root.glob(f"{_LEFTOVER}*"):
             shutil.rmtree(path, ignore_errors=True)
+        remove_temporaries(root / LATEST)
 
 
 # -- saving ---------------------------------------------------------------------------------------
@@ -246,10 +247,12 @@ def _commit(manifest: Manifest, temporary: Path, final: Path) -> None:
         else:
             temporary.rename(final)
         sync_directory(final.parent)
-        path = final.parent / "latest"
-        write_durably(path, final.name + "\n")
+        path = final.parent / LATEST
+        write_file(path, final.name + "\n")
     except OSError as error:
         raise UserError(f"checkpoint not written: {error.filename or path}: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(f"checkpoint not written: {error}") from error
 
 
 def _prune(root: Path, step: int, keep: int) -> None:

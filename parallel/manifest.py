@@ -9,17 +9,16 @@ and its manifest is sound; it is undamaged if every listed file is. `latest` is 
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from parallel.errors import UserError
+from parallel.files import write_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -58,7 +57,7 @@ class Manifest:
         """Write it into `folder`: temporary name, flush to disk, rename."""
         body = asdict(self)
         text = json.dumps({"format": FORMAT, "sha256": _hash_of(body), "body": body}, separators=(",", ":"))
-        write_durably(folder / MANIFEST, text + "\n")
+        write_file(folder / MANIFEST, text + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -123,7 +122,7 @@ def protect(folder: Path, by: str) -> None:
     try:
         with (folder / MANIFEST).open("r+") as held:  # runs that start together add their names one after another
             fcntl.flock(held, fcntl.LOCK_EX)
-            write_durably(folder / REFERENCES, json.dumps([*references(folder), by]) + "\n")
+            write_file(folder / REFERENCES, json.dumps([*references(folder), by]) + "\n")
     except OSError as error:
         raise UserError(f"{folder / REFERENCES}: {error.strerror or error}") from error
 
@@ -165,35 +164,6 @@ def sha256_of(path: Path) -> str:
         while block := stream.read(_CHUNK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small file as a whole: temporary name, flush to disk, rename, flush the directory.
-
-    Raises OSError that names the file, with nothing left behind.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        error.filename = str(path)
-        raise
-
-
-def sync_directory(path: Path) -> None:
-    """Flush a directory's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_json(value: Any, place: str) -> None:

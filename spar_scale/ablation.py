@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from parallel.errors import UserError, nearest
+from parallel.files import write_file
 from spar_scale.chain import ENCODER_RATE, TEACHER, Chain, data_step
 from spar_scale.data.shapes_world import World
-from spar_scale.data.storage import write_atomic
 from spar_scale.evaluation.held_out import held_out_terms
 from spar_scale.evaluation.reconstruction import psnr
 from spar_scale.evaluation.scenes import scenes_of
@@ -138,9 +138,8 @@ def ablate(
     import_before_forks(mlflow=any(chains[0].recipe(row.phase).tracking.mirror for row in ROWS.values()))
     run_steps(list(steps.values()), jobs)
     values = {name: _over_seeds([json.loads(file.read_text()) for file in found]) for name, found in files.items()}
-    (out / RESULT).write_text(
-        json.dumps({"size": size, "overrides": list(overrides), "seeds": list(seeds), "rows": values}, indent=1) + "\n"
-    )
+    content = {"size": size, "overrides": list(overrides), "seeds": list(seeds), "rows": values}
+    write_file(out / RESULT, json.dumps(content, indent=1) + "\n")
     return "\n\n".join(part for part in (table(values), curve(values)) if part)
 
 
@@ -154,7 +153,7 @@ def _measured(trained: Step, out: Path, samples: int) -> Step:
 def _keep(run_dir: Path, out: Path, samples: int, file: Path) -> None:
     values = measure(run_dir, out, samples)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, (json.dumps(values) + "\n").encode())
+    write_file(file, (json.dumps(values) + "\n"))
     print("  ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
 
 

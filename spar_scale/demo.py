@@ -17,10 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from parallel.files import write_file
 from spar_scale.board import clock
 from spar_scale.chain import COMPARED, STORED, Chain, data_step
 from spar_scale.data.shapes_world import World
-from spar_scale.data.storage import write_atomic
 from spar_scale.evaluation.report import write_report
 from spar_scale.phases import PHASES
 from spar_scale.processes import Step, available_cores, import_before_forks, run_steps, threads
@@ -115,7 +115,7 @@ def _scores(out: Path) -> dict[str, float]:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_file(path, (json.dumps(content, indent=1) + "\n"))
 
 
 def _versions() -> dict[str, str]:

@@ -11,7 +11,6 @@ This module imports nothing heavy, so that a command can refuse a recipe within 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from parallel.files import write_file
 from spar_scale.rules import READ_BY, RULES, reads
 from spar_scale.settings import Contradiction, Lookup, load, show
 
@@ -255,12 +255,7 @@ class Recipe(Section):
     def save(self, path: Path) -> None:
         """Write every key with its value to `path`; a reader sees the old file or the whole new one."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_file(path, text)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from spar_scale.data.storage import write_atomic
+from parallel.files import write_file
 
 FILE = "spent.json"
 
@@ -79,4 +79,4 @@ def _alive(child: psutil.Process) -> float:
 
 def _write(folder: Path, now: Spent) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / FILE, (json.dumps(asdict(now)) + "\n").encode())
+    write_file(folder / FILE, (json.dumps(asdict(now)) + "\n"))

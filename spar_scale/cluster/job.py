@@ -20,9 +20,9 @@ from types import FrameType
 
 from parallel.errors import UserError
 from parallel.exit_codes import DEFECT, DONE, REFUSED, STOPPED
+from parallel.files import write_file
 from spar_scale.cluster import slurm
 from spar_scale.cluster.slurm import Job
-from spar_scale.data.storage import write_atomic
 from spar_scale.recipe import Recipe, load_recipe
 
 FRUITLESS = 3
@@ -68,7 +68,7 @@ class Attempts:
         """Note the end of one."""
         self._ended.append({"job": job.id, "restart": job.restarts, "step": self.step(), "exit_code": code})
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._file, (json.dumps(self._ended, indent=1) + "\n").encode())
+        write_file(self._file, (json.dumps(self._ended, indent=1) + "\n"))
 
     def fruitless(self) -> int:
         """How many of the last ones ended at the newest checkpoint that there already was when they began."""

@@ -17,8 +17,9 @@ from pathlib import Path
 from parallel.environment import read_environment
 from parallel.errors import UserError
 from parallel.exit_codes import DEFECT, DONE, REFUSED
+from parallel.files import write_file
 from parallel.probes import probe_gpu, probe_world, why_no_gpu
-from spar_scale.data.storage import expand_shards, read_member, shard_bytes, write_atomic
+from spar_scale.data.storage import expand_shards, read_member, shard_bytes
 from spar_scale.data.tar_index import check_fresh, read_index
 from spar_scale.doctor import Finding
 from spar_scale.recipe import Recipe
@@ -81,7 +82,7 @@ def _write(run_dir: Path, rank: int, findings: Sequence[Finding]) -> None:
     content = {"host": _host(), "rank": rank, "findings": [asdict(finding) for finding in findings]}
     try:
         (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
-        write_atomic(run_dir / FOLDER / f"rank-{rank}.json", json.dumps(content).encode())
+        write_file(run_dir / FOLDER / f"rank-{rank}.json", json.dumps(content))
     except (OSError, UserError):  # the disk's finding says so; who reads finds nothing of this rank
         return
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from parallel.errors import UserError
+from parallel.files import replaced
 from spar_scale.data.images import BadSample
 from spar_scale.data.tar_index import digest
 
@@ -167,14 +167,11 @@ def save(
     tensors = pictures | ({} if states is None else states.tensors())
     metadata = {"made_of": key, "shards": shards, "bad": json.dumps(bad), "pictures": json.dumps(list(pictures))}
     metadata["states"] = json.dumps([] if states is None else list(states.slots))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+        with replaced(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    except SafetensorError as error:
         raise UserError(f"{path}: cannot be written ({error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def is_whole(path: Path, key: str, shards: str) -> bool:

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from parallel.errors import UserError
+from parallel.files import write_file
 from spar_scale.data.order import draw_generator
 from spar_scale.data.shapes_language import captions, choose_caption, instruction, questions
 from spar_scale.data.shapes_render import render
 from spar_scale.data.shapes_world import World, sample_edit, sample_scene
-from spar_scale.data.storage import write_atomic
 from spar_scale.data.tar_index import index_path, index_shard, read_header, write_index
 
 GENERATION = 1  # raised whenever the same settings give other bytes
@@ -104,7 +104,7 @@ def write_shard(path: Path, samples: Iterator[dict[str, Any]]) -> None:
     with TarWriter(buffer, encoder=False, mtime=0, user="spar", group="spar") as writer:
         for sample in samples:
             writer.write(sample)
-    write_atomic(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
     write_index(str(path), index_shard(str(path)))
 
 
@@ -138,7 +138,7 @@ def _is_whole(path: Path) -> bool:
 
 def _write_settings(world: World, out_dir: Path, complete: bool) -> None:
     content = {"generation": GENERATION, "complete": complete, "world": world.model_dump(mode="json")}
-    write_atomic(out_dir / SETTINGS, (json.dumps(content, indent=1) + "\n").encode())
+    write_file(out_dir / SETTINGS, (json.dumps(content, indent=1) + "\n"))
 
 
 def _check_settings(world: World, out_dir: Path) -> bool:

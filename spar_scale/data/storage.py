@@ -1,4 +1,4 @@
-"""Where shards lie: local paths and fsspec URLs, glob patterns, positional reads, atomic writes.
+"""Where shards lie: local paths and fsspec URLs, glob patterns, positional reads.
 
 Local files are read by `pread`, URLs (s3://, gs://, http://, ...) by range requests through fsspec.
 Whatever fails here is the system's fault and not a sample's: it is raised as a UserError that names
@@ -7,7 +7,6 @@ the file, and it stops the run. Remote reads are not retried beyond what the fss
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import os
 from collections.abc import Callable, Sequence
@@ -101,22 +100,6 @@ def shard_bytes(shard: str) -> int:
         return os.stat(shard).st_size
     except OSError as error:
         raise UserError(f"{shard}: cannot be read ({error.strerror})") from None
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, rename it. A full disk raises UserError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _glob(pattern: str) -> list[str]:

@@ -26,6 +26,7 @@ from zlib import crc32
 import numpy as np
 
 from parallel.errors import UserError
+from parallel.files import write_file
 from spar_scale.data.storage import (
     TAR_BLOCK,
     ShardReader,
@@ -35,7 +36,6 @@ from spar_scale.data.storage import (
     remote,
     resolve_url,
     shard_bytes,
-    write_atomic,
 )
 
 SUFFIX = ".index.npz"
@@ -116,7 +116,7 @@ def write_index(shard: str, index: ShardIndex) -> str:
         filesystem, inner = resolve_url(path)
         remote(path, lambda: filesystem.pipe_file(inner, buffer.getvalue()))
     else:
-        write_atomic(Path(path), buffer.getvalue())
+        write_file(Path(path), buffer.getvalue())
     return path
 
 

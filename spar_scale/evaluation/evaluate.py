@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from parallel.errors import UserError
+from parallel.files import write_file
 from spar_scale.data.prompts import generation_prompt
 from spar_scale.data.shapes_world import World
-from spar_scale.data.storage import write_atomic
 from spar_scale.evaluation.detector import detect
 from spar_scale.evaluation.editing import edit_and_judge
 from spar_scale.evaluation.generation import draw_and_judge
@@ -132,11 +132,11 @@ def evaluate(root: Path, counts: Counts = Counts()) -> Scores:
         details |= {section: content.write(folder, section) for section, content in sections.items()}
         log.info("evaluation: %s took %.0f core-seconds", name, time.process_time() - began)
     scores = {name: round(value, 4) for name, value in scores.items()}
-    write_atomic(folder / "details.json", (json.dumps(details) + "\n").encode())
+    write_file(folder / "details.json", (json.dumps(details) + "\n"))
     path = trained.root / "scores.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
     merged = scores | {name: value for name, value in kept.items() if name.startswith("core_seconds.")}
-    write_atomic(path, (json.dumps(merged, indent=1) + "\n").encode())
+    write_file(path, (json.dumps(merged, indent=1) + "\n"))
     return merged
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from spar_scale.data.storage import write_atomic
+from parallel.files import write_file
 from spar_scale.evaluation.reconstruction import to_image
 
 Scores = dict[str, float]
@@ -33,7 +33,7 @@ class Section:
         buffer = io.BytesIO()
         picture: Image.Image = to_image(whole)
         picture.save(buffer, "png")
-        write_atomic(folder / f"{name}.png", buffer.getvalue())
+        write_file(folder / f"{name}.png", buffer.getvalue())
         return {"sheet": f"{name}.png", "tile": tile, "columns": list(self.columns), "rows": self.rows}
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from parallel.errors import UserError
+from parallel.files import write_file
 from spar_scale.models.autoencoder import latent_scale
 from spar_scale.models.presets import Preset
 from spar_scale.models.tokenizer import Streams, UnifiedTokenizer
@@ -40,7 +41,7 @@ def save_tokenizer(model: nn.Module, directory: Path, images: Tensor | None) -> 
     weights = {n: t.contiguous() for n, t in model.state_dict().items() if n.split(".")[0] not in TEACHERS}
     directory.mkdir(parents=True)
     save_file(weights, directory / WEIGHTS)
-    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_file(directory / "config.json", json.dumps(config, indent=1) + "\n")
 
 
 def load_tokenizer(directory: Path, preset: Preset) -> tuple[UnifiedTokenizer, float]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.errors import UserError
+from parallel.files import write_file
 from parallel.launch import device_type
 from parallel.program import Layer, live_slots, run_layer
 from spar_scale import stages
@@ -41,7 +42,7 @@ from spar_scale.data.encoded import (
 )
 from spar_scale.data.images import BadSample
 from spar_scale.data.spec import SampleSpec
-from spar_scale.data.storage import ShardReader, expand_shards, write_atomic
+from spar_scale.data.storage import ShardReader, expand_shards
 from spar_scale.data.tar_index import check_fresh, digest, read_index
 from spar_scale.data.tasks import Conditioned, Members, source_task
 from spar_scale.recipe import Recipe
@@ -69,7 +70,7 @@ def encode(recipe: Recipe) -> str:
             writer = _Writer(directory, name, shards, hash_of(made_of), encoding, tasks[name], stage.sample)
             writer.write(recipe.parallel.micro_batch)
             manifest["sources"][name] = digest(shards)
-            write_atomic(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+            write_file(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n"))
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     return f"{directory}: {', '.join(sources)} of {recipe.stage}/{recipe.phase}, {size / 1e6:.1f} MB"
 

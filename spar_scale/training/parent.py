@@ -19,7 +19,8 @@ from torch import nn
 from parallel import checkpoint
 from parallel.agreement import first
 from parallel.errors import UserError, nearest
-from parallel.manifest import read_manifest, write_durably
+from parallel.files import write_file
+from parallel.manifest import read_manifest
 from spar_scale import stages
 from spar_scale.recipe import Recipe
 from spar_scale.stages import Stage
@@ -89,4 +90,4 @@ def _record(recipe: Recipe, path: Path) -> None:
         _log.warning("init_from: starts from step %d of %d of %s", state["step"], wanted, recipe.init_from)
     checkpoint.protect(path, by=str(recipe.run_dir))
     record = {"run": recipe.init_from, "checkpoint": path.name, "manifest": checkpoint.manifest_hash(path)}
-    write_durably(recipe.run_dir / RECORD, json.dumps(record) + "\n")
+    write_file(recipe.run_dir / RECORD, json.dumps(record) + "\n")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from parallel.errors import UserError
+from parallel.files import write_file
 
 TRACKING = "tracking.json"
 FILES = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl")
@@ -102,7 +103,7 @@ def run_id(folder: Path, known: str | None = None) -> str:
 
 def note_artifacts(root: Path, names: Sequence[str]) -> None:
     """Note the files of a root, by their paths in it, that belong to its parent run."""
-    os.replace(_write_beside(root / TRACKING, {"id": run_id(root), "artifacts": list(names)}), root / TRACKING)
+    write_file(root / TRACKING, json.dumps({"id": run_id(root), "artifacts": list(names)}) + "\n")
 
 
 def noted_artifacts(root: Path) -> list[str]:
@@ -124,9 +125,7 @@ def _cut_back(path: Path, step: int) -> None:
     kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
     text = "".join(kept)
     if text != path.read_text(encoding="utf-8"):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_file(path, text)
 
 
 def _finite(value: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from spar_scale.data.storage import write_atomic
+from parallel.files import write_file
 from spar_scale.evaluation.report import ablation, limits, phases, pictures, routing, scores
 from spar_scale.evaluation.report.sources import Found, read, root_of
 
@@ -27,7 +27,7 @@ def write_report(root: Path) -> Path:
     """
     found = read(root_of(root))
     target = found.root / REPORT
-    write_atomic(target, render(found).encode())
+    write_file(target, render(found))
     return target
 
 
