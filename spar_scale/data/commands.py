@@ -11,6 +11,7 @@ from spar_scale.data.images import EXTENSIONS, BadSample, decode
 from spar_scale.data.shapes_world import World
 from spar_scale.data.storage import expand_shards, read_member, shard_bytes
 from spar_scale.data.tar_index import check_fresh, index_shard, read_header, read_index, write_index
+from spar_scale.outputs import check_picture, write_picture
 
 COLUMNS, CELL, CAPTION = 8, 128, 28  # a contact sheet: images a row, pixels a side, pixels for the text
 
@@ -34,9 +35,11 @@ def index(paths: list[str]) -> None:
 
 
 def show(paths: list[str], count: int, out: Path | None) -> None:
-    """Print what each shard holds and its first `count` texts; with `out`, draw their images as a sheet (PNG)."""
+    """Print what each shard holds and its first `count` texts; with `out`, draw their images as one picture."""
     if count < 0:
         raise UserError(f"count is {count}; it must be at least 0")
+    if out is not None:
+        check_picture(out)
     cells = []
     for shard in expand_shards(paths):
         index = read_index(shard)
@@ -89,8 +92,4 @@ def _contact_sheet(cells: list[tuple[bytes, str, str]], out: Path) -> None:
                 break
             pen.text((x, y + CELL), " ".join(words[:taken]), fill="black")
             words, y = words[taken:], y + 11
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(out, "png")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    write_picture(sheet, out)

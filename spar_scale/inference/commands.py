@@ -13,7 +13,7 @@ from parallel.errors import UserError
 from spar_scale.data.prompts import Prompt, editing_prompt, encode, generation_prompt
 from spar_scale.evaluation.reconstruction import image_psnr, to_image
 from spar_scale.inference import drawing
-from spar_scale.inference.pictures import check_target, middle_square, open_image, sheet, write_png
+from spar_scale.inference.pictures import middle_square, open_image, sheet
 from spar_scale.inference.pipeline import reconstruct_image
 from spar_scale.inference.routes import route, routes_picture, routes_table
 from spar_scale.inference.runs import TrainedRun, fit_recipe, load_run
@@ -23,6 +23,7 @@ from spar_scale.models.presets import Preset
 from spar_scale.models.shapes import SamplingShape
 from spar_scale.models.unified import SPAR, LatentDiffusion
 from spar_scale.objectives.flow_matching import NUM_TIMESTEPS
+from spar_scale.outputs import check_picture, write_picture
 from spar_scale.stages.parts import preset_of
 
 
@@ -45,10 +46,10 @@ class Wishes:
 
 
 def generate(run_dir: Path, prompt: str, out: Path, wishes: Wishes) -> str:
-    """Draw a prompt, write a PNG, return what was done."""
+    """Draw a prompt, write the picture, return what was done."""
     preset = preset_of(fit_recipe(run_dir, "generate"))
     words = _known(prompt, generation_prompt, preset)
-    check_target(out)
+    check_picture(out)
 
     def pictures(model: LatentDiffusion, noise: Tensor, sampling: SamplingShape) -> Tensor:
         return drawing.generate(model, [words] * wishes.number, noise, sampling)
@@ -57,11 +58,11 @@ def generate(run_dir: Path, prompt: str, out: Path, wishes: Wishes) -> str:
 
 
 def edit(run_dir: Path, image: Path, instruction: str, out: Path, wishes: Wishes) -> str:
-    """Edit the middle square of a picture of any size, write a PNG of the model's size, return what was done."""
+    """Edit the middle square of a picture of any size, write one of the model's size, return what was done."""
     preset = preset_of(fit_recipe(run_dir, "edit"))
     words = _known(instruction, lambda said: editing_prompt(said, preset.vision.tokens), preset)
     source = middle_square(image, preset.image_size)
-    check_target(out, image)
+    check_picture(out, image)
 
     def pictures(model: LatentDiffusion, noise: Tensor, sampling: SamplingShape) -> Tensor:
         return drawing.edit(model, source.expand(wishes.number, -1, -1, -1), [words] * wishes.number, noise, sampling)
@@ -80,22 +81,22 @@ def routes(run_dir: Path, prompt: str, out: Path, image: Path | None = None) -> 
     ask = generation_prompt if image is None else lambda said: editing_prompt(said, num_picture)
     words = _known(prompt, ask, preset)
     source = None if image is None else middle_square(image, preset.image_size)[None]
-    check_target(out, image)
+    check_picture(out, image)
     run = load_run(run_dir, "routes")
     routed = route(cast(SPAR, run.model), ask(words), source)
-    write_png(routes_picture(routed), out)
+    write_picture(routes_picture(routed), out)
     return f"{run}\n{routes_table(routed)}\n{out}"
 
 
 def reconstruct(run_dir: Path, image: Path, out: Path) -> str:
-    """Pass a picture of any size through the run's tokenizer and back; write a PNG, return what was done."""
+    """Pass a picture of any size through the run's tokenizer and back; write it, return what was done."""
     fit_recipe(run_dir, "reconstruct")
     picture = open_image(image)
-    check_target(out, image)
+    check_picture(out, image)
     run = load_run(run_dir, "reconstruct")
     model = run.model.tokenizer if isinstance(run.model, LatentDiffusion) else run.model
     result = reconstruct_image(model, picture, run.preset.image_size)  # type: ignore[arg-type]
-    write_png(result, out)
+    write_picture(result, out)
     return f"{out}: {image} through {run}, PSNR {image_psnr(result, picture):.2f} dB"
 
 
@@ -120,7 +121,7 @@ def _drawn(
     run: TrainedRun = load_run(run_dir, use)
     model, seeds = cast(LatentDiffusion, run.model), range(wishes.seed, wishes.seed + wishes.number)
     images = pictures(model, seeded_noise(model.latent_shape, seeds), sampling)
-    write_png(sheet([to_image(image) for image in images]), out)
+    write_picture(sheet([to_image(image) for image in images]), out)
     named = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     how = f"{sampling.steps} steps, guidance {sampling.guidance:g}, flow shift {sampling.flow_shift:g}"
     return f"{run}\n{said}\n{out}: {named}, {how}"

@@ -1,8 +1,7 @@
-"""Picture files: read as training reads them, written whole or not at all, never over what was read."""
+"""Picture files read as training reads them, and pictures side by side."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,25 +38,6 @@ def middle_square(path: Path, size: int) -> Tensor:
         return torch.from_numpy(square(open_image(path), size, along=0.5, mirrored=False))
     except BadSample as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def check_target(out: Path, read: Path | None = None) -> None:
-    """Make the parents of `out`. UserError where it is a directory or the picture that is read."""
-    if out.is_dir():
-        raise UserError(f"{out}: a directory; the name of the picture to write is needed")
-    if read is not None and out.exists() and read.exists() and out.samefile(read):
-        raise UserError(f"{out}: is the picture to read; write to another file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{out.parent}: a file stands where this directory should be") from None
-
-
-def write_png(picture: Image.Image, out: Path) -> None:
-    """Write a PNG under a temporary name, then move it into place."""
-    temporary = out.with_name(f".{out.name}.tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, out)
 
 
 def sheet(pictures: Sequence[Image.Image]) -> Image.Image:

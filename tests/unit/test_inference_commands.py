@@ -1,5 +1,6 @@
 """The commands that use a trained run: what they draw and write, what they refuse and how."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from ready_runs import make_run
 from tiny_parts import make_parts
 
 from spar_scale.cli import main
+from spar_scale.inference import commands
 
 KINDS = [("align", "joint"), ("align", "connector"), ("bootstrap", "diffusion"), ("bootstrap", "mllm")]
 
@@ -184,11 +186,47 @@ def test_what_was_read_is_never_written_over(runs, photograph, tmp_path, capsys)
     assert photograph.read_bytes() == before
 
 
-def test_a_target_that_cannot_be_written_is_refused_first(runs, tmp_path, capsys):
+TARGETS = {
+    "a directory": ("", "is a directory and is not replaced"),
+    "a FIFO": ("fifo.png", "is a FIFO and is not replaced"),
+    "a device": ("/dev/null", "is a device and is not replaced"),
+    "below a file": ("file/out.png", "a file or device has the name of this directory"),
+    "no extension": ("out", "found no extension, must be one of .png, .jpg, .jpeg, .webp"),
+    "another format": ("out.gif", "found the extension '.gif', must be one of .png, .jpg, .jpeg, .webp"),
+    "a long name": ("a" * 252 + ".png", "cannot be written (File name too long)"),
+    "below a long name": ("a" * 256 + "/out.png", "cannot be written (File name too long)"),
+    "a loop of links": ("loop.png", "cannot be written (Too many levels of symbolic links)"),
+    "a directory without new files": ("/proc/self/out.png", "cannot be written ("),
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+@pytest.mark.parametrize("command", ["generate", "edit", "routes", "reconstruct"])
+def test_a_target_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    runs, command, case, photograph, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(commands, "load_run", lambda *_: pytest.fail("the model was loaded"))
+    os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "file").write_text("kept")
-    for out, message in ((tmp_path, "a directory"), (tmp_path / "file" / "out.png", "a file stands where")):
-        assert message in refused(capsys, "generate", runs["align_joint"], "a circle", "-o", out)
-    assert (tmp_path / "file").read_text() == "kept"
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    before = sorted(tmp_path.iterdir())
+    name, message = TARGETS[case]
+    words = {"generate": ["a circle"], "edit": [photograph, "a circle"], "routes": ["a circle"]}
+    given = words.get(command, [photograph])
+    error = refused(capsys, command, runs["align_joint"], *given, "-o", tmp_path / name)
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "fifo.png").is_fifo() and (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.jpeg", "JPEG"), ("a.webp", "WEBP"), ("A.PNG", "PNG"), ("A.JPG", "JPEG")],
+)
+def test_the_format_of_a_picture_follows_the_extension(runs, name, format, photograph, tmp_path, capsys):
+    said(capsys, "reconstruct", runs["align_joint"], photograph, "-o", tmp_path / name)
+    with Image.open(tmp_path / name) as picture:
+        assert (picture.format, picture.size) == (format, (70, 40))
 
 
 def test_what_is_no_picture_is_refused(runs, photograph, tmp_path, capsys):
