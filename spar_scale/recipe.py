@@ -11,16 +11,17 @@ This module imports nothing heavy, so that a command can refuse a recipe within 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from parallel.files import write_file
+from spar_scale.core_yaml import dump
 from spar_scale.rules import READ_BY, RULES, reads
-from spar_scale.settings import Contradiction, Lookup, load, show
+from spar_scale.settings import CONTRADICTIONS_FOLLOW, Contradiction, Lookup, load, show
 
 RESUME_MAY_CHANGE = (
     "parallel",
@@ -41,6 +42,31 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
+def _text(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("must be a text of one or more characters, none of them NUL")
+    return text
+
+
+def _expanded(path: str) -> str:
+    """Replace `~` and `~user` at the beginning by the home directory."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise ValueError(f"must be a path, and this machine has no user {user[1:]} (a name with ~ is written ./~)")
+    return expanded
+
+
+def _own_directory(path: Path) -> Path:
+    if os.path.basename(os.path.normpath(path)) in ("", ".", ".."):
+        raise ValueError("must end in the name of the run's own directory, as in runs/NAME")
+    return Path(_expanded(_text(str(path))))
+
+
+Text = Annotated[str, AfterValidator(_text)]
+PathText = Annotated[str, AfterValidator(_text), AfterValidator(_expanded)]
+
+
 class Section(BaseModel):
     """One mapping of a recipe: unknown keys are refused, and so are NaN and infinity."""
 
@@ -50,9 +76,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The shapes, the pretrained parts, and the switches that the ablations turn."""
 
-    preset: str
+    preset: Text
     """Named shapes, e.g. `tiny`."""
-    pretrained: dict[str, str] = {}
+    pretrained: dict[str, PathText] = {}
     """Part name -> directory of its published layout, relative to the run directory."""
     routing: Literal["dynamic", "last_layer", "uniform"] = "dynamic"
     """How the hidden states of the language model's layers are mixed."""
@@ -140,9 +166,9 @@ class ObjectiveConfig(Section):
 class SourceConfig(Section):
     """One set of shards."""
 
-    name: str
+    name: Text
     """The task that these samples are for."""
-    shards: str
+    shards: PathText
     """Glob or URL of webdataset tar shards."""
     weight: Positive = 1.0
     """Share of this source, relative to the other sources."""
@@ -157,7 +183,7 @@ class DataConfig(Section):
     """Consecutive samples of a global batch that share one task."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Loader processes per rank; 0 loads in the training process."""
-    encoded: str | None = None
+    encoded: PathText | None = None
     """Directory, relative to the run directory, of what `spar-scale data encode` stored; null computes it anew."""
 
 
@@ -187,9 +213,9 @@ class TrackingConfig(Section):
 
     mirror: bool = True
     """Whether the run is shown in MLflow at all."""
-    uri: str | None = None
+    uri: Text | None = None
     """Address of the MLflow server; null keeps a database in the directory that holds the run's."""
-    experiment: str = "spar"
+    experiment: Text = "spar"
     """Name that the runs of one study share."""
 
 
@@ -216,9 +242,9 @@ class Recipe(Section):
     phase: str
     """The phase of that stage."""
     model: ModelConfig
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Run directory of the phase before, relative to `run_dir`; its moving average is taken."""
-    run_dir: Path
+    run_dir: Annotated[Path, AfterValidator(_own_directory)]
     """Where everything of this run is written, relative to the working directory."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The one seed: initial weights, order of the data and every draw follow from it."""
@@ -245,7 +271,9 @@ class Recipe(Section):
                 yield from rule(value)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
+    def _consistent(self, info: ValidationInfo) -> Recipe:
+        if info.context == CONTRADICTIONS_FOLLOW:
+            return self
         values = dict(flatten(self.model_dump()))
         broken = [f"{key}: {rule}" for key, rule in Recipe.contradictions(values.__getitem__)]
         if broken:
@@ -254,13 +282,29 @@ class Recipe(Section):
 
     def save(self, path: Path) -> None:
         """Write every key with its value to `path`; a reader sees the old file or the whole new one."""
-        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_file(path, text)
+        write_file(path, dump(self.model_dump(mode="json")))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe with its parents, apply `a.b=c` overrides and validate; UserError names every fault."""
     return load(path, Recipe, overrides)
+
+
+def beside(run_dir: Path, reference: str) -> Path:
+    """Return, absolute, a path that a recipe gives relative to its run directory.
+
+    `..` is taken off the path as it is written: `../init` of a run directory `runs/a` is `runs/init`, even where
+    `runs/a` is a symbolic link to another disk.
+    """
+    return Path(os.path.abspath(run_dir / reference))
+
+
+def behind_link(run_dir: Path, reference: str) -> str:
+    """Return a hint for a refusal: that the path exists beside what `run_dir` links to, where it is not looked for."""
+    behind = Path(os.path.realpath(run_dir / reference))
+    if beside(run_dir, reference).exists() or not behind.exists():
+        return ""
+    return f"; {run_dir} is behind a symbolic link, whose target has {behind}: name it by its absolute path to use it"
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -2,9 +2,9 @@
 
 Whoever mends a recipe should run into one refusal, not five in a row: the schema's errors, the
 contradictions between keys and the overrides that make no sense are collected and raised together,
-each with its dotted key, what was found, the rule and the nearest valid name. YAML is read with the
-safe loader, without anchors (one alias can expand to gigabytes), and a key given twice is an error.
-The trade-off of validating in strict mode: `"3"` is no integer and `1` no flag, for file and
+each with its dotted key, what was found, the rule and the nearest valid name. Files are YAML
+(`core_yaml.py`). The text of an override is taken as it stands where the schema has a text (`run_dir=runs/exp #3`),
+and is YAML elsewhere. The trade-off of validating in strict mode: `"3"` is no integer and `1` no flag, for file and
 override alike.
 """
 
@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Hashable, Iterator
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from parallel.errors import UserError, nearest
+from spar_scale import core_yaml
 
 Settings = TypeVar("Settings", bound=BaseModel)
 Lookup = Callable[[str], Any]
 Contradiction = tuple[str, str]  # (dotted key, what was found and the rule)
+CONTRADICTIONS_FOLLOW = {"contradictions_follow": True}
+"""Context of a validation after which `validate` itself collects the contradictions: the model leaves them out."""
 
 
 def load(path: str | Path, model: type[Settings], overrides: list[str] | None = None) -> Settings:
@@ -37,7 +40,7 @@ def load(path: str | Path, model: type[Settings], overrides: list[str] | None = 
     errors = []
     for override in overrides or []:
         try:
-            apply_override(values, override)
+            apply_override(values, override, model)
         except UserError as error:
             errors.append(str(error))
     validated, schema_errors = validate(values, model)
@@ -71,13 +74,17 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `a.b=c` in `values`, in place; `c` is YAML, a number in the key picks a list's entry."""
+def apply_override(values: dict[str, Any], override: str, model: type[BaseModel]) -> None:
+    """Set one `a.b=c` in `values`, in place; a number in the key picks a list's entry.
+
+    Where `model` has a text, `c` is that text as it stands; one pair of YAML quotes around all of it is taken off,
+    and `null` or nothing is null where the key may be null. Elsewhere `c` is YAML.
+    """
     dotted, equals, text = override.partition("=")
     parts = dotted.split(".")
     if not equals or not all(parts):
         raise UserError(f"override: found {override!r}, must be dotted.key=value")
-    value = _parse(text, f"override {dotted}")
+    value = _override_value(text, _type_at(model, parts), f"override {dotted}")
     place: Any = values
     for depth, part in enumerate(parts[:-1]):
         if isinstance(place, dict) and place.get(part) is None:
@@ -96,7 +103,7 @@ def validate(values: dict[str, Any], model: type[Settings]) -> tuple[Settings | 
     found = None
     broken: list[str] = []
     try:
-        found = model.model_validate_json(json.dumps(values, default=str), strict=True)
+        found = model.model_validate_json(json.dumps(values), strict=True, context=CONTRADICTIONS_FOLLOW)
     except ValidationError as failure:
         for error in failure.errors(include_url=False):
             broken.append(dotted(error["loc"]))
@@ -122,54 +129,62 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without anchors and doubled keys, and with `1e-4` a number (YAML 1.1 reads it as text)."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
-        if getattr(event, "anchor", None) is not None:
-            raise yaml.MarkedYAMLError(None, None, "anchors (&) and aliases (*) are not read here", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
-                raise yaml.MarkedYAMLError(None, None, "a key must be plain text", key_node.start_mark)
-            if key_node.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"the key '{key_node.value}' stands twice", key_node.start_mark)
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def _parse_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{path}: {reason or error}; a readable YAML file is needed") from error
-    values = _parse(text, str(path))
+    values = core_yaml.parse(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: found {show(values)}, must be a mapping of keys to values")
     return values
 
 
-def _parse(text: str, origin: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{origin}{place}: {error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{origin}: not YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise UserError(f"{origin}: nested too deeply") from error
+def _override_value(text: str, annotation: Any, origin: str) -> Any:
+    if any("\ud800" <= character <= "\udfff" for character in text):  # bytes of the command line that are no UTF-8
+        raise UserError(f"{origin}: found {text!r}, must be UTF-8 text")
+    alternatives = _alternatives(annotation)
+    if not all(_is_text(one) for one in alternatives if one is not types.NoneType):
+        return core_yaml.parse(text, origin)
+    if types.NoneType in alternatives and core_yaml.is_null(text):
+        return None
+    return core_yaml.parse(text, origin) if core_yaml.is_quoted(text) else text
+
+
+def _type_at(model: type[BaseModel], parts: list[str]) -> Any:
+    """Return the annotation of a dotted key; `str` where the schema has no such key, which it then refuses."""
+    place: Any = model
+    for part in parts:
+        below = [found for one in _alternatives(place) if (found := _type_below(one, part)) is not None]
+        if not below:
+            return str
+        place = below[0]
+    return place
+
+
+def _type_below(annotation: Any, part: str) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation.model_fields[part].annotation if part in annotation.model_fields else None
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is dict:
+        return arguments[1]
+    return arguments[0] if origin in (list, tuple) and part.isdecimal() else None
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """Return the members of a union, each without its `Annotated`."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [one for argument in get_args(annotation) for one in _alternatives(argument)]
+    return [annotation]
+
+
+def _is_text(annotation: Any) -> bool:
+    if get_origin(annotation) is Literal:
+        return all(isinstance(value, str) for value in get_args(annotation))
+    return isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, (str, Path))
 
 
 def _step(place: Any, part: str, parents: list[str]) -> Any:
@@ -189,7 +204,7 @@ class _Raw:
         self._values, self._model, self._broken = values, model, broken
 
     def __call__(self, key: str) -> Any:
-        if any(b == key or b.startswith(f"{key}.") or key.startswith(f"{b}.") for b in self._broken):
+        if any(not b or b == key or b.startswith(f"{key}.") or key.startswith(f"{b}.") for b in self._broken):
             raise KeyError(key)
         value: Any = self._values
         model: Any = self._model
@@ -214,11 +229,16 @@ def _describe(error: Any, model: type[BaseModel]) -> str:
         name = str(location[-1])
         hint = nearest(name, allowed) or nearest_elsewhere(name, model)
         return f"{key}: found an unknown key; allowed here: {', '.join(sorted(allowed))}{hint}"
+    if kind == "json_invalid":  # pydantic reads JSON of 200 levels
+        return "nested too deeply"
+    if not location:  # a rule of the whole model names its keys itself
+        return error["msg"].removeprefix("Value error, ")
     found = show(error["input"])
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        hint = nearest(error["input"], allowed) if isinstance(error["input"], str) else ""
-        return f"{key}: found {found}, must be {error['ctx']['expected']}{hint}"
+        near = nearest(error["input"], allowed) if isinstance(error["input"], str) else ""
+        numbers = "" if allowed else core_yaml.hint(error["input"], flag=False)
+        return f"{key}: found {found}, must be {error['ctx']['expected']}{near}{numbers}"
     rule = (
         error["msg"]
         .removeprefix("Value error, ")
@@ -226,7 +246,16 @@ def _describe(error: Any, model: type[BaseModel]) -> str:
         .replace("an object", "a mapping")
         .replace("a valid array", "a list")
     )
-    return f"{key}: found {found}, {rule[:1].lower()}{rule[1:]}"
+    return f"{key}: found {found}, {rule[:1].lower()}{rule[1:]}{_spelling(kind, error['input'])}"
+
+
+def _spelling(kind: str, found: Any) -> str:
+    """Return how to write what was meant, where a value has the wrong type only by its spelling."""
+    if kind in ("string_type", "path_type") and isinstance(found, bool | int | float):
+        return "; put a text in quotes"
+    if kind in ("int_type", "float_type", "int_from_float", "bool_type"):
+        return core_yaml.hint(found, flag=kind == "bool_type")
+    return ""
 
 
 def nearest_elsewhere(name: str, model: type[BaseModel]) -> str:

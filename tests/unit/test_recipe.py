@@ -2,12 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from parallel.errors import UserError
 from spar_scale.phases import PHASES
-from spar_scale.recipe import Recipe, differences, load_recipe, may_change_at_resume
+from spar_scale.recipe import Recipe, behind_link, beside, differences, load_recipe, may_change_at_resume
 from spar_scale.settings import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,6 +137,28 @@ OVERRIDES = [
     (["data.sources.0.weight=-1"], ["data.sources.0.weight: found -1, must be greater than 0"]),
     (["data.sources=[]"], ["data.sources: found a list of 0"]),
     (["train.steps=[1"], ["override train.steps, line 1"]),
+    (["seed=010"], ['seed: found "010", must be a valid integer; a number has no leading zero; write 10']),
+    (["train.steps=1_000"], ["a number has no separators; write 1000"]),
+    (["train.steps=1e3"], ["train.steps: found 1000.0", "write 1000"]),
+    (["train.steps='10'"], ["write 10 without quotes"]),
+    (["optimizer.betas=[0.9, 0_95]"], ["optimizer.betas.1"]),
+    (["parallel.zero=03"], ["must be 1, 2 or 3; a number has no leading zero; write 3"]),
+    (["tracking.mirror=yes"], ["tracking.mirror: found", "write true"]),
+    (["model.pretrained={vision: 3}"], ["model.pretrained.vision: found 3", "put a text in quotes"]),
+    (["data=" + "[" * 210 + "]" * 210], ["nested too deeply"]),
+    (["<<={seed: 1}"], ["<<: found an unknown key"]),
+    (["extends=base.yaml"], ["extends: found an unknown key"]),
+    (["seeed=[a"], ["seeed: found an unknown key"]),
+    (["run_dir=\udcff"], ["override run_dir: found '\\udcff', must be UTF-8 text"]),
+    (["run_dir="], ["run_dir: found", "must end in the name of the run's own directory"]),
+    (["run_dir=."], ["run_dir: found", "must end in the name of the run's own directory"]),
+    (["run_dir=runs/.."], ["run_dir: found", "must end in the name of the run's own directory"]),
+    (["run_dir=../.."], ["run_dir: found", "must end in the name of the run's own directory"]),
+    (["run_dir=/"], ["run_dir: found", "must end in the name of the run's own directory"]),
+    (["run_dir=a\0b"], ["run_dir: found", "none of them NUL"]),
+    (["run_dir=~no-such-user/x"], ["run_dir: found", "this machine has no user no-such-user"]),
+    (["tracking.experiment="], ['tracking.experiment: found "", must be a text of one or more characters']),
+    (["data.sources.0.shards="], ['data.sources.0.shards: found "", must be a text of one or more characters']),
 ]
 
 
@@ -150,6 +173,101 @@ def test_override_is_refused_with_key_value_and_rule(good: Path, overrides: list
 def test_override_reaches_into_a_list_and_makes_a_missing_section(good: Path):
     recipe = load_recipe(good, ["data.sources.0.weight=2.5", "parallel.zero=3", "run_dir=elsewhere"])
     assert (recipe.data.sources[0].weight, recipe.parallel.zero, recipe.run_dir) == (2.5, 3, Path("elsewhere"))
+
+
+TAKEN_AS_TEXT = [
+    ("run_dir=runs/exp #3", "run_dir", "runs/exp #3"),
+    ("run_dir=20261130", "run_dir", "20261130"),
+    ("run_dir=1e5", "run_dir", "1e5"),
+    ("run_dir=runs/a: b", "run_dir", "runs/a: b"),
+    ("run_dir=a,b=c", "run_dir", "a,b=c"),
+    ("run_dir=[a", "run_dir", "[a"),
+    ("run_dir=null", "run_dir", "null"),
+    ("run_dir=it's", "run_dir", "it's"),
+    ('run_dir="a" and "b"', "run_dir", '"a" and "b"'),
+    ('run_dir="runs/x"', "run_dir", "runs/x"),
+    ("run_dir='it''s'", "run_dir", "it's"),
+    ('run_dir="tab\\there"', "run_dir", "tab\there"),
+    ("tracking.experiment=42", "tracking.experiment", "42"),
+    ("tracking.experiment=yes", "tracking.experiment", "yes"),
+    ('tracking.uri="sqlite:///a b"', "tracking.uri", "sqlite:///a b"),
+    ("tracking.uri=null", "tracking.uri", None),
+    ("tracking.uri=", "tracking.uri", None),
+    ('data.encoded="null"', "data.encoded", "null"),
+    ("data.encoded=~", "data.encoded", None),
+    ("data.sources.0.shards=*.tar", "data.sources.0.shards", "*.tar"),
+    ("data.sources.0.shards={a,b}-[0-9].tar", "data.sources.0.shards", "{a,b}-[0-9].tar"),
+    ("data.sources.0.name=10", "data.sources.0.name", "10"),
+    ("model.pretrained.mllm=&a", "model.pretrained.mllm", "&a"),
+    ("model.pretrained={mllm: ../a}", "model.pretrained.mllm", "../a"),
+    ("optimizer.groups.main=1e-1", "optimizer.groups.main", 0.1),
+    ("seed=0x10", "seed", 16),
+]
+
+
+@pytest.mark.parametrize(("override", "key", "expected"), TAKEN_AS_TEXT, ids=lambda value: str(value)[:40])
+def test_an_override_is_text_where_the_schema_has_a_text_and_yaml_elsewhere(
+    good: Path, override: str, key: str, expected: object
+):
+    good.write_text(GOOD.replace("stage: tokenizer\nphase: init", "stage: align\nphase: connector"))  # reads all keys
+    recipe = load_recipe(good, [override])
+    place: Any = recipe.model_dump(mode="json")
+    for part in key.split("."):
+        place = place[int(part)] if isinstance(place, list) else place[part]
+    assert place == expected
+    recipe.save(good.parent / "saved.yaml")
+    assert load_recipe(good.parent / "saved.yaml") == recipe
+
+
+def test_home_is_written_as_a_tilde(good: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = load_recipe(good, ["run_dir=~/x", "data.sources.0.shards=~/*.tar", "model.pretrained.mllm=~/m"])
+    found = (str(recipe.run_dir), recipe.data.sources[0].shards, recipe.model.pretrained["mllm"])
+    assert found == ("/home/me/x", "/home/me/*.tar", "/home/me/m")
+
+
+@pytest.mark.parametrize("reference", ["../init", "../init/.", "../dec/../init", "x/../../init"])
+def test_a_reference_is_beside_the_run_directory_as_it_is_written(tmp_path: Path, reference: str):
+    (tmp_path / "runs/init").mkdir(parents=True)
+    (tmp_path / "scratch/dec").mkdir(parents=True)
+    (tmp_path / "runs/dec").symlink_to(tmp_path / "scratch/dec")
+    assert beside(tmp_path / "runs/dec", reference) == tmp_path / "runs/init"
+    assert behind_link(tmp_path / "runs/dec", reference) == ""
+
+
+def test_what_exists_only_behind_a_link_is_named(tmp_path: Path):
+    (tmp_path / "scratch/dec").mkdir(parents=True)
+    (tmp_path / "scratch/init").mkdir()
+    (tmp_path / "dec").symlink_to(tmp_path / "scratch/dec")
+    assert beside(tmp_path / "dec", "../init") == tmp_path / "init"
+    assert f"symbolic link, whose target has {tmp_path}/scratch/init" in behind_link(tmp_path / "dec", "../init")
+    assert behind_link(tmp_path / "dec", "../nowhere") == ""
+
+
+CONTRADICTIONS = [
+    (["parallel.zero=3", "parallel.pipeline=2"], ["parallel.zero"]),
+    (["tracking.uri=localhost:5000"], ["tracking.uri"]),
+    (["parallel.zero=3", "parallel.pipeline=2", "data.task_block=9"], ["parallel.zero", "data.task_block"]),
+    (["optimizer.min_lr=1", "seed=x"], ["seed", "optimizer.min_lr"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "keys"), CONTRADICTIONS, ids=str)
+def test_every_contradiction_is_reported_once(good: Path, overrides: list[str], keys: list[str]):
+    head, *errors = refusal(good, *overrides).splitlines()
+    assert head == f"{good}: {'1 error' if len(keys) == 1 else f'{len(keys)} errors'}"
+    assert [error.split(":")[0].strip() for error in errors] == keys
+
+
+def test_a_rule_of_a_whole_world_is_one_line_without_the_worlds_keys(tmp_path: Path):
+    from spar_scale.data.shapes_world import World
+
+    path = tmp_path / "world.yaml"
+    path.write_text("unseen_looks: [red cross]\n")
+    with pytest.raises(UserError) as caught:
+        load(path, World)
+    head, *errors = str(caught.value).splitlines()
+    assert head.endswith("1 error") and [error.split(":")[0] for error in errors] == ["  unseen_looks"]
 
 
 def test_all_errors_are_reported_at_once(good: Path):
