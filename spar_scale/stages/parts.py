@@ -29,6 +29,7 @@ from spar_scale.models.diffusion import Diffusion
 from spar_scale.models.mllm import build_mllm, mllm_config
 from spar_scale.models.presets import PRESETS, Preset
 from spar_scale.models.vision import vision_config
+from spar_scale.recipe import behind_link, beside
 
 _log = logging.getLogger(__name__)
 for _library in (diffusers_log, transformers_log):
@@ -60,10 +61,11 @@ def pretrained_directories(recipe: Any, allowed: tuple[str, ...], required: tupl
             f"model.pretrained.{missing[0]}: stage '{recipe.stage}', phase '{recipe.phase}' starts from this part;"
             " name its directory, relative to run_dir"
         )
-    directories = {part: (Path(recipe.run_dir) / directory).resolve() for part, directory in given.items()}
+    directories = {part: beside(Path(recipe.run_dir), directory) for part, directory in given.items()}
     for part, directory in directories.items():
         if not shapes_only() and not (directory / "config.json").is_file():
-            raise UserError(f"model.pretrained.{part}: no config.json in {directory}")
+            link = behind_link(Path(recipe.run_dir), given[part])
+            raise UserError(f"model.pretrained.{part}: no config.json in {directory}{link}")
     return directories
 
 

@@ -45,7 +45,7 @@ from spar_scale.data.spec import SampleSpec
 from spar_scale.data.storage import ShardReader, expand_shards
 from spar_scale.data.tar_index import check_fresh, digest, read_index
 from spar_scale.data.tasks import Conditioned, Members, source_task
-from spar_scale.recipe import Recipe
+from spar_scale.recipe import Recipe, beside
 from spar_scale.stages import Encoding, Stage
 from spar_scale.training.attention_choice import attention_of
 
@@ -122,7 +122,7 @@ def frozen_digests(model: nn.Module, used: set[int] | None = None) -> dict[str, 
 def _directory(recipe: Recipe) -> Path:
     if recipe.data.encoded is None:
         raise UserError("data.encoded: not given; name the directory to write, relative to run_dir")
-    return (Path(recipe.run_dir) / recipe.data.encoded).resolve()
+    return beside(recipe.run_dir, recipe.data.encoded)
 
 
 def _encoding(stage: Stage) -> Encoding:

@@ -22,7 +22,7 @@ from parallel.errors import UserError, nearest
 from parallel.files import write_file
 from parallel.manifest import read_manifest
 from spar_scale import stages
-from spar_scale.recipe import Recipe
+from spar_scale.recipe import Recipe, behind_link, beside
 from spar_scale.stages import Stage
 
 RECORD = "parent.json"
@@ -41,10 +41,11 @@ def choose_parent(recipe: Recipe, group: dist.ProcessGroup | None) -> None:
         if record["run"] != recipe.init_from:
             raise UserError(f"init_from: found {recipe.init_from}, but this run started from {record['run']}")
         return
-    root = recipe.run_dir / recipe.init_from / "checkpoints"
+    root = beside(recipe.run_dir, recipe.init_from) / "checkpoints"
     found = checkpoint.find(root, group)
     if found is None:
-        raise UserError(f"init_from: {root.resolve()} holds no checkpoint; train that phase first")
+        link = behind_link(recipe.run_dir, recipe.init_from)
+        raise UserError(f"init_from: {root} holds no checkpoint; train that phase first{link}")
     first(group, lambda: _record(recipe, found))
 
 
@@ -53,7 +54,7 @@ def started_stage(recipe: Recipe) -> Stage:
     stage = stages.build(recipe)
     record = _recorded(recipe.run_dir) if recipe.init_from is not None else None
     if recipe.init_from is not None and record is not None:
-        path = recipe.run_dir / recipe.init_from / "checkpoints" / record["checkpoint"]
+        path = beside(recipe.run_dir, recipe.init_from) / "checkpoints" / record["checkpoint"]
         if checkpoint.manifest_hash(path) != record["manifest"]:
             raise UserError(f"{path}: is not the checkpoint that this run started from; restore it")
         overwrite(stage.model, checkpoint.read(path, "ema"), path)
