@@ -9,21 +9,27 @@ Errors come in two sorts. A bad sample (not an image, a member missing) keeps it
 0 and is reported in the batch; the trainer counts them. A system error (a shard vanished, a disk
 that fails) is raised as UserError naming the file. Workers pass it as a value, because torch (2.13)
 would bury its message in a traceback.
+
+A wait for a worker is bounded: it is done in short parts, between which `while_waiting` may end it, and after
+`timeout_s` it ends with UserError. With `workers=0` this process reads by itself, and a read that hangs is not bounded.
 """
 
 from __future__ import annotations
 
 import atexit
 import hashlib
+import shutil
 import signal
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from parallel.errors import UserError
 from spar_scale.children import end_with_parent
@@ -37,6 +43,10 @@ from spar_scale.data.tasks import Conditioned, Members, source_task
 
 Batch = dict[str, Any]
 OPEN_SHARDS = 32  # files and indexes that a worker keeps at hand
+WAIT_S = 600.0  # the longest wait for a worker's batch, unless the caller gives another
+POLL_S = 1.0  # between two looks at whether a wait is to end
+KILLED_S = 5.0  # for a killed worker to end
+SHARED_MEMORY = "/dev/shm"
 PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # which the trainer answers, not a worker
 
 
@@ -60,7 +70,8 @@ class Loader:
     `micro_steps` is the number of batches of one global step, the same on every rank; `digest` the
     sha256 over the sources' names and shards. With `encoded` the stored slots come in
     place of the images, everything else as it is. `close()` ends the workers; a loop that runs to its end
-    does so by itself. Raises UserError for sources that cannot be read or mixed.
+    does so by itself. `while_waiting` is called every POLL_S of a wait for a worker; what it raises ends the wait.
+    Raises UserError for sources that cannot be read or mixed, and for a batch that takes a worker over `timeout_s`.
     """
 
     def __init__(
@@ -78,6 +89,8 @@ class Loader:
         steps: int,
         prefetch: int = 4,
         encoded: Encoded | None = None,
+        timeout_s: float = WAIT_S,
+        while_waiting: Callable[[], None] = lambda: None,
     ):
         shards = [expand_shards(source.shards) for source in sources]
         shapes = [
@@ -96,6 +109,7 @@ class Loader:
         self._dataset = _MicroBatches(self.order, layout, shards, spec, seed, dp_rank, encoded)
         self._numbers = range(first_step * layout.per_step, (first_step + steps) * layout.per_step)
         self._workers, self._prefetch = workers, prefetch
+        self._timeout_s, self._while_waiting = timeout_s, while_waiting
         self._batches: Iterator[Batch | _Failure] | None = None
         self._passes = 0
 
@@ -112,6 +126,7 @@ class Loader:
             prefetch_factor=self._prefetch if self._workers else None,
             multiprocessing_context="fork" if self._workers else None,
             worker_init_fn=_start_worker,
+            timeout=POLL_S if self._workers else 0,
             collate_fn=_as_it_is,
         )
         # A worker inherits the block, so no signal reaches it between its start and `_start_worker`.
@@ -123,10 +138,10 @@ class Loader:
         # Workers ignore SIGTERM, so multiprocessing's own exit would wait for them without end.
         atexit.register(self.close)
         try:
-            for _ in self._numbers:
+            for number in self._numbers:
                 if self._batches is None or self._passes != this_pass:
                     return
-                batch = next(self._batches)
+                batch = self._next(self._batches, number)
                 if isinstance(batch, _Failure):
                     raise UserError(batch.message)
                 yield batch
@@ -141,11 +156,50 @@ class Loader:
 
     def close(self) -> None:
         """End the workers; a second call does nothing."""
-        # torch (2.13) ends workers when the iterator is deleted, which a traceback that holds it prevents.
-        if self._batches is not None and hasattr(self._batches, "_shutdown_workers"):
-            self._batches._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+        batches: Any = self._batches
         self._batches = None
         atexit.unregister(self.close)
+        if not hasattr(batches, "_workers"):
+            return
+        # A worker holds no state, so it is killed. torch (2.13) would wait 10 s for each that is stuck in a read, and
+        # would end workers only when the iterator is deleted, which a traceback that holds it prevents.
+        # Without this torch reports the killed as lost.
+        signal_handling._remove_worker_pids(id(batches))  # pyright: ignore[reportPrivateImportUsage]
+        batches._worker_pids_set, batches._shutdown = False, True  # nothing is left to do for torch
+        for worker in batches._workers:
+            worker.kill()
+        for worker in batches._workers:
+            worker.join(KILLED_S)
+        for queue in batches._index_queues:
+            queue.cancel_join_thread()
+            queue.close()
+
+    def _next(self, batches: Iterator[Batch | _Failure], number: int) -> Batch | _Failure:
+        """The batch of micro-step `number`, once it is there."""
+        began = time.monotonic()
+        while True:
+            try:
+                return next(batches)
+            except RuntimeError as error:  # torch (2.13) has no other sign; its iterator may be asked again
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            self._while_waiting()
+            if time.monotonic() - began > self._timeout_s:
+                raise UserError(self._stuck(batches, number))
+
+    def _stuck(self, batches: Any, number: int) -> str:
+        """What to say of a worker that does not deliver micro-step `number`."""
+        samples = [int(n) for n in self._dataset.layout.samples(number, self._dataset.dp_rank) if n != PADDING]
+        places = [self.order.locate(sample) for sample in samples]
+        shards = list(dict.fromkeys(self._dataset.shards[place.source][place.shard] for place in places))
+        more = f" and {len(shards) - 2} more" if len(shards) > 2 else ""
+        worker = (number - self._numbers.start) % self._workers  # torch gives micro-steps to workers in turn
+        return (
+            f"data.workers: found no batch after {self._timeout_s:g} s (guards.timeout_s): worker {worker} of "
+            f"{self._workers} (pid {batches._workers[worker].pid}) must load samples {min(samples, default=-1)} to "
+            f"{max(samples, default=-1)} from {', '.join(shards[:2])}{more}; look whether that disk answers and "
+            f"whether the process is stopped, or raise guards.timeout_s. {shared_memory()}"
+        )
 
 
 def is_lost_worker(error: RuntimeError) -> bool:
@@ -197,7 +251,10 @@ class _MicroBatches(Dataset):
 
     def __getitem__(self, micro_step: int) -> Batch | _Failure:
         try:
-            return self.load(micro_step)
+            batch = self.load(micro_step)
+            if get_worker_info() is not None:
+                _share(batch)
+            return batch
         except UserError as error:
             return _Failure(str(error))
 
@@ -268,6 +325,36 @@ class _MicroBatches(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "opened": OrderedDict()}
+
+
+def shared_memory() -> str:
+    """How full the memory is through which worker processes pass batches, in words."""
+    try:
+        usage = shutil.disk_usage(SHARED_MEMORY)
+    except OSError:
+        return "The system shows no shared memory"
+    return f"{SHARED_MEMORY}: {usage.free / 1e6:.2f} MB free of {usage.total / 1e6:.2f} MB"
+
+
+def _share(batch: Batch) -> None:
+    """Move a worker's batch to shared memory, in place; UserError where that has no room.
+
+    torch (2.13) would do it in the queue's feeder thread, which prints an exception and drops the batch: the parent
+    would wait for ever.
+    """
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.numel()]
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        size = sum(tensor.nbytes for tensor in tensors) / 1e6
+        more = "let the process open more files (ulimit -n)"
+        if "open files" not in str(error):
+            more = "give the container more (docker run --shm-size=8g)"
+        raise UserError(
+            f"{shared_memory()}; a worker process could not pass on a batch of {size:.2f} MB through it "
+            f"({str(error).rpartition(': ')[2]}): {more} or set data.workers=0"
+        ) from None
 
 
 def _as_it_is(batch: Any) -> Any:
