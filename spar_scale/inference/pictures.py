@@ -6,22 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from parallel.errors import UserError
-from spar_scale.data.images import MODES, BadSample, square
+from spar_scale.data.images import MODES, BadSample, describe, square, to_upright_rgb
 
 _GAP, _COLUMNS = 2, 8  # pixels, pictures in a row
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read a picture upright and as RGB, as training does. Raises UserError for what cannot be read so."""
+    """Read a picture upright and as RGB, transparent pixels over white, as training does.
+
+    Raises UserError for a file that is no readable 8-bit image.
+    """
     try:
         with Image.open(path) as picture:
             if picture.mode not in MODES:
                 raise UserError(f"{path}: image mode {picture.mode}; only 8-bit images are read")
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return to_upright_rgb(picture)[0]
     except (UserError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -29,7 +32,7 @@ def open_image(path: Path) -> Image.Image:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; a readable image is needed") from None
     except Exception as error:  # whatever else a decoder raises is the file's fault
-        raise UserError(f"{path}: {type(error).__name__}: {error}; a readable image is needed") from None
+        raise UserError(f"{path}: {describe(error)}; a readable image is needed") from None
 
 
 def middle_square(path: Path, size: int) -> Tensor:
