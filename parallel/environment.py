@@ -1,9 +1,10 @@
 """Who am I: rank, world and rendezvous, from torchrun's or SLURM's environment or alone.
 
-Under SLURM the tasks of one srun are the world, and torchrun's variables go before SLURM's. A batch script itself, or
-the shell of an allocation, is no such task, though SLURM calls it task 0 of n as well: it is a world of one, and says
-so. Tasks meet at the first host of their step. Its name is read out of SLURM's list by hand, a line, because scontrol
-is often missing in a container.
+Under SLURM the tasks of one srun are the world, and torchrun's variables go before SLURM's. A process without either
+is a world of one, whatever MASTER_ADDR, MASTER_PORT or WORLD_SIZE another launcher has left in the shell. A batch
+script itself, or the shell of an allocation, is no such task, though SLURM calls it task 0 of n as well: it is a world
+of one, and says so. Tasks meet at the first host of their step. Its name is read out of SLURM's list by hand, a line,
+because scontrol is often missing in a container.
 """
 
 from __future__ import annotations
@@ -21,23 +22,44 @@ BATCH_STEP = 0xFFFFFFF0
 
 
 def read_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
-    """Return (rank, world, local rank) from torchrun's or SLURM's variables; (0, 1, 0) when neither is set."""
+    """Return (rank, world, local rank) from torchrun's or SLURM's variables; (0, 1, 0) when neither is set.
+
+    Raises UserError for variables that are missing, are no whole numbers or contradict each other, and for a world
+    of several processes without a place to meet.
+    """
     if "RANK" in environment:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        names, launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "start all processes with torchrun, or unset RANK"
     elif is_task_of_srun(environment):
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        names, launcher = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), "start all processes with srun"
     else:
         return 0, 1, 0
-    found = {name: environment[name] for name in names if name in environment}
-    if missing := sorted(set(names) - set(found)):
-        raise UserError(
-            f"the environment sets {sorted(found)} but not {missing}; start with torchrun, srun, or neither"
-        )
-    try:
-        rank, world, local_rank = (int(value) for value in found.values())
-    except ValueError:
-        raise UserError(f"{'/'.join(names)}: found {found}, whole numbers are needed") from None
+    found = " ".join(f"{name}={environment[name]}" for name in names if name in environment)
+    if missing := [name for name in names if name not in environment]:
+        raise UserError(f"the environment sets {found} but not {', '.join(missing)}; {launcher}")
+    if not all(re.fullmatch(r"-?[0-9]+", environment[name]) for name in names):
+        raise UserError(f"{'/'.join(names)}: found {found}, must be whole numbers; {launcher}")
+    rank, world, local_rank = (int(environment[name]) for name in names)
+    if not 0 <= local_rank <= rank < world:
+        rule = f"0 <= {names[2]} <= {names[0]} < {names[1]}"
+        raise UserError(f"{'/'.join(names)}: found {found}, must be {rule}; {launcher}")
+    if world > 1:
+        _check_meeting_place(environment, required="RANK" in environment)
     return rank, world, local_rank
+
+
+def _check_meeting_place(environment: Mapping[str, str], required: bool) -> None:
+    """Raise UserError for a MASTER_ADDR or MASTER_PORT that cannot be used, or is not there but required."""
+    found = {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
+    if required and (missing := {"MASTER_ADDR", "MASTER_PORT"} - set(found)):
+        raise UserError(
+            f"the environment sets WORLD_SIZE={environment['WORLD_SIZE']} but not {', '.join(sorted(missing))}, where "
+            "the processes meet; start all processes with torchrun, or set both"
+        )
+    if found.get("MASTER_ADDR") == "":
+        raise UserError("MASTER_ADDR: found an empty text, must be the name or address of the host of rank 0")
+    port = found.get("MASTER_PORT", "1")
+    if not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
+        raise UserError(f"MASTER_PORT: found '{port}', must be the number of a port, 1 to 65535")
 
 
 def rendezvous(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:

@@ -93,7 +93,7 @@ def _join(rank: int, world: int, backend: str, timeout_s: float) -> None:
             "SLURM gave this job %s tasks, but this process is none of them and trains alone; srun starts all",
             num_tasks,
         )
-    if world == 1 and "MASTER_ADDR" not in os.environ:
+    if world == 1:  # it meets nobody, so a MASTER_ADDR that is left in the shell does not matter
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return

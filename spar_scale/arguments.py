@@ -9,6 +9,9 @@ from pathlib import Path
 from spar_scale import commands as do
 
 Command = Callable[[argparse.Namespace], int]
+_OVERRIDE = (
+    "value laid over the file's: as it stands where the key has a text (quotes around it are taken off), else YAML"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -16,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spar-scale", description="Pretrain SPAR, on a laptop or a cluster.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    train = _command(commands, "train", do.train)
+    train = _command(commands, "train", do.train, started_per_rank=True)
     train.add_argument("recipe", type=Path, help="recipe file (YAML)")
     _overrides(train)
 
@@ -78,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     sent.add_argument("path", type=Path, help="run directory, or the directory that holds them")
     sent.add_argument("--uri", help="server or database to send it to (default: the recipe's tracking.uri)")
 
-    doctor = _command(commands, "doctor", do.doctor)
+    doctor = _command(commands, "doctor", do.doctor, started_per_rank=True)
     doctor.add_argument(
         "recipe", type=Path, nargs="?", help="recipe file (YAML): whether this machine can train it now, too"
     )
@@ -90,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     job = _command(cluster, "job", do.cluster_job)
     job.add_argument("recipe", type=Path, help="recipe file (YAML)")
     _overrides(job)
-    node = _command(cluster, "node", do.cluster_node)
+    node = _command(cluster, "node", do.cluster_node, started_per_rank=True)
     node.add_argument("words", nargs=argparse.REMAINDER, metavar="WORD", help="a command of spar-scale")
     submit = _command(cluster, "submit", do.cluster_submit)
     submit.add_argument("folder", type=Path, metavar="RECIPE_DIR", help="folder of recipes, one for each phase")
@@ -163,15 +166,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(parent: argparse._SubParsersAction, name: str, run: Command) -> argparse.ArgumentParser:
+def _command(
+    parent: argparse._SubParsersAction, name: str, run: Command, started_per_rank: bool = False
+) -> argparse.ArgumentParser:
     said = run.__doc__ or ""
     parser = parent.add_parser(name, help=said[:1].lower() + said[1:].rstrip("."), description=said)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, started_per_rank=started_per_rank)
     return parser
 
 
 def _overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="values laid over the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help=_OVERRIDE)
 
 
 def _png(parser: argparse.ArgumentParser) -> None:

@@ -8,12 +8,13 @@ and exit code 2; an interrupt is 130; everything else is a defect of ours and ke
 
 from __future__ import annotations
 
+import argparse
 import errno
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
+from parallel.environment import read_environment
 from parallel.errors import UserError
 from parallel.exit_codes import INTERRUPTED, REFUSED
 from spar_scale.arguments import build_parser
@@ -32,15 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         strangers = [word for word in rest if not _is_override(word)]
     if strangers:
         parser.error(f"unknown argument: {strangers[0]}")
-    _start_log()
+    place = _place(arguments)
+    _start_log(place)
     try:
         return arguments.run(arguments)
     except UserError as error:
-        return _refuse(str(error), error.everywhere)
+        return _refuse(str(error), error.everywhere, place)
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        return _refuse(f"{error.filename or 'disk'}: {error.strerror}", everywhere=False)
+        return _refuse(f"{error.filename or 'disk'}: {error.strerror}", everywhere=False, place=place)
     except RuntimeError as error:
         if "torch" not in sys.modules:
             raise
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not is_lost_worker(error):
             raise
-        return _refuse(lost_worker(error), everywhere=False)
+        return _refuse(lost_worker(error), everywhere=False, place=place)
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -57,24 +59,37 @@ def _is_override(word: str) -> bool:
     return "=" in word and not word.startswith("-")
 
 
-def _refuse(message: str, everywhere: bool) -> int:
-    """Print a refusal: the first process in any case, another one only what it alone may have found."""
-    rank = _rank()
-    if rank == "0":
+def _place(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Return (rank, local rank) of a command that a launcher starts once for each rank, (0, 0) of any other.
+
+    Where the environment contradicts itself no process can rely on another to print a refusal: (0, 0) too.
+    """
+    if not arguments.started_per_rank or getattr(arguments, "recipe", "") is None:
+        return 0, 0
+    try:
+        rank, _, local_rank = read_environment()
+    except UserError:
+        return 0, 0
+    return rank, local_rank
+
+
+def _refuse(message: str, everywhere: bool, place: tuple[int, int]) -> int:
+    """Print a refusal: rank 0 in any case, another rank unless rank 0 is sure to print the same.
+
+    Before torch is imported a process has only read files, which are the same on all ranks of a node; so the first
+    rank of each node prints.
+    """
+    rank, local_rank = place
+    if rank == 0:
         print(f"error: {message}", file=sys.stderr)
-    elif not everywhere and "torch" in sys.modules:  # before that every process reads the same files
+    elif not everywhere and ("torch" in sys.modules or local_rank == 0):
         print(f"error (rank {rank}): {message}", file=sys.stderr)
     return REFUSED
 
 
-def _start_log() -> None:
-    """Log lines are plain text on stderr, from the first process of a launch only."""
-    level = logging.INFO if _rank() == "0" else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s")
-
-
-def _rank() -> str:
-    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+def _start_log(place: tuple[int, int]) -> None:
+    """Write log lines as plain text to stderr; ranks other than 0 write errors alone."""
+    logging.basicConfig(level=logging.INFO if place[0] == 0 else logging.ERROR, format="%(message)s")
 
 
 if __name__ == "__main__":

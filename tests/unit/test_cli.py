@@ -80,10 +80,82 @@ def test_unknown_words_are_refused_by_the_parser(words: list[str], capsys: pytes
     assert "usage: spar-scale" in capsys.readouterr().err
 
 
-def test_only_the_first_of_many_processes_reports_a_refused_recipe():
-    assert run("train", "nowhere.yaml", RANK="0").stderr.count("error:") == 1
-    other = run("train", "nowhere.yaml", RANK="3")
-    assert (other.returncode, other.stderr) == (2, "")
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+STEP = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8"}
+RANKS = {  # who prints a refusal that every rank meets, and how
+    "alone": ({}, "error: "),
+    "first of torchrun": ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"} | MEETING, "error: "),
+    "second of a node": ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"} | MEETING, ""),
+    "first of the second node": ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"} | MEETING, "error (rank 2): "),
+    "RANK alone, as in a shell of a pod": ({"RANK": "3"}, "error: "),
+    "rank out of its world": ({"RANK": "3", "WORLD_SIZE": "2", "LOCAL_RANK": "1"} | MEETING, "error: "),
+    "first of srun": (STEP | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "error: "),
+    "another of srun": (STEP | {"SLURM_PROCID": "3", "SLURM_LOCALID": "3"}, ""),
+    "SLURM_PROCID alone": ({"SLURM_PROCID": "3"}, "error: "),
+}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch):
+    """Set the variables of a launcher, and none else."""
+
+    def put(variables: dict[str, str]) -> None:
+        for name in [name for name in os.environ if name.startswith("SLURM_")]:
+            monkeypatch.delenv(name)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *MEETING):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+@pytest.mark.parametrize("case", RANKS)
+@pytest.mark.parametrize("words", [["train", "nowhere.yaml"], ["doctor", "nowhere.yaml"]], ids=lambda words: words[0])
+def test_a_refusal_that_all_ranks_meet_is_printed_once_on_each_node(
+    words: list[str], case: str, environment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    variables, prefix = RANKS[case]
+    environment(variables)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)  # a recipe is refused before torch is imported
+    assert main(words) == 2
+    printed = capsys.readouterr().err
+    assert printed == (
+        f"{prefix}{words[1]}: No such file or directory; a readable YAML file is needed\n" if prefix else ""
+    )
+
+
+OF_NO_WORLD = [
+    ["data", "import", "nowhere", "--out", "out"],
+    ["data", "index", "nowhere.tar"],
+    ["data", "encode", "nowhere.yaml"],
+    ["data", "make", "nowhere.yaml", "--out", "out"],
+    ["checkpoint", "verify", "nowhere"],
+    ["track", "sync", "nowhere"],
+    ["plan", "nowhere.yaml", "--gpus", "2"],
+    ["parity", "--recipe", "nowhere.yaml"],
+    ["report", "nowhere"],
+    ["cluster", "job", "nowhere.yaml"],
+    ["cluster", "submit", "nowhere", "out"],
+]
+
+
+@pytest.mark.parametrize("case", ["second of a node", "another of srun", "RANK alone, as in a shell of a pod"])
+@pytest.mark.parametrize("words", OF_NO_WORLD, ids=lambda words: " ".join(words[:2]))
+def test_a_command_that_is_started_once_prints_its_refusal_whatever_the_rank(
+    words: list[str], case: str, environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    environment(RANKS[case][0])
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_node_that_cannot_start_its_ranks_names_itself(environment, capsys: pytest.CaptureFixture[str]):
+    environment(STEP | {"SLURM_PROCID": "3", "SLURM_LOCALID": "0"})
+    assert main(["cluster", "node", "train", "x.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error (rank 3): SLURM_NODEID")
 
 
 def test_doctor_finds_this_environment_fit():

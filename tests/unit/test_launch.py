@@ -47,6 +47,14 @@ ENVIRONMENTS = {
     "a batch script with its step's number": (BATCH | {"SLURM_STEP_ID": "4294967291"}, (0, 1, 0)),
     "the same as some versions write it": (BATCH | {"SLURM_STEP_ID": "-5"}, (0, 1, 0)),
     "torchrun in a batch script": (BATCH | TORCHRUN, (5, 16, 1)),
+    "torchrun, one process": (TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (0, 1, 0)),
+    "one process without a place to meet": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (0, 1, 0)),
+    "an address left in the shell": ({"MASTER_ADDR": "node003"}, (0, 1, 0)),
+    "a port left in the shell": ({"MASTER_PORT": "x"}, (0, 1, 0)),
+    "a world left in the shell": ({"WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "node003"}, (0, 1, 0)),
+    "an address left in a batch script": (BATCH | {"MASTER_ADDR": "node003", "MASTER_PORT": "29500"}, (0, 1, 0)),
+    "srun, with an address and a port": (ONE_NODE | {"MASTER_ADDR": "a", "MASTER_PORT": "29500"}, (2, 4, 2)),
+    "srun --pty": (BATCH | STEP | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0)),
     "one task of a shell in srun": (BATCH | STEP | {"SLURM_NTASKS": "1"}, (0, 1, 0)),
 }
 
@@ -57,18 +65,48 @@ def test_rank_world_and_local_rank(name: str) -> None:
     assert read_environment(environment) == expected
 
 
+TOGETHER = "; start all processes with torchrun, or unset RANK$"
+RANGE = r"RANK/WORLD_SIZE/LOCAL_RANK: found RANK={} WORLD_SIZE={} LOCAL_RANK={}, must be 0 <= LOCAL_RANK <= RANK"
 REFUSED = {
-    "half of torchrun": ({"RANK": "0"}, r"sets \['RANK'\] but not \['LOCAL_RANK', 'WORLD_SIZE'\]; start with torchrun"),
-    "half of srun": (STEP | {"SLURM_PROCID": "0"}, r"sets \['SLURM_PROCID'\] but not \['SLURM_LOCALID', 'SLURM_NT"),
-    "no number": (TORCHRUN | {"RANK": "first"}, r"^RANK/WORLD_SIZE/LOCAL_RANK: found .*'first'.* whole numbers"),
+    "RANK alone": ({"RANK": "1"}, rf"^the environment sets RANK=1 but not WORLD_SIZE, LOCAL_RANK{TOGETHER}"),
+    "no local rank": (
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        "^the environment sets RANK=1 WORLD_SIZE=2 but not LOCAL_RANK",
+    ),
+    "half of srun": (
+        STEP | {"SLURM_PROCID": "0"},
+        "^the environment sets SLURM_PROCID=0 but not SLURM_NTASKS, SLURM_LOCALID; start all processes with srun$",
+    ),
+    "no number": (TORCHRUN | {"RANK": "first"}, rf"^RANK/.*: found RANK=first WORLD.* must be whole numbers{TOGETHER}"),
+    "empty": (TORCHRUN | {"LOCAL_RANK": ""}, "^RANK/WORLD_SIZE/LOCAL_RANK: found .*, must be whole numbers"),
+    "rank above the world": (TORCHRUN | {"RANK": "16"}, RANGE.format(16, 16, 1)),
+    "negative rank": (TORCHRUN | {"RANK": "-1"}, RANGE.format(-1, 16, 1)),
+    "world of none": (TORCHRUN | {"RANK": "0", "WORLD_SIZE": "0"}, RANGE.format(0, 0, 1)),
+    "negative world": (TORCHRUN | {"WORLD_SIZE": "-2"}, RANGE.format(5, -2, 1)),
+    "local rank above the rank": (TORCHRUN | {"LOCAL_RANK": "6"}, RANGE.format(5, 16, 6)),
+    "negative local rank": (TORCHRUN | {"LOCAL_RANK": "-1"}, RANGE.format(5, 16, -1)),
+    "task above the step": (LAST_OF_8 | {"SLURM_PROCID": "8"}, "0 <= SLURM_LOCALID <= SLURM_PROCID < SLURM_NTASKS"),
+    "no address": (
+        {name: TORCHRUN[name] for name in TORCHRUN if name != "MASTER_ADDR"},
+        "^the environment sets WORLD_SIZE=16 but not MASTER_ADDR, where the processes meet",
+    ),
+    "empty address": (TORCHRUN | {"MASTER_ADDR": ""}, "^MASTER_ADDR: found an empty text"),
+    "port of no number": (
+        TORCHRUN | {"MASTER_PORT": "http"},
+        "^MASTER_PORT: found 'http', must be the number",
+    ),
+    "port 0": (TORCHRUN | {"MASTER_PORT": "0"}, "^MASTER_PORT: found '0'"),
+    "port out of range under srun": (ONE_NODE | {"MASTER_PORT": "65536"}, "^MASTER_PORT: found '65536'"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_half_an_environment_is_refused(name: str) -> None:
+def test_an_environment_that_makes_no_world_is_refused_in_one_line(name: str) -> None:
     environment, message = REFUSED[name]
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         read_environment(environment)
+    assert "\n" not in str(caught.value)
+    assert ("SLURM" in str(caught.value)) == (name in ("half of srun", "task above the step"))
 
 
 HOSTS = {
@@ -76,6 +114,15 @@ HOSTS = {
     "node[003-004]": "node003",
     "node[003,005-006],node9": "node003",
     "a1,b[2-3]": "a1",
+    "[1-2]": "1",
+    "n[1]": "n1",
+    "n[10,2]": "n10",
+    "n[001-100],m": "n001",
+    "a-b_c.d": "a-b_c.d",
+    "10.0.0.1,10.0.0.2": "10.0.0.1",
+    "x[1-2][3-4]y[5]": "x13y5",
+    "a": "a",
+    "login1,n[1-2]": "login1",
     "rack[1-2]n[01-04]": "rack1n01",
     "sh04-16n09.example.org,x": "sh04-16n09.example.org",
 }
@@ -131,11 +178,18 @@ def test_an_allocation_of_one_task_says_nothing(slurm, caplog: pytest.LogCapture
     assert "SLURM" not in caplog.text
 
 
+@pytest.mark.parametrize("left", [{"MASTER_ADDR": "203.0.113.1"}, {"MASTER_PORT": "x"}, {"WORLD_SIZE": "8"}], ids=str)
+def test_a_process_without_a_launcher_trains_alone_whatever_is_left_in_its_shell(slurm, left: dict[str, str]) -> None:
+    slurm(left)
+    assert start(timeout_s=5).world == 1
+
+
 def test_tasks_of_srun_meet_without_a_launcher(slurm) -> None:
     """The first of two: it finds its place, where the other does not come."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        slurm(ONE_NODE | {"SLURM_STEP_NODELIST": "localhost,x", "SLURM_PROCID": "0", "MASTER_PORT": str(port)})
+        first = {"SLURM_STEP_NODELIST": "localhost,x", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+        slurm(ONE_NODE | first | {"MASTER_PORT": str(port)})
         with pytest.raises(UserError, match=rf"^MASTER_ADDR=localhost MASTER_PORT={port}: 4 processes could not meet"):
             start(timeout_s=1)
     assert not dist.is_initialized()
