@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def exact_weight_gradients(module: nn.Module) -> dict[str, Tensor]:
     def watch(name: str, conv: nn.Conv2d) -> None:
         inputs: list[Tensor] = []
 
-        def add_up(_: nn.Module, __: object, grad_output: tuple[Tensor, ...]) -> None:
+        def add_up(_: nn.Module, __: object, grad_output: Any) -> None:
             total = torch.einsum("bohw,bihw->oi", grad_output[0].double(), inputs[0].double())
             found[f"{name}.weight"] = total.to(conv.weight.dtype).view_as(conv.weight)
 
