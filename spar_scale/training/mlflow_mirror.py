@@ -8,6 +8,7 @@ end of training it has PATIENCE_S to send the rest.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -55,7 +56,7 @@ class Mirror:
             self._thread.join(PATIENCE_S["stopped"])
             return
         self._loaded.wait()  # imports end; the workers of the next run must not be forked amid one
-        self._thread.join(PATIENCE_S["database" if self._target.address.startswith("sqlite:") else "server"])
+        self._thread.join(PATIENCE_S["database" if self._target.is_database else "server"])
         if not self._done:
             self._warned &= not self._recovered  # it was said that nothing is missing
             self._warn("not all was sent in time")
@@ -78,9 +79,10 @@ class Mirror:
             ends = self._stop.wait(wait_s)
             self._samples.append((time.time(), machine()))
             try:
-                self._send(ends)
+                self._send_or_reopen(ends)
                 wait_s = EVERY_S
             except Exception as error:  # whatever MLflow raises, training goes on
+                self._run, self._offset = None, 0
                 self._warn(self._target.fault(error))
                 wait_s = min(2 * wait_s, LONGEST_S)
                 if ends:
@@ -94,6 +96,17 @@ class Mirror:
                 return True
             if ends:
                 return False
+
+    def _send_or_reopen(self, ends: bool) -> None:
+        """Send what is new; where that fails, find the run anew, as it may have been deleted in MLflow, and send all.
+
+        What is there already is not sent again. A second failure is raised: it names the cause.
+        """
+        if self._run is not None:
+            with contextlib.suppress(Exception):
+                return self._send(ends)
+            self._run, self._offset = None, 0
+        self._send(ends)
 
     def _send(self, ends: bool) -> None:
         if self._run is None:

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from parallel.errors import UserError
 from spar_scale.recipe import Recipe, TrackingConfig, flatten, load_recipe
 from spar_scale.training.tracking import run_id
 
@@ -51,10 +54,19 @@ def load_mlflow() -> None:
     import mlflow.tracking
 
     with contextlib.suppress(ImportError):  # mlflow-skinny talks to servers only
-        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+        import mlflow.store.db.utils
+        import mlflow.store.tracking.sqlalchemy_store
+
+        mlflow.store.db.utils.MAX_RETRY_COUNT = 4  # MLflow 3.17 has no setting: 10 times are 100 s
+    logging.getLogger("mlflow.store.db.utils").addFilter(_no_traceback)
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
+
+
+def _no_traceback(record: logging.LogRecord) -> bool:
+    """Whether to log a line of MLflow's database: it logs an error with its traceback, then raises it."""
+    return record.levelno < logging.ERROR
 
 
 @dataclass(frozen=True)
@@ -72,8 +84,19 @@ class Target:
 
     @property
     def address(self) -> str:
-        """What MLflow is given."""
-        return self.uri or f"sqlite:///{self.root / 'mlflow.db'}"
+        """The URI that MLflow is given. SQLAlchemy (2.1) decodes the percent signs in the path of a database."""
+        if self.uri is not None:
+            return self.uri
+        path = str(self.root / "mlflow.db")
+        if "?" not in path and "%" not in path:
+            return f"sqlite:///{path}"
+        # MLflow (3.17) makes the directories of the path in "sqlite:///" without decoding it, so the driver is named.
+        return f"sqlite+pysqlite:///{quote(path)}"
+
+    @property
+    def is_database(self) -> bool:
+        """Whether MLflow writes to an SQLite file itself, without a server."""
+        return self.address.startswith(("sqlite:", "sqlite+"))
 
     @property
     def shown(self) -> str:
@@ -81,7 +104,9 @@ class Target:
         return without_credentials(self.address)
 
     def fault(self, error: BaseException) -> str:
-        """One short line on what went wrong."""
+        """One line on what went wrong, short unless it is ours."""
+        if isinstance(error, UserError):
+            return str(error)
         text = f"{type(error).__name__}: {error}".replace(self.address, self.shown).split("\n")[0]
         return without_credentials(text)[:200]
 
@@ -96,6 +121,8 @@ class Store:
         with _alone(target.root):  # two that make one database at once both fail
             self.client = MlflowClient(target.address)
             found = self.client.get_experiment_by_name(target.experiment)
+            if found is not None and found.lifecycle_stage == "deleted":
+                raise UserError(_deleted(target, found.experiment_id))
             self.experiment_id = found.experiment_id if found else self._make_experiment()
             self.parent_id = self.run(run_id(target.root), target.root.name, {}).info.run_id
 
@@ -147,11 +174,13 @@ class TrackedRun:
         self.id: str = run.info.run_id
         self._started = run.info.start_time
         params = public_params(recipe)
-        there = run.data.params
+        there, parent = run.data.params, "mlflow.parentRunId"
         new = [Param(key, value) for key, value in params.items() if key not in there]
         for first in range(0, len(new), PARAMS):
             self._client.log_batch(self.id, params=new[first : first + PARAMS])
         changed = [RunTag(f"changed.{key}", value) for key, value in params.items() if there.get(key, value) != value]
+        if run.data.tags.get(parent) != store.parent_id:  # the parent was deleted, and a new one made
+            changed.append(RunTag(parent, store.parent_id))
         self._client.log_batch(self.id, tags=changed)  # a param keeps its first value
         self._client.update_run(self.id, status="RUNNING")
         self._there = self._losses()
@@ -246,7 +275,7 @@ def origin() -> dict[str, str]:
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Hold `root/tracking.lock`: one process at a time makes the database, the experiment and the parent."""
-    with open(root / "tracking.lock", "w") as file:
+    with open(root / "tracking.lock", "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
@@ -259,6 +288,15 @@ def _first_ms(run_dir: Path) -> int | None:
     with open(run_dir / "metrics.jsonl", encoding="utf-8") as file:
         line = file.readline()
     return _milliseconds(json.loads(line)["time"]) if line.endswith("\n") else None
+
+
+def _deleted(target: Target, experiment_id: str) -> str:
+    """What to do about an experiment that was deleted in MLflow, where its name stays taken."""
+    return (
+        f"tracking.experiment: found '{target.experiment}', which was deleted in MLflow at {target.shown}; restore it:"
+        f" MLFLOW_TRACKING_URI={shlex.quote(target.shown)} mlflow experiments restore -x {experiment_id}"
+        " (or give tracking.experiment another name)"
+    )
 
 
 def _milliseconds(seconds: float) -> int:

@@ -70,11 +70,13 @@ def _send_run(run_dir: Path, uri: str | None) -> str:
     except UserError:
         return f"{run_dir}: left out, it is in training and sends for itself"
     with lock:
+        lines = read_lines(run_dir / "metrics.jsonl")
         try:
-            lines = read_lines(run_dir / "metrics.jsonl")
             run = TrackedRun(run_dir, target)
             run.send(lines)
             run.end()
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"{run_dir}: MLflow at {target.shown} failed ({target.fault(error)})") from None
     return f"{run_dir}: {run.sent} of {len(lines)} steps sent to {target.shown}, run {run.id}"
