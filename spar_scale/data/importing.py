@@ -4,16 +4,16 @@ Two forms are read: pictures with a text file of the same name beside them (`img
 of the folder, or one table (`captions.csv` with a header, or `captions.jsonl`) with the columns `image` and `caption`,
 whose images are paths in the folder. The bytes of a picture stay as they are unless it is to be shrunk. Samples stand
 in the order of their names; nothing outside the folder is read, and what cannot be trained on is left out and named.
+Pictures of one name and different extensions would be one sample, so the first of them is taken.
 """
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
-import re
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,29 +21,28 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import UserError, nearest
-from spar_scale.data.images import EXTENSIONS, BadSample, decode
+from spar_scale.data.captions import Pair, find_pairs
+from spar_scale.data.images import BadSample, Picture, read_picture
+from spar_scale.data.left_out import NAME_CHARACTERS, NAMED, LeftOut, printable
 from spar_scale.data.prompts import TOKENS, WORDS
 from spar_scale.data.shards import write_shard
 
-COLUMNS = ("image", "caption")
-TABLES = ("captions.csv", "captions.jsonl")
 SHARD_SAMPLES, SHARD_BYTES = 1000, 1 << 28
-NAMED = 5  # of what is left out for one reason
 
 
 @dataclass
 class Imported:
-    """What became of a folder: the number of its shards and samples, and reason -> names of what was left out."""
+    """What became of a folder: shards, samples, what was left out, and samples with transparent pixels.
+
+    `unknown` counts the captions with each word that the miniature does not know, `with_unknown` those with any.
+    """
 
     shards: int = 0
     samples: int = 0
-    left_out: dict[str, list[str]] = field(default_factory=dict)
+    transparent: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
     unknown: Counter[str] = field(default_factory=Counter)
     with_unknown: int = 0
-
-    def leave_out(self, reason: str, name: str) -> None:
-        """Note what was left out."""
-        self.left_out.setdefault(reason, []).append(name)
 
 
 def import_folder(folder: Path, out: Path, size: int | None = None, check_words: bool = False) -> str:
@@ -57,21 +56,21 @@ def import_folder(folder: Path, out: Path, size: int | None = None, check_words:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there and not empty; --out names a folder that is new or empty")
     found = Imported()
-    samples = _samples(list(_pairs(folder.resolve(), found)), found, size, check_words)
+    samples = _samples(list(find_pairs(folder.resolve(), found.left_out)), found, size, check_words)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         _write(samples, temporary, found)
         if not found.samples:
             raise UserError(
-                f"{folder}: holds no sample{_reasons(found)}\na sample is a picture with a text of its name"
+                f"{folder}: holds no sample{found.left_out.report()}\na sample is a picture with a text of its name"
             )
         os.replace(temporary, out)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return _said(out, found, check_words)
+    return _report(out, found, check_words)
 
 
 def _write(samples: Iterator[dict[str, Any]], folder: Path, found: Imported) -> None:
@@ -92,120 +91,68 @@ def _write(samples: Iterator[dict[str, Any]], folder: Path, found: Imported) -> 
         flush()
 
 
-def _pairs(folder: Path, found: Imported) -> Iterator[tuple[str, Path, str]]:
-    """(name in the folder, file, caption) of each picture that has one."""
-    tables = [table for name in TABLES if (table := folder / name).is_file()]
-    if len(tables) > 1:
-        raise UserError(f"{folder}: holds {' and '.join(TABLES)}; one of them says which pictures are meant")
-    if tables and not tables[0].resolve().is_relative_to(folder):
-        raise UserError(f"{tables[0]}: is a link to outside of the folder")
-    rows = _rows(tables[0]) if tables else _beside(folder, found)
-    for name, caption in rows:
-        file = (folder / name).resolve()
-        if not file.is_relative_to(folder):
-            found.leave_out("outside of the folder", name)
-        elif not file.is_file():
-            found.leave_out("no such file", name)
-        elif not caption.strip():
-            found.leave_out("no text", name)
-        else:
-            yield name, file, caption.strip()
-
-
-def _beside(folder: Path, found: Imported) -> Iterator[tuple[str, str]]:
-    """Pictures by name, each with the text beside it. Folders that are links are not walked into."""
-    names = [
-        Path(where, name).relative_to(folder).as_posix()
-        for where, _, files in os.walk(folder)
-        for name in files
-        if name.rsplit(".", 1)[-1].lower() in EXTENSIONS and not name.startswith(".")
-    ]
-    for name in sorted(names):
-        text = (folder / name).with_suffix(".txt")
-        if not text.resolve().is_relative_to(folder):
-            found.leave_out("outside of the folder", text.relative_to(folder).as_posix())
-            continue
-        try:
-            yield name, text.read_text(encoding="utf-8-sig") if text.is_file() else ""
-        except (OSError, UnicodeDecodeError):
-            found.leave_out("its text is no UTF-8", name)
-
-
-def _rows(table: Path) -> Iterator[tuple[str, str]]:
-    """The rows of a table, in its order."""
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            rows = (
-                csv.DictReader(file)
-                if table.suffix.lower() == ".csv"
-                else (json.loads(line) for line in file if line.strip())
-            )
-            for number, row in enumerate(rows, 1):
-                if not isinstance(row, dict) or not all(isinstance(row.get(column), str) for column in COLUMNS):
-                    columns = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-                    raise UserError(f"{table}: row {number} has {columns}; it must have the texts image and caption")
-                yield row["image"], row["caption"]
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{table}: cannot be read ({error})") from None
-
-
-def _samples(
-    pairs: list[tuple[str, Path, str]], found: Imported, size: int | None, check_words: bool
-) -> Iterator[dict[str, Any]]:
-    """Samples as they are written, under keys that are safe in a tar and stand once."""
+def _samples(pairs: list[Pair], found: Imported, size: int | None, check_words: bool) -> Iterator[dict[str, Any]]:
+    """Samples as they are written, each key once."""
     seen: dict[str, str] = {}
-    for name, file, caption in pairs:
-        key = re.sub(r"[^A-Za-z0-9_-]+", "-", name.rpartition(".")[0]).strip("-") or "image"
+    for pair in pairs:
+        key = sample_key(pair.name)
         if key in seen:
-            found.leave_out("duplicate key", f"{name} (as {seen[key]})")
+            found.left_out.add("duplicate key", pair.name, f"as {seen[key]}")
             continue
         try:
-            data = file.read_bytes()
-            extension, data = _picture(data, size)
+            data = pair.file.read_bytes()
+            picture = read_picture(data)
+            extension, data = _stored(picture, data, size)
         except (BadSample, OSError) as error:
-            found.leave_out("unreadable image", f"{name} ({error})")
+            found.left_out.add("unreadable image", pair.name, getattr(error, "strerror", None) or str(error))
             continue
-        seen[key] = name
+        seen[key] = pair.name
+        found.transparent += picture.transparent
         if check_words:
-            unknown = {word for word in caption.split() if word not in TOKENS}
+            unknown = {word for word in pair.caption.split() if word not in TOKENS}
             found.unknown.update(unknown)
             found.with_unknown += bool(unknown)
-        yield {"__key__": key, extension: data, "txt": caption.encode()}
+        yield {"__key__": key, extension: data, "txt": pair.caption.encode()}
 
 
-def _picture(data: bytes, size: int | None) -> tuple[str, bytes]:
-    """The extension that the bytes call for, and the bytes: as they are, or of a smaller picture as PNG."""
-    from PIL import Image
+def sample_key(name: str) -> str:
+    """Return the key of a file name without its extension: different names give different keys.
 
-    picture = decode(data)
-    if min(picture.size) < 2:
-        raise BadSample(f"{picture.width}x{picture.height} pixels; both edges need at least 2")
-    if size is None or min(picture.size) <= size:
-        with Image.open(io.BytesIO(data)) as opened:
-            return {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[str(opened.format)], data
-    scale = size / min(picture.size)
-    smaller = picture.resize((max(size, round(picture.width * scale)), max(size, round(picture.height * scale))))
+    Letters, marks and digits of every script, '_' and '-' stay; each byte of the rest ('/', '.', spaces, '%') is
+    percent-encoded as in URLs. So a key has no dot, at which webdataset ends it, and no folder.
+    """
+    return "".join(
+        sign
+        if sign in "_-" or unicodedata.category(sign)[0] in "LMN"
+        else "".join(f"%{byte:02X}" for byte in sign.encode())
+        for sign in os.path.splitext(name)[0]
+    )
+
+
+def _stored(picture: Picture, data: bytes, size: int | None) -> tuple[str, bytes]:
+    """The extension and bytes of a picture in a shard: as they are, or of a smaller picture as PNG."""
+    image = picture.image
+    if min(image.size) < 2:
+        raise BadSample(f"{image.width}x{image.height} pixels; both edges need at least 2")
+    if size is None or min(image.size) <= size:
+        return picture.extension, data
+    scale = size / min(image.size)
+    smaller = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))))
     buffer = io.BytesIO()
     smaller.save(buffer, "png")
     return "png", buffer.getvalue()
 
 
-def _reasons(found: Imported) -> str:
-    """What was left out, by reason, with the first few names."""
-    said = ""
-    for reason, names in found.left_out.items():
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        said += f"\n  left out, {reason}: {len(names)} ({', '.join(names[:NAMED])}{more})"
-    return said
-
-
-def _said(out: Path, found: Imported, check_words: bool) -> str:
+def _report(out: Path, found: Imported, check_words: bool) -> str:
     shards = "1 shard" if found.shards == 1 else f"{found.shards} shards"
-    lines = [f"{out}: {found.samples} samples in {shards}{_reasons(found)}"]
+    lines = [f"{printable(str(out))}: {found.samples} samples in {shards}{found.left_out.report()}"]
+    if found.transparent:
+        lines.append(f"  pictures with transparency, laid over white: {found.transparent}")
     if check_words:
         lines.append(f"  captions with words that the miniature does not know: {found.with_unknown}")
         lines += [
-            f"    '{word}' in {number}{nearest(word, WORDS)}" for word, number in found.unknown.most_common(NAMED)
+            f"    '{printable(word, NAME_CHARACTERS)}' in {number}{nearest(word, WORDS)}"
+            for word, number in found.unknown.most_common(NAMED)
         ]
     lines += [
         "to train on them, in a recipe of stage align:",

@@ -1,0 +1,193 @@
+"""Pairs of picture and caption in a folder, and a note of everything in it that gives no pair.
+
+A caption stands in the text file of the picture's name, or in one table for the whole folder. A text is found under the
+exact name, else under the only name that differs in the case of its extension or in its Unicode normal form.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from parallel.errors import UserError
+from spar_scale.data.images import EXTENSIONS
+from spar_scale.data.left_out import LeftOut, is_utf8
+from spar_scale.data.tables import read_table
+
+TABLES = ("captions.csv", "captions.jsonl")
+READ = {*EXTENSIONS, "apng", "jfif", "jpe", "mpo"}  # files of these extensions are PNG, JPEG or WebP
+NOT_READ = {
+    "avif", "bmp", "cr2", "cr3", "dib", "dng", "exr", "gif", "hdr", "heic", "heif", "ico", "j2k", "jp2", "jxl", "nef",
+    "orf", "pbm", "pgm", "pnm", "ppm", "psd", "raf", "rw2", "svg", "tga", "tif", "tiff",
+}  # fmt: skip
+_ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture and its caption; `name` is the path of `file` relative to the folder, with '/'."""
+
+    name: str
+    file: Path
+    caption: str
+
+
+def find_pairs(folder: Path, left_out: LeftOut) -> Iterator[Pair]:
+    """Yield the pairs of a folder (a path without links): in the table's order, or by name where there is no table.
+
+    Raises UserError for two tables, a table outside of the folder and one that cannot be read.
+    """
+    tables = [table for name in TABLES if (table := folder / name).is_file()]
+    if len(tables) > 1:
+        raise UserError(f"{folder}: holds {' and '.join(TABLES)}; one of them says which pictures are meant")
+    if tables and not _is_inside(folder, tables[0]):
+        raise UserError(f"{tables[0]}: is a link to outside of the folder")
+    spellings = _Spellings(folder, left_out)
+    for name, caption in read_table(tables[0], left_out) if tables else _read_texts(folder, left_out):
+        found = _locate(folder, name, spellings)
+        if isinstance(found, str):
+            left_out.add(found, name)
+        elif not caption.strip():
+            left_out.add("no text", name)
+        elif "\0" in caption:
+            left_out.add("its text holds NUL characters", name)
+        else:
+            yield Pair(_relative(folder, found), found, caption.strip())
+
+
+def _locate(folder: Path, name: str, spellings: _Spellings) -> Path | str:
+    """Return the path of a picture below the folder, or the reason why there is none."""
+    try:
+        for spelling in filter(None, (name, spellings.other(name))):
+            file = folder / spelling
+            if not _is_inside(folder, file):
+                return "outside of the folder"
+            if file.is_file():
+                return file
+            if file.exists():
+                return "not a regular file"
+    except (OSError, ValueError) as error:  # too long, or with a NUL
+        if not _ADDRESS.match(name):
+            return f"name refused by the file system ({getattr(error, 'strerror', None) or error})"
+    return "an address instead of a file name" if _ADDRESS.match(name) else "no such file"
+
+
+def _relative(folder: Path, file: Path) -> str:
+    """Return a file's path relative to the folder, without './' and '..'; links are kept where they lie inside."""
+    plain = Path(os.path.normpath(file))
+    inside = plain if plain.is_relative_to(folder) else Path(os.path.realpath(file))
+    return inside.relative_to(folder).as_posix()
+
+
+def _is_inside(folder: Path, path: Path) -> bool:
+    """Return whether a path, its links followed, lies in the folder. Path.resolve raises for a loop of links."""
+    return Path(os.path.realpath(path)).is_relative_to(folder)
+
+
+class _Spellings:
+    """The other Unicode spelling of a file name: a Mac stores letters and accents apart (NFD), most editors do not."""
+
+    def __init__(self, folder: Path, left_out: LeftOut):
+        self._folder, self._left_out = folder, left_out
+
+    def other(self, name: str) -> str | None:
+        """Return the one file of the folder that differs from `name` only in how its accents are encoded."""
+        if name.isascii() or (self._folder / name).exists():
+            return None
+        found = self._by_nfc.get(_nfc(os.path.normpath(name)), [])
+        return found[0] if len(found) == 1 else None
+
+    @functools.cached_property
+    def _by_nfc(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for name in _walk(self._folder, self._left_out):
+            names.setdefault(_nfc(name), []).append(name)
+        return names
+
+
+def _walk(folder: Path, left_out: LeftOut) -> Iterator[str]:
+    """Yield the paths of all files but hidden ones; linked folders are not entered, unreadable ones are noted."""
+
+    def unreadable(error: OSError) -> None:
+        left_out.add("folder that cannot be read", os.path.relpath(error.filename, folder), error.strerror or "")
+
+    for where, _, files in os.walk(folder, onerror=unreadable):
+        for name in files:
+            if not name.startswith("."):
+                yield Path(where, name).relative_to(folder).as_posix()
+
+
+def _read_texts(folder: Path, left_out: LeftOut) -> Iterator[tuple[str, str]]:
+    """Yield (picture, caption) by name, each caption from the text beside it; note every file that gives none."""
+    names = _utf8_names(folder, left_out)
+    texts: dict[str, list[str]] = {}
+    for name in names:
+        if _extension(name) == "txt":
+            texts.setdefault(_stem_nfc(name), []).append(name)
+    pictures = [name for name in names if _extension(name) in READ]
+    used: set[str | None] = set()
+    for name in pictures:
+        text = _text_of(name, texts.get(_stem_nfc(name), []))
+        used.add(text)
+        caption = _caption(folder, name, text, left_out)
+        if caption is not None:
+            yield name, caption
+    described = texts.keys() - {_stem_nfc(name) for name in pictures}
+    for name in names:
+        extension, stem = _extension(name), _stem_nfc(name)
+        if extension in NOT_READ or (stem in described and extension != "txt"):
+            left_out.add("picture type not read", name)
+            used.update(texts.get(stem, []))
+    for name in names:
+        if _extension(name) == "txt" and name not in used:
+            left_out.add("text without a picture", name)
+
+
+def _utf8_names(folder: Path, left_out: LeftOut) -> list[str]:
+    """The sorted paths of the visible files; pictures and texts whose names are no UTF-8 are noted."""
+    names = []
+    for name in sorted(_walk(folder, left_out)):
+        if is_utf8(name):
+            names.append(name)
+        elif _extension(name) in READ | NOT_READ | {"txt"}:
+            left_out.add("file name is no UTF-8", name)
+    return names
+
+
+def _text_of(picture: str, texts: list[str]) -> str | None:
+    """Choose the text of a picture among those of its name: the exact name, or the only one (.TXT, another NFC)."""
+    exact = f"{os.path.splitext(picture)[0]}.txt"
+    return exact if exact in texts else texts[0] if len(texts) == 1 else None
+
+
+def _caption(folder: Path, picture: str, text: str | None, left_out: LeftOut) -> str | None:
+    """Read the text of a picture: '' where there is none, None where it cannot be used, which is noted."""
+    if text is None:
+        return ""
+    try:
+        if not _is_inside(folder, folder / text):
+            left_out.add("outside of the folder", text)
+            return None
+        return (folder / text).read_bytes().decode("utf-8-sig") if (folder / text).is_file() else ""
+    except UnicodeDecodeError:
+        left_out.add("its text is no UTF-8", picture)
+    except OSError as error:
+        left_out.add("its text cannot be read", picture, error.strerror or str(error))
+    return None
+
+
+def _nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _stem_nfc(name: str) -> str:
+    return _nfc(os.path.splitext(name)[0])
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1][1:].lower()

@@ -1,0 +1,132 @@
+"""Rows of a table of captions: `captions.csv` with a header, or `captions.jsonl`, an object in each line.
+
+A table is read strictly. A row that is ambiguous or damaged is left out and named by its number (from 1, without the
+header and blank lines) and its line; no field is cut, joined or guessed. Only spaces behind a comma are ignored. Damage
+that hides where the next rows begin (another encoding than UTF-8, a quote that does not end) refuses the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import UserError
+from spar_scale.data.left_out import DETAIL_CHARACTERS, LeftOut, is_utf8, printable
+
+COLUMNS = ("image", "caption")
+_TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+
+
+def read_table(table: Path, left_out: LeftOut) -> Iterator[tuple[str, str]]:
+    """Yield (image, caption) of each row that has both as texts, in the table's order; note the others.
+
+    Raises UserError for a table that is no UTF-8, has another header, or whose rows cannot be told apart.
+    """
+    try:
+        text = table.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{table}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{table}: cannot be read, line {line} is no UTF-8; save the table as UTF-8") from None
+    for row, record in _csv_records(table, text, left_out) if table.suffix == ".csv" else _json_records(text, left_out):
+        fault = next(filter(None, (_fault(column, record) for column in COLUMNS)), None)
+        if fault is None:
+            yield record["image"], record["caption"]
+        else:
+            left_out.add(fault, row, f"has {', '.join(record)}" if fault.endswith("missing") else "")
+
+
+def _fault(column: str, record: dict[str, Any]) -> str | None:
+    """Return what is wrong with a column of a row, or None."""
+    if column not in record:
+        return f"{column} is missing"
+    value = record[column]
+    if not isinstance(value, str):
+        return f"{column} is {_TYPES.get(type(value), 'an object')}"
+    if not is_utf8(value):
+        return f"{column} holds half of a surrogate pair and is no UTF-8"
+    return "image is empty" if column == "image" and not value.strip() else None
+
+
+def _csv_records(table: Path, text: str, left_out: LeftOut) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (row and line, its fields by column) of each row that has as many fields as the header."""
+    header: list[str] = []
+    number = 0
+    for line, cells in _csv_rows(table, text):
+        if isinstance(cells, list) and len(cells) < 2 and not "".join(cells).strip():
+            continue  # a blank line
+        if not header:
+            header = _header(table, cells)
+            continue
+        number += 1
+        row = f"row {number} at line {line}"
+        if isinstance(cells, csv.Error):
+            left_out.add("not valid CSV", row, str(cells))
+        elif len(cells) != len(header):
+            reason = "more or fewer fields than the header; put captions that hold commas into double quotes"
+            left_out.add(reason, row, f"{len(cells)} instead of {len(header)}")
+        else:
+            yield row, dict(zip(header, cells, strict=True))
+    if not header:
+        raise UserError(f"{table}: is empty; its first line must be the header {','.join(COLUMNS)}")
+
+
+def _csv_rows(table: Path, text: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """Yield (first line, fields) of each row, or the error of one that is damaged within its line."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            row: list[str] | csv.Error = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if reader.line_num > line:
+                raise UserError(
+                    f"{table}: a quote is opened in the row at line {line} and not closed properly up to line"
+                    f" {reader.line_num} ({error}); close it, and double each quote inside of a quoted caption"
+                ) from None
+            row = error
+        yield line, row
+
+
+def _header(table: Path, cells: list[str] | csv.Error) -> list[str]:
+    """Return the header. Raises UserError unless it has each of our columns once."""
+    if isinstance(cells, csv.Error) or any(cells.count(column) != 1 for column in COLUMNS):
+        found = str(cells) if isinstance(cells, csv.Error) else ", ".join(map(repr, cells))
+        raise UserError(
+            f"{table}: the header has {printable(found, DETAIL_CHARACTERS)}; it must have the columns 'image' and"
+            " 'caption' once each, separated by commas"
+        )
+    return cells
+
+
+def _json_records(text: str, left_out: LeftOut) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (row and line, object) of each line that holds an object."""
+    number = 0
+    for line, content in enumerate(io.StringIO(text, newline=""), 1):
+        if not content.strip():
+            continue
+        number += 1
+        row = f"row {number} at line {line}"
+        try:
+            pairs = json.loads(
+                content.rstrip(), object_pairs_hook=tuple
+            )  # tells an object (tuple) from an array (list)
+        except (ValueError, RecursionError) as error:
+            where = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            left_out.add("not valid JSON", row, where)
+            continue
+        if not isinstance(pairs, tuple):
+            left_out.add("not a JSON object", row)
+            continue
+        names = [name for name, _ in pairs]
+        if twice := [column for column in COLUMNS if names.count(column) > 1]:
+            left_out.add(f"two values of {twice[0]}", row)
+        else:
+            yield row, dict(pairs)
