@@ -8,6 +8,7 @@ Their lengths may differ between tasks, because a micro-batch holds samples of o
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +33,8 @@ from spar_scale.data.spec import SampleSpec
 
 Draws = Callable[[str], np.random.Generator]
 Value = TypeVar("Value")
+READ_EXTENSIONS = ("txt", "json", *(f"{side}{name}" for side in ("", "input.", "output.") for name in EXTENSIONS))
+"""Extensions of the members that a task may read."""
 Slots = dict[str, tuple[tuple[int, ...], type]]  # name -> shape without batch, numpy type
 
 
@@ -144,11 +147,15 @@ def _worded(make: Callable[[], Value]) -> Value:
         raise BadSample(f"its words are nothing to train on ({type(error).__name__}: {error})") from None
 
 
-def _said(members: Members) -> Mapping[str, Any]:
+def _load_json(members: Members) -> Any:
     try:
-        said = json.loads(members.first(["json"]))
+        return json.loads(members.first(["json"]))
     except (ValueError, RecursionError) as error:
         raise BadSample(f"its json cannot be read ({error})") from None
+
+
+def _said(members: Members) -> Mapping[str, Any]:
+    said = _load_json(members)
     if not isinstance(said, dict):
         raise BadSample(f"its json holds {type(said).__name__}, not an object")
     return said
@@ -220,18 +227,46 @@ class Conditioned:
 
 
 def _captions(members: Members) -> list[str]:
-    """The captions of the json, else the txt."""
-    listed = _said(members).get("captions", []) if "json" in members.extensions else []
+    """The captions of the json where it is an object that lists some, else the txt."""
+    has_text = "txt" in members.extensions
+    listed = None
+    if "json" in members.extensions:
+        content = _load_json(members)
+        if isinstance(content, dict):
+            listed = content.get("captions")
+        elif not has_text:
+            raise BadSample(f"its json holds {type(content).__name__}, not an object, and it has no txt")
+    if listed is None or listed == []:
+        if not has_text and "json" in members.extensions:
+            raise BadSample(
+                f"no member txt, and its json lists no captions; the sample has {', '.join(members.extensions)}"
+            )
+        return [_text(members)]
     if not isinstance(listed, list) or not all(isinstance(caption, str) for caption in listed):
         raise BadSample("its captions are no list of texts")
-    return listed or [_text(members)]
+    captions = [_clean(caption) for caption in listed]
+    if not all(captions):
+        raise BadSample("one of its captions is empty")
+    return captions
 
 
 def _text(members: Members) -> str:
+    """The txt, which must be UTF-8 (with or without a byte order mark) and not empty."""
+    data = members.first(["txt"])
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise BadSample("its txt is no UTF-8 but UTF-16, UTF-32 or no text; write it as UTF-8")
     try:
-        return members.first(["txt"]).decode().strip()
+        text = _clean(data.decode())
     except UnicodeDecodeError as error:
         raise BadSample(f"its txt is no UTF-8 ({error})") from None
+    if not text:
+        raise BadSample("its txt is empty")
+    return text
+
+
+def _clean(text: str) -> str:
+    """A text without byte order marks (each file of Windows begins with one) and without white space around it."""
+    return text.replace("\ufeff", "").strip()
 
 
 TASKS: dict[str, Task | Conditioned] = {

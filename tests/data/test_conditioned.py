@@ -97,10 +97,41 @@ def test_any_caption_comes_up_and_which_follows_from_seed_and_number(make_shard)
     assert prompts(read(shard, "generation", samples=80, seed=1)) != told
 
 
-@pytest.mark.parametrize("members", [{}, {"json": b'{"scene": 1}'}, {"json": said([])}], ids=str)
+NO_CAPTIONS = [
+    {},
+    *({"json": content} for content in (b'{"scene": 1}', said([]), said(None), b"[]", b"[1, 2]", b"7", b"null")),
+]
+
+
+@pytest.mark.parametrize("members", NO_CAPTIONS, ids=str)
 def test_the_txt_is_the_caption_where_no_json_lists_any(make_shard, members):
     shard = make_shard({"a": {"png": columns(0), "txt": b"a cyan square\n", **members}})
     assert set(prompts(read(shard, "generation", samples=5))) == {"<bos> draw : a cyan square <img>"}
+
+
+BOM = "\ufeff"
+WRITTEN = {
+    "byte order mark": {"txt": f"{BOM}a cyan square".encode()},
+    "two of them": {"txt": f"{BOM}{BOM}a cyan square".encode()},
+    "byte order mark and line ends of Windows": {"txt": f"{BOM}a cyan\r\nsquare\r\n".encode()},
+    "white space around it": {"txt": "\u00a0\t a cyan square \n\n".encode()},
+    "json with a byte order mark": {"json": BOM.encode() + said(["a cyan square"])},
+    "caption with a byte order mark": {"json": said([f"{BOM} a cyan square"])},
+    "json as UTF-16": {"json": said(["a cyan square"]).decode().encode("utf-16")},
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_marks_and_line_ends_of_an_editor_are_no_words(make_shard, case):
+    batch = read(make_shard({"a": {"png": columns(0), **WRITTEN[case]}}), "generation")
+    assert prompts(batch) == ["<bos> draw : a cyan square <img>"] and batch["errors"] == []
+
+
+@pytest.mark.parametrize("case", ["byte order mark", "byte order mark and line ends of Windows"])
+def test_an_instruction_is_read_as_a_caption_is(make_shard, case):
+    words = WRITTEN[case]["txt"].decode().replace("a cyan", "make the circle blue").replace("square", "")
+    batch = read(make_shard({"a": {**EDITING, "txt": words.encode()}}), "editing")
+    assert prompts(batch)[0].endswith("edit : make the circle blue <img>") and batch["errors"] == []
 
 
 @pytest.mark.parametrize("source", MEMBERS)
@@ -151,6 +182,33 @@ BAD = {
     "json that nests without end": ("generation", {**GENERATION, "json": b"[" * 10**5}, "its json cannot be read"),
     "json of other bytes": ("generation", {**GENERATION, "json": b'{"a": "\xff"}'}, "its json cannot be read"),
     "txt of other bytes": ("generation", {"png": columns(0), "txt": b"a \xff"}, "its txt is no UTF-8"),
+    "a list without a txt": (
+        "generation",
+        {"png": columns(0), "json": b"[]"},
+        "its json holds list, not an object, and",
+    ),
+    "no captions and no txt": (
+        "generation",
+        {"png": columns(0), "json": said([])},
+        "txt, and its json lists no captions",
+    ),
+    "null captions and no txt": ("generation", {"png": columns(0), "json": said(None)}, "its json lists no captions"),
+    "captions are an object": (
+        "generation",
+        {**GENERATION, "json": said({"en": "a"})},
+        "captions are no list of texts",
+    ),
+    "an empty caption": ("generation", {**GENERATION, "json": said(["a red circle", " "])}, "its captions is empty"),
+    "empty txt": ("generation", {"png": columns(0), "txt": b""}, "its txt is empty"),
+    "txt of white space": ("generation", {"png": columns(0), "txt": b" \r\n\t"}, "its txt is empty"),
+    "txt of a byte order mark": ("generation", {"png": columns(0), "txt": BOM.encode()}, "its txt is empty"),
+    "txt as UTF-16": ("generation", {"png": columns(0), "txt": "a circle".encode("utf-16")}, "no UTF-8 but UTF-16"),
+    "txt as UTF-16 without a mark": (
+        "generation",
+        {"png": columns(0), "txt": "a circle".encode("utf-16-le")},
+        "no UTF-8 but UTF-16",
+    ),
+    "edit: empty txt": ("editing", {**EDITING, "txt": b"\n"}, "its txt is empty"),
     "edit: unknown words": ("editing", {**EDITING, "txt": b"make it mauve"}, "unknown words: 'it'"),
     "edit: too long": ("editing", {**EDITING, "txt": f"{LONGEST} a".encode()}, "15 tokens; at most 14 are read"),
     "edit: a mark": ("editing", {**EDITING, "txt": b"make <IMG_CONTEXT> blue"}, "unknown words: '<IMG_CONTEXT>'"),
