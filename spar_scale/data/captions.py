@@ -141,7 +141,7 @@ def _read_texts(folder: Path, left_out: LeftOut) -> Iterator[tuple[str, str]]:
     for name in names:
         extension, stem = _extension(name), _stem_nfc(name)
         if extension in NOT_READ or (stem in described and extension != "txt"):
-            left_out.add("picture type not read", name)
+            left_out.add("picture type not read" if extension in NOT_READ else "file type not read", name)
             used.update(texts.get(stem, []))
     for name in names:
         if _extension(name) == "txt" and name not in used:

@@ -220,7 +220,7 @@ BESIDE = {
     "types that are not read": (
         ["b.gif", "b.txt", "c.HEIC", "d.avif", "d.png", "d.txt", "e.mp4", "e.txt"],
         {"a", "d"},
-        ["picture type not read: 4 (b.gif, c.HEIC, d.avif, e.mp4)"],
+        ["picture type not read: 3 (b.gif, c.HEIC, d.avif)", "file type not read: 1 (e.mp4)"],
     ),
     "files that are no pictures": (["a.json", "notes.md", "b.json"], {"a"}, []),
     "texts alone": (["b.txt", "folder/c.txt"], {"a"}, ["text without a picture: 2 (b.txt, folder/c.txt)"]),
@@ -229,7 +229,7 @@ BESIDE = {
     "two texts": (["b.png", "b.TXT", "b.Txt"], {"a"}, [
         "no text: 1 (b.png)", "text without a picture: 2 (b.TXT, b.Txt)",
     ]),
-    "no extension": (["png", "png.txt"], {"a"}, ["picture type not read: 1 (png)"]),
+    "no extension": (["png", "png.txt"], {"a"}, ["file type not read: 1 (png)"]),
     "picture alone": (["b.png"], {"a"}, ["no text: 1 (b.png)"]),
 }  # fmt: skip
 
