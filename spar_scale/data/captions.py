@@ -47,7 +47,7 @@ def find_pairs(folder: Path, left_out: LeftOut) -> Iterator[Pair]:
         raise UserError(f"{folder}: holds {' and '.join(TABLES)}; one of them says which pictures are meant")
     if tables and not _is_inside(folder, tables[0]):
         raise UserError(f"{tables[0]}: is a link to outside of the folder")
-    spellings = _Spellings(folder, left_out)
+    spellings = _Spellings(folder)
     for name, caption in read_table(tables[0], left_out) if tables else _read_texts(folder, left_out):
         found = _locate(folder, name, spellings)
         if isinstance(found, str):
@@ -92,8 +92,8 @@ def _is_inside(folder: Path, path: Path) -> bool:
 class _Spellings:
     """The other Unicode spelling of a file name: a Mac stores letters and accents apart (NFD), most editors do not."""
 
-    def __init__(self, folder: Path, left_out: LeftOut):
-        self._folder, self._left_out = folder, left_out
+    def __init__(self, folder: Path):
+        self._folder = folder
 
     def other(self, name: str) -> str | None:
         """Return the one file of the folder that differs from `name` only in how its accents are encoded."""
@@ -105,18 +105,21 @@ class _Spellings:
     @functools.cached_property
     def _by_nfc(self) -> dict[str, list[str]]:
         names: dict[str, list[str]] = {}
-        for name in _walk(self._folder, self._left_out):
+        for name in _walk(self._folder, LeftOut()):
             names.setdefault(_nfc(name), []).append(name)
         return names
 
 
 def _walk(folder: Path, left_out: LeftOut) -> Iterator[str]:
-    """Yield the paths of all files but hidden ones; linked folders are not entered, unreadable ones are noted."""
+    """Yield the paths of all files but hidden ones; folders that are links or cannot be read are noted."""
 
     def unreadable(error: OSError) -> None:
         left_out.add("folder that cannot be read", os.path.relpath(error.filename, folder), error.strerror or "")
 
-    for where, _, files in os.walk(folder, onerror=unreadable):
+    for where, folders, files in os.walk(folder, onerror=unreadable):
+        for name in sorted(folders):
+            if os.path.islink(os.path.join(where, name)):
+                left_out.add("folder that is a link", Path(where, name).relative_to(folder).as_posix())
         for name in files:
             if not name.startswith("."):
                 yield Path(where, name).relative_to(folder).as_posix()

@@ -312,3 +312,11 @@ def test_special_files_named_like_pictures_are_not_opened(folder: Path):
     captions, report = imported(folder)
     assert captions.keys() == {"a"}
     assert left_out(report) == ["not a regular file: 1 (b.png)", "text without a picture: 1 (c.txt)"]
+
+
+def test_a_folder_that_is_a_link_is_not_entered_and_named(folder: Path):
+    fill(folder, ["a.png", "a.txt"])
+    fill(folder.parent, ["elsewhere/b.png", "elsewhere/b.txt"])
+    (folder / "linked").symlink_to(folder.parent / "elsewhere")
+    captions, report = imported(folder)
+    assert captions.keys() == {"a"} and left_out(report) == ["folder that is a link: 1 (linked)"]

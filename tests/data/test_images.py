@@ -60,7 +60,7 @@ def two_pixels(storage: str) -> bytes:
         "P, table": encoded(palette, transparency=b"\x00\xff"),
         "RGB, one colour": encoded(rgba.convert("RGB"), transparency=RED),
         "RGB of 16 bits": raw_png(
-            16, 2, [struct.pack(">6H", 65535, 0, 0, 0, 0, 65535)], 2, (b"tRNS", struct.pack(">3H", 65535, 0, 0))
+            16, 2, [struct.pack(">6H", 0x8000, 0, 0, 0, 0, 0xFFFF)], 2, (b"tRNS", struct.pack(">3H", 0x8000, 0, 0))
         ),
     }  # fmt: skip
     return files[storage]
