@@ -281,3 +281,10 @@ def test_an_out_that_holds_something_is_refused(folder: Path, tmp_path: Path, ca
     assert main(["data", "import", str(folder), "--out", str(tmp_path / "out")]) == 0
     assert main(["data", "import", str(tmp_path / "none"), "--out", str(tmp_path / "new")]) == 2
     assert "none: no such folder" in capsys.readouterr().err
+
+
+def test_a_picture_one_pixel_thin_is_left_out(folder: Path, tmp_path: Path, picture):
+    (folder / "a.webp").write_bytes(picture(8, 1))
+    said = import_folder(folder, tmp_path / "out")
+    assert "left out, unreadable image: 1 (a.webp (8x1 pixels; both edges need at least 2))" in said
+    assert "a" not in members(tmp_path / "out")
