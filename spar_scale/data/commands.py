@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from parallel.errors import UserError
 from spar_scale.data.images import EXTENSIONS, BadSample, decode
+from spar_scale.data.left_out import NAME_CHARACTERS, printable
 from spar_scale.data.shapes_world import World
 from spar_scale.data.storage import expand_shards, read_member, shard_bytes
-from spar_scale.data.tar_index import check_fresh, index_shard, read_header, read_index, write_index
+from spar_scale.data.tar_index import (
+    ShardIndex,
+    check_fresh,
+    index_shard,
+    read_header,
+    read_index,
+    separate_index_path,
+    write_index,
+)
+from spar_scale.data.tasks import READ_EXTENSIONS
 from spar_scale.outputs import check_picture, write_picture
 
+LISTED = 10  # extensions that a line names
 COLUMNS, CELL, CAPTION = 8, 128, 28  # a contact sheet: images a row, pixels a side, pixels for the text
 
 
@@ -24,14 +38,19 @@ def make(config: World, out: Path) -> None:
     samples = Counter[str]()
     for shard in shards:
         samples[shard.name.rsplit("-", 1)[0]] += read_header(str(shard)).samples
-    print(f"{out}: {', '.join(f'{name} {number}' for name, number in samples.items())} in {len(shards)} shards")
+    _print(f"{out}: {', '.join(f'{name} {number}' for name, number in samples.items())} in {len(shards)} shards")
 
 
 def index(paths: list[str]) -> None:
-    """Write the index of every shard that the paths or patterns name."""
+    """Write the index of every shard that the paths or patterns name, and print what of the shard is not used."""
     for shard in expand_shards(paths):
         found = index_shard(shard)
-        print(f"{write_index(shard, found)}: {len(found)} samples with {', '.join(found.extensions)}")
+        path = write_index(shard, found, separate_index_path(shard))
+        _print(f"{path}: {len(found)} samples with {_extensions(found)}")
+        for line in _unread(found):
+            _print(f"  {line}")
+        if found.left_out.names:
+            _print(found.left_out.report().removeprefix("\n"))
 
 
 def show(paths: list[str], count: int, out: Path | None) -> None:
@@ -44,25 +63,56 @@ def show(paths: list[str], count: int, out: Path | None) -> None:
     for shard in expand_shards(paths):
         index = read_index(shard)
         check_fresh(shard, index.tar_bytes, shard_bytes(shard))
-        print(f"{shard}: {len(index)} samples with {', '.join(index.extensions)}, {index.tar_bytes / 1e6:.1f} MB")
+        _print(f"{shard}: {len(index)} samples with {_extensions(index)}, {index.tar_bytes / 1e6:.1f} MB")
         for sample in range(min(count, len(index))):
             table = index.members(sample)
             text = _text(shard, table)
-            print(f"  {index.keys[sample]}: {text}")
+            _print(f"  {printable(index.keys[sample], NAME_CHARACTERS)}: {printable(text, len(text))}")
             pictures = [name for name in table if name.rsplit(".", 1)[-1] in EXTENSIONS]
-            cells += [(read_member(shard, *table[name]), text, name) for name in pictures]
+            cells += [(read_member(shard, *table[name]), text, _shown(name)) for name in pictures]
     if out is not None:
         _contact_sheet(cells, out)
-        print(f"{out}: {len(cells)} images")
+        _print(f"{out}: {len(cells)} images")
+
+
+def _print(line: str) -> None:
+    """Print a line; a sign that the output's encoding does not have is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _shown(extension: str) -> str:
+    return printable(extension, NAME_CHARACTERS) or "(no extension)"
+
+
+def _extensions(index: ShardIndex) -> str:
+    return _list([_shown(name) for name in index.extensions])
+
+
+def _unread(index: ShardIndex) -> list[str]:
+    """Return a line on the members that are in the index and that no task reads, such as pictures of other types."""
+    counts = np.bincount(index.extension, minlength=len(index.extensions)).tolist()
+    unread = [
+        f"{_shown(name)} ({count})"
+        for name, count in zip(index.extensions, counts, strict=True)
+        if name not in READ_EXTENSIONS
+    ]
+    if not unread:
+        return []
+    return [f"no task reads: {_list(unread)}; pictures are read as {', '.join(EXTENSIONS)}, texts as txt, json"]
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def _text(shard: str, table: dict[str, tuple[int, int, int]]) -> str:
     if "txt" in table:
-        return read_member(shard, *table["txt"]).decode(errors="replace").strip()
+        return read_member(shard, *table["txt"]).decode("utf-8-sig", errors="replace").strip()
     if "json" in table:
         try:
             return json.dumps(json.loads(read_member(shard, *table["json"])))[:200]
-        except ValueError:
+        except (ValueError, RecursionError):
             return "(json that cannot be read)"
     return "(no text)"
 

@@ -8,8 +8,10 @@ the file, and it stops the run. Remote reads are not retried beyond what the fss
 from __future__ import annotations
 
 import fnmatch
+import io
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 from zlib import crc32
@@ -17,6 +19,7 @@ from zlib import crc32
 from parallel.errors import UserError, nearest
 
 TAR_BLOCK = 512  # bytes of a tar header, and the unit that data is padded to
+READ_AHEAD = 4 << 20  # bytes that one range request brings where a remote shard is read from its start
 
 
 class ShardReader:
@@ -56,7 +59,9 @@ class ShardReader:
                     data += more
             except OSError as error:
                 raise UserError(f"{self.shard}: reading {size} bytes at {offset} failed ({error.strerror})") from None
-        if len(data) != size:
+        if len(data) > size:
+            raise UserError(f"{self.shard}: {_too_much(self.shard, size, len(data))}")
+        if len(data) < size:
             raise UserError(f"{self.shard}: ends {size - len(data)} bytes before a member that its index lists")
         return data
 
@@ -71,6 +76,41 @@ class ShardReader:
             self.close()
 
 
+class _RangeStream(io.RawIOBase):
+    """A remote shard as a stream that can seek; every read is one range request."""
+
+    def __init__(self, shard: str):
+        self._reader, self._position = ShardReader(shard), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._reader.size_bytes}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self._reader.size_bytes - self._position))
+        if size:
+            buffer[:size] = self._reader.read(self._position, size)
+        self._position += size
+        return size
+
+
+def _too_much(shard: str, asked: int, found: int) -> str:
+    gave = f"gave {found} bytes where {asked} were asked for"
+    if not shard.startswith(("http://", "https://")):
+        return f"{gave}; copy the shards to where parts of a file can be read"
+    return (
+        f"{gave}: this server does not serve parts of a file (HTTP range requests); copy the shards to a disk or an"
+        " object store, or use a server with ranges"
+    )
+
+
 def read_member(shard: str, offset: int, size: int, header_crc: int) -> bytes:
     """Read one member of a shard (path or URL) without keeping the shard open."""
     reader = ShardReader(shard)
@@ -80,13 +120,18 @@ def read_member(shard: str, offset: int, size: int, header_crc: int) -> bytes:
         reader.close()
 
 
-def expand_shards(patterns: str | Sequence[str]) -> list[str]:
-    """Return the shards that paths or glob patterns name, sorted; what matches nothing is refused."""
+def expand_shards(patterns: str | Iterable[str]) -> list[str]:
+    """Return the shards that paths or patterns name, sorted.
+
+    A pattern may hold `*`, `?`, `[...]`, `**`, `~` and, as in webdataset, braces (`x-{000..012}.tar`, each of which
+    must be there). A file or folder whose own name has such signs is found too. Raises UserError for what matches
+    nothing.
+    """
     found: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matches = _glob(pattern)
+        matches = _find(pattern)
         if not matches:
-            raise UserError(f"{pattern}: no such shard; {_neighbours(pattern)}")
+            raise UserError(f"{pattern}: {_why_none(pattern)}")
         found += matches
     return sorted(set(found))
 
@@ -95,38 +140,83 @@ def shard_bytes(shard: str) -> int:
     """Return the size of a shard in bytes."""
     if is_url(shard):
         filesystem, path = resolve_url(shard)
-        return int(remote(shard, lambda: filesystem.size(path)))
+        size = remote(shard, lambda: filesystem.size(path))
+        if size is None:
+            raise UserError(f"{shard}: the server does not give the size of the file; copy the shards to a disk")
+        return int(size)
     try:
         return os.stat(shard).st_size
-    except OSError as error:
-        raise UserError(f"{shard}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shard}: cannot be read ({getattr(error, 'strerror', error)})") from None
+
+
+def _find(pattern: str) -> list[str]:
+    if matches := _glob(pattern):
+        return matches
+    if "{" not in pattern:
+        return []
+    from braceexpand import braceexpand  # which webdataset requires
+
+    try:
+        expanded = braceexpand(pattern, escape=False)
+        first = next(expanded)
+        return [] if first == pattern else expand_shards(itertools.chain([first], expanded))
+    except ValueError as error:
+        raise UserError(f"{pattern}: its braces do not close ({error}); write it as x-{{000..012}}.tar") from None
 
 
 def _glob(pattern: str) -> list[str]:
     if is_url(pattern):
         filesystem, path = resolve_url(pattern)
         return [filesystem.unstrip_protocol(found) for found in remote(pattern, lambda: filesystem.glob(path))]
-    if not any(mark in pattern for mark in "*?["):
-        return [pattern] if os.path.isfile(pattern) else []
-    folder = Path(pattern).parent
-    if any(mark in str(folder) for mark in "*?["):
-        return sorted(str(path) for path in Path(folder.anchor).glob(str(Path(pattern).relative_to(folder.anchor))))
-    names = [name for name in os.listdir(folder) if not name.startswith(".")] if folder.is_dir() else []
-    return [str(folder / name) for name in names if fnmatch.fnmatchcase(name, Path(pattern).name)]
+    path = Path(os.path.expanduser(pattern))
+    if not _has_marks(str(path)):
+        return [os.path.expanduser(pattern)] if os.path.isfile(path) else []
+    if path.is_absolute() and path.parts[1] == "**":
+        raise UserError(f"{pattern}: searches the whole file system; name the folder that holds the shards")
+    try:
+        if _has_marks(str(path.parent)) and not os.path.isdir(path.parent):
+            matches = [str(found) for found in Path(path.anchor).glob(str(path.relative_to(path.anchor)))]
+        else:
+            names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+            names = [name for name in names if not name.startswith(".") and fnmatch.fnmatchcase(name, path.name)]
+            matches = [str(path.parent / name) for name in names]
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{pattern}: cannot be searched ({error})") from None
+    return matches or ([str(path)] if os.path.isfile(path) else [])
 
 
-def _neighbours(pattern: str) -> str:
-    """Say what the pattern's folder holds instead."""
+def _has_marks(path: str) -> bool:
+    return any(mark in path for mark in "*?[")
+
+
+def _why_none(pattern: str) -> str:
+    """Say why nothing matches, and what the pattern's folder holds instead."""
     if is_url(pattern):
-        return "the pattern matches nothing there"
-    path = Path(pattern)
-    if not path.parent.is_dir():
-        return f"the folder {path.parent} does not exist (`spar-scale data make` writes the miniature world)"
-    tars = sorted(entry.name for entry in path.parent.iterdir() if entry.name.endswith(".tar"))
+        return "no such shard; the pattern matches nothing there"
+    path = Path(os.path.expanduser(pattern))
+    if os.path.isdir(path):
+        tars = _tars(path)
+        if not tars:
+            return "is a folder without a .tar file, must be shards"
+        return f"is a folder, must be shards; did you mean {path}/*.tar? ({len(tars)} files match)"
+    if not os.path.isdir(path.parent):
+        if _has_marks(str(path.parent)):
+            return "no such shard; the pattern matches nothing"
+        make = "`spar-scale data make` writes the miniature world"
+        return f"no such shard; the folder {path.parent} does not exist ({make})"
+    tars = _tars(path.parent)
     if not tars:
-        return f"{path.parent} holds no .tar file"
+        return f"no such shard; {path.parent} holds no .tar file"
     listed = ", ".join(tars[:5]) + (f" and {len(tars) - 5} more" if len(tars) > 5 else "")
-    return f"{path.parent} holds {listed}{nearest(path.name, tars)}"
+    return f"no such shard; {path.parent} holds {listed}{nearest(path.name, tars)}"
+
+
+def _tars(folder: Path) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(folder) if name.endswith(".tar") and not name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
 
 
 def exists(path: str) -> bool:
@@ -140,8 +230,7 @@ def exists(path: str) -> bool:
 def open_shard(shard: str) -> IO[bytes]:
     """Open a path or URL as a binary stream that can seek."""
     if is_url(shard):
-        filesystem, path = resolve_url(shard)
-        return remote(shard, lambda: filesystem.open(path, "rb"))
+        return io.BufferedReader(_RangeStream(shard), READ_AHEAD)
     try:
         return open(shard, "rb")
     except OSError as error:
@@ -160,9 +249,9 @@ def resolve_url(url: str) -> tuple[Any, str]:
     return remote(url, lambda: fsspec.core.url_to_fs(url))
 
 
-def remote(url: str, action: Callable[[], Any]) -> Any:
-    """Remote filesystems raise exceptions of their own clients: whatever comes is a system error of this URL."""
+def remote(url: str, action: Callable[[], Any], failure: str = "cannot be reached") -> Any:
+    """Return what `action` returns; UserError for any exception, as each remote file system has its own."""
     try:
         return action()
     except Exception as error:
-        raise UserError(f"{url}: cannot be reached ({type(error).__name__}: {error})") from error
+        raise UserError(f"{url}: {failure} ({type(error).__name__}: {error})") from error

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import os
 import tarfile
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ import pytest
 from parallel.errors import UserError
 from spar_scale.data.commands import index, show
 from spar_scale.data.storage import expand_shards, read_member
-from spar_scale.data.tar_index import index_path, index_shard, read_header, read_index
+from spar_scale.data.tar_index import VERSION, index_path, index_shard, read_header, read_index, write_index
 
 
 def refusal(action, *given) -> str:
@@ -156,7 +159,9 @@ def test_an_index_of_another_version_is_refused(make_shard):
         content = dict(arrays)
     content["header"] = content["header"] + np.array([1, 0, 0])
     np.savez(index_path(shard), **content)
-    assert "version 2, this program reads 1; run `spar-scale data index" in refusal(read_header, shard)
+    assert f"version {VERSION + 1}, this program reads {VERSION}; run `spar-scale data index" in refusal(
+        read_header, shard
+    )
 
 
 def test_an_index_that_lacks_a_column_is_refused(make_shard):
@@ -165,6 +170,99 @@ def test_an_index_that_lacks_a_column_is_refused(make_shard):
         content = {name: arrays[name] for name in arrays.files if name != "offset"}
     np.savez(index_path(shard), **content)
     assert "not an index (offset missing); run" in refusal(read_header, shard)
+
+
+def changed(name: str, value, kind=None):
+    """A change of one array of an index."""
+    return lambda arrays: {**arrays, name: np.array(value, dtype=kind or arrays[name].dtype)}
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def sized(name: str, shape: tuple[int, ...]):
+    """The bytes of an array whose header gives this shape and whose body is empty."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<i8", "fortran_order": False, "shape": shape})
+    return lambda arrays: {**arrays, name: stream.getvalue()}
+
+
+HUGE = 1 << 62
+CRAFTED = {  # of a shard with the samples a {txt, png} and b {txt}: first 0 2 3, extension 0 1 0
+    "no header": changed("header", []),
+    "header of two": changed("header", [VERSION, 4096]),
+    "header as text": changed("header", ["4096", "2"], "<U4"),
+    "no samples": changed("header", [VERSION, 10240, 0]),
+    "more samples than keys": changed("header", [VERSION, 10240, 3]),
+    "huge number of samples": changed("header", [VERSION, 10240, HUGE]),
+    "negative bytes of the tar": changed("header", [VERSION, -1, 2]),
+    "keys of another index": changed("keys", list(b"a\0c")),
+    "one key twice": lambda arrays: with_keys(arrays, b"a\0a"),
+    "too many keys": lambda arrays: with_keys(arrays, b"a\0b\0c"),
+    "hash that is no text": changed("keys_sha256", [255] * 64),
+    "first is short": changed("first", [0, 3]),
+    "first begins late": changed("first", [1, 2, 3]),
+    "first ends early": changed("first", [0, 1, 2]),
+    "first ends late": changed("first", [0, 2, HUGE]),
+    "first falls": changed("first", [0, 4, 3]),
+    "first is negative": changed("first", [0, -HUGE, 3]),
+    "a sample without members": changed("first", [0, 0, 3]),
+    "first in two dimensions": changed("first", [[0, 2, 3]]),
+    "extension out of range": changed("extension", [0, 1, 2]),
+    "extension negative": changed("extension", [0, -1, 0]),
+    "one extension twice": changed("extension", [0, 0, 0]),
+    "one name of an extension twice": changed("extensions", list(b"txt\0txt")),
+    "fewer extensions": changed("extension", [0, 1]),
+    "fewer checksums": changed("header_crc", [0, 1]),
+    "offsets of other numbers": changed("offset", [512.0, 1536.0, 2560.0], "<f8"),
+    "offset negative": changed("offset", [-512, 1536, 2560]),
+    "offset in the first header": changed("offset", [511, 1536, 2560]),
+    "offset behind the tar": changed("offset", [512, 1536, HUGE]),
+    "size negative": changed("size", [1, -1, 1]),
+    "size of all memory": changed("size", [1, HUGE, 1]),
+    "size beyond the tar": changed("size", [1, 1, 10240]),
+    "shape of all memory": sized("offset", (HUGE,)),
+    "negative shape": sized("offset", (-1,)),
+    "scalar": changed("offset", 512),
+    "npy of nothing": lambda arrays: {**arrays, "offset": b""},
+    "npy of text": lambda arrays: {**arrays, "offset": b"no npy"},
+    "compressed zeros": lambda arrays: {**arrays, "offset": bytes(1 << 20), "compression": zipfile.ZIP_DEFLATED},
+    "objects": changed("size", [1, None, 1], object),
+}
+
+
+def with_keys(arrays: dict, keys: bytes) -> dict:
+    hashed = hashlib.sha256(keys).hexdigest().encode()
+    return {**arrays, "keys": np.frombuffer(keys, np.uint8), "keys_sha256": np.frombuffer(hashed, np.uint8)}
+
+
+@pytest.mark.parametrize("case", CRAFTED)
+def test_an_index_whose_parts_do_not_fit_is_refused_in_one_sentence(make_shard, case):
+    shard = make_shard({"a": {"txt": b"1", "png": b"2"}, "b": {"txt": b"3"}})
+    with np.load(index_path(shard)) as arrays:
+        content = CRAFTED[case](dict(arrays))
+    with zipfile.ZipFile(index_path(shard), "w", content.pop("compression", zipfile.ZIP_STORED)) as archive:
+        for name, array in content.items():
+            archive.writestr(f"{name}.npy", array if isinstance(array, bytes) else npy(array))
+    error = refusal(read_index, shard)
+    assert error.startswith(f"{shard}.index.npz: not an index (") and "\n" not in error and len(error) < 600
+    assert error.endswith(f"; run `spar-scale data index {shard}`")
+    index([shard])
+    assert read_index(shard).keys == ("a", "b")
+
+
+def test_an_index_keeps_more_extensions_than_16_bits_count(make_shard):
+    """Files named a.00001.png, a.00002.png, ... are one sample with an extension each."""
+    shard = make_shard({"a": {"txt": b"1"}})
+    found, number = index_shard(shard), 40_000
+    columns = {name: np.repeat(getattr(found, name), number) for name in ("offset", "size", "header_crc")}
+    extensions = tuple(f"{n:05d}.png" for n in range(number))
+    column, first = np.arange(number, dtype=found.extension.dtype), np.array([0, number])
+    write_index(shard, replace(found, extensions=extensions, extension=column, first=first, **columns))
+    assert tuple(read_index(shard).members(0)) == extensions
 
 
 def test_patterns_are_sorted_and_take_tars_only(tiny_world):
