@@ -199,7 +199,7 @@ def _why_none(pattern: str) -> str:
         tars = _tars(path)
         if not tars:
             return "is a folder without a .tar file, must be shards"
-        return f"is a folder, must be shards; did you mean {path}/*.tar? ({len(tars)} files match)"
+        return f"is a folder, must be shards; did you mean {path}/*.tar? ({len(tars)} matching)"
     if not os.path.isdir(path.parent):
         if _has_marks(str(path.parent)):
             return "no such shard; the pattern matches nothing"

@@ -46,8 +46,8 @@ class Scan:
 def scan_tar(shard: str, stream: IO[bytes], tar_bytes: int) -> Scan:
     """Return what the tar or tars in `stream` hold (`tar_bytes` in all; `shard` is the name in messages).
 
-    Raises UserError for what is truncated, damaged, compressed or no tar, for a key that comes back after another one and
-    for an extension that a key has twice.
+    Raises UserError for what is truncated, damaged, compressed or no tar, for a key that comes back after another one
+    and for an extension that a key has twice.
     """
     found = Scan()
     start: int | None = 0

@@ -64,8 +64,8 @@ def test_the_home_directory_is_found(folder, monkeypatch):
 
 
 REFUSED = {
-    "a folder": ("{}/a", "is a folder, must be shards; did you mean {}/a/*.tar? (5 files match)"),
-    "a folder with a slash": ("{}/a/", "is a folder, must be shards; did you mean {}/a/*.tar? (5 files match)"),
+    "a folder": ("{}/a", "is a folder, must be shards; did you mean {}/a/*.tar? (5 matching)"),
+    "a folder with a slash": ("{}/a/", "is a folder, must be shards; did you mean {}/a/*.tar? (5 matching)"),
     "a folder without shards": ("{}/none", "is a folder without a .tar file, must be shards"),
     "a brace beyond the last": ("{}/a/x-{{01..03}}.tar", "no such shard; {}/a holds x-00.tar, "),
     "an open brace": ("{}/a/x-{{00..02.tar", "its braces do not close ("),
