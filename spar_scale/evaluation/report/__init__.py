@@ -16,6 +16,7 @@ from markupsafe import Markup
 from parallel.files import write_file
 from spar_scale.evaluation.report import ablation, limits, phases, pictures, routing, scores
 from spar_scale.evaluation.report.sources import Found, read, root_of
+from spar_scale.outputs import check_files
 
 REPORT = "report.html"
 
@@ -25,9 +26,10 @@ def write_report(root: Path) -> Path:
 
     Raises UserError where there are no runs, and for files that cannot be read.
     """
-    found = read(root_of(root))
-    target = found.root / REPORT
-    write_file(target, render(found))
+    root = root_of(root)
+    target = root / REPORT
+    check_files(target)
+    write_file(target, render(read(root)))
     return target
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
 
 from markupsafe import Markup
 
@@ -17,21 +19,21 @@ WIDTH, HEIGHT = 320, 170  # units of the drawing
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 8, 24  # margins
 MAX_POINTS = 600
 LOG_RATIO = 8.0  # a logarithmic axis where the highest value is this many times the lowest
+LARGEST, SMALLEST = 1e100, 1e-100  # beyond and below these a value is drawn as this and as 0
 SMOOTH_PARTS = 40  # the moving mean runs over a fortieth of the steps
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """Return the centred moving mean; at the ends the window is cut, not shifted."""
     half = len(values) // (2 * SMOOTH_PARTS)
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
+    sums = list(accumulate(map(Fraction, values), initial=Fraction()))  # exact: a spike of 1e18 would swallow the rest
     spans = ((max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values)))
-    return [(sums[last] - sums[first]) / (last - first) for first, last in spans]
+    return [float((sums[last] - sums[first]) / (last - first)) for first, last in spans]
 
 
 def draw(steps: Sequence[int], values: Sequence[float], label: str) -> Markup:
     """Return an <svg> of finite values over steps; `label` is read to who cannot see it."""
+    values = [_clipped(value) for value in values]
     low, high = min(values), max(values)
     logarithmic = low > 0 and high / low >= LOG_RATIO
     scale = math.log10 if logarithmic else float
@@ -78,6 +80,11 @@ def draw(steps: Sequence[int], values: Sequence[float], label: str) -> Markup:
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
         parts.append(Markup('<polyline class="{}" points="{}"/>').format(name, path))
     return Markup("").join([*parts, Markup("</svg>")])
+
+
+def _clipped(value: float) -> float:
+    """A value that the axes' arithmetic cannot take out of the range of floats."""
+    return min(max(value, -LARGEST), LARGEST) if abs(value) > SMALLEST else 0.0
 
 
 def _thinned(steps: Sequence[int], values: Sequence[float]) -> list[tuple[int, float]]:

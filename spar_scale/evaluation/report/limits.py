@@ -42,10 +42,9 @@ def remarks(found: Found) -> list[str]:
         said.append("Every score that has a control in scores.json is above it.")
     if {"flow.right", "flow.shuffled"} <= set(scores) and scores["flow.right"] >= scores["flow.shuffled"]:
         said.append("Shuffling the prompts does not raise the held-out loss: the model does not listen to them.")
-    if {"flow.edit.right", "flow.edit.mirrored"} <= set(scores):
-        gain = scores["flow.edit.mirrored"] / scores["flow.edit.right"] - 1
-        if gain < PLACED:
-            said.append("Mirroring the picture to edit hardly raises the loss: edits do not heed where things stand.")
+    right, mirrored = scores.get("flow.edit.right"), scores.get("flow.edit.mirrored")
+    if right is not None and mirrored is not None and mirrored < (1 + PLACED) * right:
+        said.append("Mirroring the picture to edit hardly raises the loss: edits do not heed where things stand.")
     before, after = scores.get("vqa.before"), scores.get("vqa.after")
     if before is not None and after is not None and before - after > FALL:
         said.append(f"Training the tokenizer cost answers: {number(before)} right before, {number(after)} after.")

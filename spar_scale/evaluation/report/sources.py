@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from parallel.errors import UserError
+from spar_scale.evaluation.report import forms
+from spar_scale.json_files import read_json, read_text, validated
 from spar_scale.rules import PHASES
 
 ORDER = [(stage, phase) for stage, names in PHASES.items() for phase in names]
@@ -58,17 +62,29 @@ def root_of(path: Path) -> Path:
 
 
 def read(root: Path) -> Found:
-    """Read what there is under ROOT. Raises UserError for a file that is no JSON or YAML of the kind expected."""
+    """Read what there is under ROOT. Raises UserError for a file that has not the form in `forms.py`."""
     runs = [_run(folder) for folder in _run_dirs(root)]
     runs.sort(key=lambda run: (run.variant, _place(run), run.name))
     return Found(
         root,
         runs,
-        {name: value for name, value in _json(root / "scores.json").items() if isinstance(value, int | float)},
-        _json(root / "evaluation" / "details.json"),
-        _json(root / "training.json"),
-        _json(root / "ablation.json"),
+        read_scores(root),
+        _read(root, "evaluation/details.json", forms.DETAILS, "evaluate {}"),
+        _read(root, "training.json", forms.TRAINING, "demo --out {}"),
+        _read(root, "ablation.json", forms.ABLATION, "ablate --out {}"),
     )
+
+
+def read_scores(root: Path) -> dict[str, float]:
+    """Return ROOT/scores.json, empty if it is absent. Raises UserError for what is no JSON object of numbers."""
+    return _read(root, "scores.json", forms.SCORES, "evaluate {}")
+
+
+def _read(root: Path, name: str, form: TypeAdapter[Any], command: str) -> dict[str, Any]:
+    if not (root / name).exists():
+        return {}
+    remedy = f"remove it, then `spar-scale {command.format(shlex.quote(str(root)))}` writes a new one"
+    return read_json(root / name, form, remedy)
 
 
 def _run_dirs(root: Path) -> list[Path]:
@@ -83,7 +99,7 @@ def _place(run: Run) -> int:
 
 def _run(folder: Path) -> Run:
     path = folder / "recipe.yaml"
-    text = _text(path)
+    text = read_text(path)
     try:
         recipe = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -94,35 +110,18 @@ def _run(folder: Path) -> Run:
     return Run(folder.name, str(recipe.get("stage")), str(recipe.get("phase")), text, metrics)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file, empty if the file is absent."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(_text(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: found {type(value).__name__}, must be a JSON object")
-    return value
-
-
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file, none if it is absent. The last line may still be in writing."""
+    """The lines of metrics.jsonl, none if it is absent. The last line may still be in writing."""
     if not path.exists():
         return []
-    lines, values = _text(path).splitlines(), []
+    text, values = read_text(path), []
+    lines = text.removesuffix("\n").split("\n") if text else []
     for number, line in enumerate(lines, 1):
         try:
-            values.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not JSON") from None
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines) and not text.endswith("\n"):
+                break
+            raise UserError(f"{path}: line {number} is not JSON; remove this line") from None
+        values.append(dict(validated(value, forms.LINE, f"{path}: line {number}", "remove this line")))
     return values
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
