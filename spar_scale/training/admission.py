@@ -1,0 +1,225 @@
+"""What keeps a recipe from being trained, found in seconds and all at once: the check before a job waits for its nodes.
+
+Where `train` has a function that refuses before anything big is built, that very function is called here. Weights are
+never read: of a pretrained part the headers of its files are held against the shapes of the preset, of a parent's
+checkpoint its manifest is read, of stored values their manifest is compared except for the hashes of weights. So what
+is refused here is refused by `train`, and `train` may still refuse damaged weights.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from parallel.errors import UserError
+from parallel.manifest import list_checkpoints, read_manifest
+from parallel.run_lock import LOCK_FILE
+from parallel.topology import Layout
+from spar_scale.data import encoded
+from spar_scale.data.storage import expand_shards
+from spar_scale.data.tar_index import digest
+from spar_scale.data.tasks import source_task
+from spar_scale.models.presets import Preset
+from spar_scale.recipe import Recipe, behind_link, beside
+from spar_scale.stages import Stage, meta_stage
+from spar_scale.stages.parts import (
+    load_autoencoder,
+    load_diffusion,
+    load_mllm,
+    preset_of,
+    pretrained_directories,
+    read_config,
+)
+from spar_scale.stages.tokenizer_files import load_tokenizer
+from spar_scale.training.engine_settings import engine_settings
+from spar_scale.training.parent import RECORD
+from spar_scale.training.run_directory import refuse_another
+
+_VISION = ("vision_tower", "multi_modal_projector")
+_LOADERS: dict[str, Callable[[Path, Preset], nn.Module]] = {
+    "pixel_autoencoder": lambda directory, preset: load_autoencoder(directory, preset)[0],
+    "diffusion": load_diffusion,
+    "tokenizer": lambda directory, preset: load_tokenizer(directory, preset)[0],
+    "mllm": load_mllm,
+    "teacher": load_mllm,
+}
+
+
+def check_layout(recipe: Recipe, world: int) -> None:
+    """Raise UserError where the preset, the phase or the batch cannot be spread over `world` processes so."""
+    from spar_scale.plans.tensor import check_tensor
+
+    layout = Layout(recipe.parallel.tensor, recipe.parallel.pipeline, recipe.parallel.zero)
+    check_tensor(preset_of(recipe), layout.tensor)
+    data_size = layout.data(world)
+    if layout.pipeline > 1:
+        layout.check_layers(len(meta_stage(recipe).layers), world)
+    engine_settings(recipe, data_size)
+
+
+def refusals(recipe: Recipe, world: int, stage: Stage | None) -> list[str]:
+    """Return everything that `train` would refuse of a recipe in a world of so many processes; empty where nothing.
+
+    `stage` is its meta stage, None where that has been refused already: what depends on it is then left out.
+    """
+    checks: list[Callable[[], None]] = [
+        lambda: check_layout(recipe, world),
+        lambda: refuse_another(recipe.run_dir / "recipe.yaml", recipe),
+        lambda: _check_free(recipe.run_dir),
+        lambda: _check_parent(recipe),
+        lambda: _check_encoded(recipe, stage),
+    ]
+    if stage is not None:
+        spec = stage.sample
+        checks += [lambda name=source.name: source_task(spec.task, name) and None for source in recipe.data.sources]
+    checks += [lambda part=part: _check_part(recipe, part) for part in recipe.model.pretrained]
+    return list(dict.fromkeys(_messages(checks)))
+
+
+def stored_bytes(recipe: Recipe, source: str, num_tokens: int) -> int:
+    """Return the bytes that `data.encoded` holds for a sample of `source` with so many tokens; 0 without it."""
+    if recipe.data.encoded is None:
+        return 0
+    directory = beside(recipe.run_dir, recipe.data.encoded)
+    manifest = encoded.read_manifest(directory / encoded.MANIFEST)
+    if manifest is None:
+        return 0
+    shards = {one.name: expand_shards(one.shards) for one in recipe.data.sources if one.name == source}
+    stored = encoded.Encoded(directory, manifest["made_of"], shards, "spar-scale data encode RECIPE")
+    return sum(tensor.nbytes for tensor in stored.empty(source, 1, num_tokens).values())
+
+
+def _messages(checks: list[Callable[[], None]]) -> Iterator[str]:
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            yield str(error)
+
+
+def _check_free(run_dir: Path) -> None:
+    """Raise UserError where another process trains in the run directory; the lock is tried and let go at once.
+
+    Not for a process that holds the lock itself: closing the file would release it.
+    """
+    try:
+        with (run_dir / LOCK_FILE).open() as stream:  # a shared lock: checks on several nodes do not meet each other
+            holder = stream.read().strip()
+            fcntl.lockf(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{run_dir}: in use by another process ({holder}); stop it, or give this run another run_dir"
+        ) from None
+    except OSError:  # there is no lock yet, or the disk refuses it, which the disk's own check reports
+        return
+
+
+def _check_parent(recipe: Recipe) -> None:
+    """Raise UserError where the run that `init_from` names has no checkpoint, or not the one noted in `parent.json`."""
+    if recipe.init_from is None:
+        return
+    root = beside(recipe.run_dir, recipe.init_from) / "checkpoints"
+    record = recipe.run_dir / RECORD
+    if record.exists():
+        _check_recorded(recipe, root, record)
+        return
+    found = list_checkpoints(root)
+    if not found:
+        link = behind_link(recipe.run_dir, recipe.init_from)
+        raise UserError(
+            f"init_from: {root} holds no checkpoint; train that phase first (spar-scale train, run_dir={root.parent})"
+            f"{link}"
+        )
+    failures = list(_messages([lambda path=path: read_manifest(path) and None for path in found]))
+    if len(failures) == len(found):
+        raise UserError(f"init_from: every checkpoint is damaged: {'; '.join(failures)}; train that phase again")
+
+
+def _check_recorded(recipe: Recipe, root: Path, record: Path) -> None:
+    try:
+        noted: dict[str, str] = json.loads(record.read_text())
+        run, name = noted["run"], noted["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{record}: cannot be read as JSON; restore it, or start in another run_dir") from None
+    if run != recipe.init_from:
+        raise UserError(f"init_from: found {recipe.init_from}, but this run started from {run}")
+    read_manifest(root / name)
+
+
+def _check_part(recipe: Recipe, part: str) -> None:
+    """Raise UserError where a pretrained part is not there, or is of shapes that the preset has not."""
+    alone = recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"pretrained": {part: recipe.model.pretrained[part]}})}
+    )
+    directory = _directory(alone, part)
+    preset, where = preset_of(recipe), f"model.pretrained.{part}: {directory}"
+    if part == "tokenizer" and (found := read_config(part, directory).get("preset")) != preset.name:
+        raise UserError(f"{where} has preset '{found}', this recipe has '{preset.name}'")
+    if part not in _LOADERS:  # a name that no phase takes, which the stage refuses
+        return
+    with torch.device("meta"):
+        model = _LOADERS[part](directory, preset)
+    read = _VISION if part == "teacher" or (recipe.stage == "tokenizer" and part == "mllm") else None
+    wanted = {_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in _shapes(where, directory).items():
+        key = _name(name)
+        if (read is None or key[0] in read) and wanted.get(key, shape) != shape:
+            raise UserError(
+                f"{where} has {name} of shape {shape}, preset '{preset.name}' needs {wanted[key]};"
+                " name a part of this preset, or set model.preset"
+            )
+
+
+def _directory(recipe: Recipe, part: str) -> Path:
+    try:
+        return pretrained_directories(recipe, allowed=(part,), required=())[part]
+    except UserError as error:
+        run = beside(recipe.run_dir, recipe.model.pretrained[part]).parent
+        raise UserError(f"{error}; train the phase that writes it first (spar-scale train, run_dir={run})") from None
+
+
+def _name(name: str) -> tuple[str, ...]:
+    """A parameter's name without `model`, which transformers (5.0) puts at another place in files."""
+    return tuple(part for part in name.split(".") if part != "model")
+
+
+def _shapes(where: str, directory: Path) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape out of the headers of a directory's safetensors files."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{where} holds no *.safetensors file; export the part again")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{where}: {path.name} cannot be read ({error}); export the part again") from None
+    return shapes
+
+
+def _check_encoded(recipe: Recipe, stage: Stage | None) -> None:
+    """Raise UserError where `data.encoded` is not there, or was made with other settings or of other shards."""
+    if recipe.data.encoded is None:
+        return
+    path = beside(recipe.run_dir, recipe.data.encoded) / encoded.MANIFEST
+    command = f"spar-scale data encode RECIPE (the recipe of {recipe.run_dir})"
+    manifest = encoded.read_manifest(path)
+    if manifest is None:
+        link = behind_link(recipe.run_dir, recipe.data.encoded)
+        raise UserError(f"data.encoded: there is no {path}; run `{command}`{link}")
+    wanted: encoded.MadeOf = {"preset": recipe.model.preset, "precision": recipe.precision}
+    if stage is not None:
+        wanted |= {name: getattr(stage.sample, name) for name in ("image_size", "num_tokens", "image_tokens")}
+    if differing := encoded.differences(manifest["made_of"], wanted):
+        raise UserError(f"data.encoded: {path} was made of other things ({differing}); run `{command}`")
+    for source in recipe.data.sources:
+        if manifest["sources"].get(source.name) != digest(expand_shards(source.shards)):
+            found = "other shards" if source.name in manifest["sources"] else "no shards"
+            raise UserError(f"data.encoded: {path} is of {found} of source '{source.name}'; run `{command}`")

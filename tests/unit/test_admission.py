@@ -1,0 +1,258 @@
+"""`spar-scale doctor RECIPE` names, before a job waits in a queue, everything that `train` would refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nano import NANO
+from tiny_parts import make_parts
+from tiny_runs import make_data, phase_values
+
+from parallel.environment import read_environment
+from parallel.exit_codes import DEFECT, DONE, REFUSED
+from parallel.run_lock import RunLock
+from spar_scale.cluster.preflight import preflight, sample_bytes, shared_memory
+from spar_scale.recipe import Recipe
+from spar_scale.stages import meta_stage
+
+PHASES = ("bootstrap/mllm", "bootstrap/diffusion", "tokenizer/init", "align/connector", "align/joint")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return make_parts(tmp_path_factory.mktemp("parts"), NANO)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder, scenes=32, edits=16)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, data: Path, parts: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SPAR_DEVICE", "cpu")
+    assert read_environment() == (0, 1, 0)
+
+    def make(phase: str, **changes: Any) -> Recipe:
+        values = phase_values(tmp_path / "runs/own", phase, data, parts, "nano", **changes)
+        return Recipe.model_validate_json(json.dumps(values))
+
+    return make
+
+
+def with_pretrained(recipe: Recipe, **pretrained: str) -> Recipe:
+    model = recipe.model.model_copy(update={"pretrained": recipe.model.pretrained | pretrained})
+    return recipe.model_copy(update={"model": model})
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_what_can_be_trained_is_not_refused(phase: str, recipe: Callable[..., Recipe]):
+    assert preflight(recipe(phase)) == DONE
+
+
+def test_an_encoder_is_read_out_of_an_mllm_of_another_language_model(
+    recipe: Callable[..., Recipe], parts: dict[str, str], tmp_path: Path
+):
+    from dataclasses import replace
+
+    from spar_scale.models.mllm import build_mllm
+    from spar_scale.stages.bootstrap_mllm import save_mllm
+
+    other = replace(NANO, language=replace(NANO.language, mlp_width=128))
+    save_mllm(build_mllm(other), tmp_path / "other")
+    assert preflight(with_pretrained(recipe("tokenizer/init"), mllm=str(tmp_path / "other"))) == DONE
+    assert preflight(with_pretrained(recipe("align/connector"), mllm=str(tmp_path / "other"))) == REFUSED
+
+
+def _parent(recipe: Recipe, root: Path) -> Recipe:
+    return recipe.model_copy(update={"init_from": "../before"})
+
+
+def _noted_parent(recipe: Recipe, root: Path) -> Recipe:
+    recipe.run_dir.mkdir(parents=True)
+    (recipe.run_dir / "parent.json").write_text(json.dumps({"run": "../x", "checkpoint": "step-1", "manifest": ""}))
+    return _parent(recipe, root)
+
+
+def _damaged_parent(recipe: Recipe, root: Path) -> Recipe:
+    (root / "runs/before/checkpoints/step-00000010").mkdir(parents=True)
+    return _parent(recipe, root)
+
+
+def _parent_behind_a_link(recipe: Recipe, root: Path) -> Recipe:
+    (root / "runs").mkdir()
+    for name in ("own", "before"):
+        (root / "scratch" / name).mkdir(parents=True)
+    (root / "runs/own").symlink_to(root / "scratch/own")
+    return _parent(recipe, root)
+
+
+def _part_gone(recipe: Recipe, root: Path) -> Recipe:
+    return with_pretrained(recipe, pixel_autoencoder="../before/pretrained")
+
+
+def _part_of_another_preset(recipe: Recipe, root: Path) -> Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"preset": "tiny"})})
+
+
+def _part_torn(recipe: Recipe, root: Path) -> Recipe:
+    directory = root / "torn"
+    directory.mkdir()
+    for file in Path(recipe.model.pretrained["pixel_autoencoder"]).iterdir():
+        content = file.read_bytes()
+        (directory / file.name).write_bytes(content[:-9] if file.suffix == ".safetensors" else content)
+    return with_pretrained(recipe, pixel_autoencoder=str(directory))
+
+
+def _part_without_weights(recipe: Recipe, root: Path) -> Recipe:
+    (root / "bare").mkdir()
+    (root / "bare/config.json").write_text("{}")
+    return with_pretrained(recipe, pixel_autoencoder=str(root / "bare"))
+
+
+def _other_recipe_there(recipe: Recipe, root: Path) -> Recipe:
+    recipe.run_dir.mkdir(parents=True)
+    recipe.model_copy(update={"seed": recipe.seed + 1}).save(recipe.run_dir / "recipe.yaml")
+    return recipe
+
+
+def _too_many_tensor_ranks(recipe: Recipe, root: Path) -> Recipe:
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"tensor": 2})})
+
+
+def _tensor_that_divides_nothing(recipe: Recipe, root: Path) -> Recipe:
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"tensor": 7})})
+
+
+def _nothing_encoded(recipe: Recipe, root: Path) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"encoded": "../encoded"})})
+
+
+def _encoded_otherwise(recipe: Recipe, root: Path) -> Recipe:
+    (root / "runs/encoded").mkdir(parents=True)
+    manifest = {"version": 1, "made_of": {"preset": "nano", "precision": "bf16"}, "sources": {}}
+    (root / "runs/encoded/manifest.json").write_text(json.dumps(manifest))
+    return _nothing_encoded(recipe, root)
+
+
+def _source_of_no_task(recipe: Recipe, root: Path) -> Recipe:
+    sources = [source.model_copy(update={"name": f"{source.name}s"}) for source in recipe.data.sources]
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
+
+
+REFUSALS: list[tuple[str, Callable[[Recipe, Path], Recipe], str]] = [
+    ("tokenizer/decoder", _parent, "before/checkpoints holds no checkpoint; train that phase first"),
+    ("tokenizer/decoder", _noted_parent, "init_from: found ../before, but this run started from ../x"),
+    ("tokenizer/decoder", _damaged_parent, "init_from: every checkpoint is damaged"),
+    ("tokenizer/decoder", _parent_behind_a_link, "is behind a symbolic link, whose target has"),
+    ("tokenizer/init", _part_gone, "before/pretrained; train the phase that writes it first"),
+    ("tokenizer/init", _part_of_another_preset, "of shape"),
+    ("tokenizer/init", _part_torn, ".safetensors cannot be read"),
+    ("tokenizer/init", _part_without_weights, "holds no *.safetensors file"),
+    ("align/joint", _part_of_another_preset, "has preset 'nano', this recipe has 'tiny'"),
+    ("bootstrap/mllm", _other_recipe_there, "holds a run of another recipe; it differs in seed"),
+    ("bootstrap/mllm", _too_many_tensor_ranks, "parallel: found tensor 2 x pipeline 1 in a world of 1 process"),
+    ("bootstrap/mllm", _tensor_that_divides_nothing, "parallel.tensor: found 7"),
+    ("bootstrap/mllm", _source_of_no_task, "data.sources: 'questionss' is no task of this phase"),
+    ("align/connector", _nothing_encoded, "encoded/manifest.json; run `spar-scale data encode RECIPE"),
+    ("align/connector", _encoded_otherwise, "was made of other things (precision bf16 there, fp32 here"),
+]
+
+
+@pytest.mark.parametrize(
+    ("phase", "spoil", "message"), REFUSALS, ids=lambda value: getattr(value, "__name__", str(value)[:20]).strip("_")
+)
+def test_what_nobody_can_train_is_refused_with_the_reason(
+    phase: str,
+    spoil: Callable[[Recipe, Path], Recipe],
+    message: str,
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    assert preflight(spoil(recipe(phase), tmp_path)) == REFUSED
+    found = capsys.readouterr().out
+    assert "bad  recipe" in found and message in found
+
+
+def test_everything_that_is_missing_is_named_at_once(
+    recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    spoiled = _parent(_other_recipe_there(_part_gone(recipe("tokenizer/decoder"), tmp_path), tmp_path), tmp_path)
+    assert preflight(_tensor_that_divides_nothing(spoiled, tmp_path)) == REFUSED
+    lines = [line for line in capsys.readouterr().out.splitlines() if "bad  recipe" in line]
+    named = ("parallel.tensor", "holds a run of another recipe", "init_from", "model.pretrained.pixel_autoencoder")
+    assert len(lines) == len(named)
+    assert all(name in line for name, line in zip(named, lines, strict=True))
+
+
+def test_a_run_that_another_process_trains_is_refused_and_keeps_its_lock(
+    recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
+):
+    wanted = recipe("bootstrap/mllm")
+    (told, tell), (end, ask) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ask)
+        with RunLock(wanted.run_dir):
+            os.write(tell, b"1")
+            os.read(end, 1)  # ends with the parent's side of the pipe
+        os._exit(0)
+    os.close(end)
+    try:
+        assert os.read(told, 1) == b"1"
+        assert [preflight(wanted), preflight(wanted)] == [REFUSED, REFUSED]
+        assert f'in use by another process ({{"pid": {child}, ' in capsys.readouterr().out
+    finally:
+        os.close(ask)
+        os.waitpid(child, 0)
+    assert preflight(wanted) == DONE
+
+
+def test_a_backend_that_is_not_here_is_a_fault_of_the_machine(
+    recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
+):
+    assert preflight(recipe("bootstrap/mllm", attention="flash_attn_4")) == DEFECT
+    assert "bad  attention" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("needed", "state"), [(0, "ok"), (1 << 60, "bad")])
+def test_shared_memory_is_held_against_what_the_workers_need(tmp_path: Path, needed: int, state: str):
+    found = shared_memory(tmp_path, needed)
+    assert found.state == state
+    assert ("--shm-size=" in found.text and "data.workers=0" in found.text) == (state == "bad")
+
+
+@pytest.mark.parametrize(
+    ("phase", "stored"), [("bootstrap/mllm", False), ("align/joint", False), ("align/joint", True)]
+)
+def test_the_bytes_of_a_sample_are_not_fewer_than_the_loaders(
+    phase: str, stored: bool, recipe: Callable[..., Recipe], tmp_path: Path
+):
+    from spar_scale.data.loader import Loader, Source
+    from spar_scale.stages import build
+    from spar_scale.training.encode import encode, open_encoded
+
+    wanted = recipe(phase)
+    if stored:
+        wanted = _nothing_encoded(wanted, tmp_path)
+        encode(wanted)
+        assert preflight(wanted) == DONE
+    stage = meta_stage(wanted)
+    encoded = open_encoded(wanted, build(wanted)) if stored else None
+    sources = [Source(source.name, source.shards, source.weight) for source in wanted.data.sources]
+    loader = Loader(
+        sources, stage.sample, seed=1, global_batch=5, task_block=5, micro_batch=5, dp_rank=0, dp_size=1, workers=0,
+        first_step=0, steps=4, encoded=encoded,
+    )  # fmt: skip
+    numbers = ("weight", "sample")  # 12 bytes a sample
+    for batch in loader:
+        found = sum(value.nbytes for name, value in batch.items() if hasattr(value, "nbytes") and name not in numbers)
+        assert found <= 5 * sample_bytes(wanted, stage)
