@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from parallel.errors import UserError, nearest
@@ -35,9 +36,11 @@ from spar_scale.evaluation.held_out import held_out_terms
 from spar_scale.evaluation.reconstruction import psnr
 from spar_scale.evaluation.scenes import scenes_of
 from spar_scale.evaluation.understanding import answers_right, held_out_questions
+from spar_scale.json_files import read_json
 from spar_scale.models.autoencoder import encode_images
 from spar_scale.models.mllm import own_features
 from spar_scale.models.tokenizer import UnifiedTokenizer, to_grid
+from spar_scale.outputs import check_files, make_directory
 from spar_scale.processes import Step, available_cores, import_before_forks, run_steps
 from spar_scale.settings import load
 from spar_scale.stages.parts import load_autoencoder, load_mllm, preset_of
@@ -46,6 +49,7 @@ from spar_scale.training.export import recipe_of, trained_model
 SAMPLES = {"demo": 500, "smoke": 40}
 RESULT = "ablation.json"
 VALUES, MEASURING_S = "values.json", 30.0  # an estimate
+_METRICS = TypeAdapter(dict[str, float])
 LOWER, HIGHER, SILENT = -1, 1, 0  # what the paper says of a metric under a switch
 
 
@@ -123,9 +127,11 @@ def ablate(
 
     `overrides` are laid over every recipe after stage 0, so a study can be made shorter; `jobs` (two, one on one
     core) runs are trained side by side. What is done is not done again. Every value is kept in `out/ablation.json`.
-    Raises UserError for a row that does not exist, and for what a run refuses.
+    Raises UserError for a row that does not exist, an `out` that cannot be written, and for what a run refuses.
     """
     chosen, jobs = _chosen(names), jobs or min(2, available_cores())
+    make_directory(out, "--out")
+    check_files(out / RESULT)
     chains = [Chain(out / f"seed-{seed}", size, seed, shared=out, overrides=overrides) for seed in seeds]
     world = load(chains[0].folder / "world.yaml", World).model_copy(update={"texture": True})
     steps, files = {"data": data_step(world, out)}, dict[str, list[Path]]()
@@ -137,7 +143,7 @@ def ablate(
             steps.update({step.name: step for step in [*trained, measured] if step.name not in steps})
     import_before_forks(mlflow=any(chains[0].recipe(row.phase).tracking.mirror for row in ROWS.values()))
     run_steps(list(steps.values()), jobs)
-    values = {name: _over_seeds([json.loads(file.read_text()) for file in found]) for name, found in files.items()}
+    values = {name: _over_seeds([_kept(file) for file in found]) for name, found in files.items()}
     content = {"size": size, "overrides": list(overrides), "seeds": list(seeds), "rows": values}
     write_file(out / RESULT, json.dumps(content, indent=1) + "\n")
     return "\n\n".join(part for part in (table(values), curve(values)) if part)
@@ -155,6 +161,10 @@ def _keep(run_dir: Path, out: Path, samples: int, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, (json.dumps(values) + "\n"))
     print("  ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
+
+
+def _kept(file: Path) -> dict[str, float]:
+    return read_json(file, _METRICS, f"remove {file.parent} and run the same command again")
 
 
 def _over_seeds(measured: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:

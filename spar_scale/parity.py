@@ -24,6 +24,7 @@ import torch
 
 from parallel.errors import UserError, nearest
 from spar_scale.curves import LOSS_FLOOR, LOSS_RELATIVE, NORM_RELATIVE, Curve, curve, distance
+from spar_scale.outputs import make_directory
 from spar_scale.plans.tensor import check_tensor
 from spar_scale.processes import import_before_forks, threads
 from spar_scale.ranks import run_ranks
@@ -295,9 +296,9 @@ def _table(found: Parity, spreads: Sequence[Spread]) -> bool:
 def _folder(out: Path | None, run_dir: Path) -> Path:
     """Where the runs go: into `out`, which is new or empty, or beside the recipe's own."""
     if out is None:
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(run_dir.parent, "run_dir")
         return Path(tempfile.mkdtemp(prefix=f"{run_dir.name}-parity-", dir=run_dir.parent))
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out, "--out")
     if any(out.iterdir()):
         raise UserError(f"--out: found {out}, which holds something already; must be a new or empty directory")
     return out

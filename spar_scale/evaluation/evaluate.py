@@ -29,7 +29,7 @@ from spar_scale.evaluation.generation import draw_and_judge
 from spar_scale.evaluation.held_out import held_out_terms
 from spar_scale.evaluation.judge import shows_looks
 from spar_scale.evaluation.reconstruction import psnr, ssim
-from spar_scale.evaluation.report.sources import root_of
+from spar_scale.evaluation.report.sources import read_scores, root_of
 from spar_scale.evaluation.requests import UNSEEN_KINDS, requests
 from spar_scale.evaluation.scenes import edits_of, scenes_of, world_of
 from spar_scale.evaluation.sections import Scores, Section, mean
@@ -40,6 +40,7 @@ from spar_scale.models.mllm import own_features
 from spar_scale.models.presets import PRESETS
 from spar_scale.models.shapes import SamplingShape
 from spar_scale.models.unified import SPAR
+from spar_scale.outputs import check_files, make_directory
 from spar_scale.stages.parts import preset_of
 from spar_scale.training.export import recipe_of, trained_model
 
@@ -109,7 +110,8 @@ class Trained:
 def evaluate(root: Path, counts: Counts = Counts()) -> Scores:
     """Measure what lies under `root` (or beside it, if it is the run directory of one phase); write and return it.
 
-    Raises UserError where there are no runs or no shards.
+    Raises UserError, before anything is measured, where there are no runs or no shards, for a damaged `scores.json`
+    and for what cannot be written.
     """
     trained = Trained(root_of(root), counts)
     if not any(trained.has(phase) for needed, _ in MEASUREMENTS.values() for phase in needed):
@@ -118,8 +120,10 @@ def evaluate(root: Path, counts: Counts = Counts()) -> Scores:
             " `spar-scale demo` wrote is needed"
         )
     _ = trained.world
-    folder = trained.root / "evaluation"
-    folder.mkdir(exist_ok=True)
+    folder, path = trained.root / "evaluation", trained.root / "scores.json"
+    make_directory(folder)
+    check_files(path, folder / "details.json", *(folder / f"{name}.png" for name in MEASUREMENTS))
+    kept = {name: value for name, value in read_scores(trained.root).items() if name.startswith("core_seconds.")}
     scores: Scores = {}
     details: dict[str, Any] = {}
     for name, (needed, measure) in MEASUREMENTS.items():
@@ -133,9 +137,7 @@ def evaluate(root: Path, counts: Counts = Counts()) -> Scores:
         log.info("evaluation: %s took %.0f core-seconds", name, time.process_time() - began)
     scores = {name: round(value, 4) for name, value in scores.items()}
     write_file(folder / "details.json", (json.dumps(details) + "\n"))
-    path = trained.root / "scores.json"
-    kept = json.loads(path.read_text()) if path.is_file() else {}
-    merged = scores | {name: value for name, value in kept.items() if name.startswith("core_seconds.")}
+    merged = scores | kept
     write_file(path, (json.dumps(merged, indent=1) + "\n"))
     return merged
 

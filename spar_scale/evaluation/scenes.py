@@ -41,11 +41,11 @@ def world_of(folder: Path) -> World:
     """Return the settings of the world whose shards lie in a folder. Raises UserError where there are none."""
     path = folder / SETTINGS
     try:
-        return World.model_validate(json.loads(path.read_text())["world"])
+        return World.model_validate(json.loads(path.read_text(encoding="utf-8"))["world"])
     except FileNotFoundError:
         raise UserError(f"{path}: not there; shards that `spar-scale data make` wrote are needed") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the settings of a world ({error})") from None
+        raise UserError(f"{path}: not the settings of a world ({' '.join(str(error).split())})") from None
 
 
 def scenes_of(folder: Path, count: int) -> list[HeldOutScene]:

@@ -5,19 +5,23 @@ Sending again sends what is missing, so this may be repeated, and stopped anywhe
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from parallel.errors import UserError
 from parallel.run_lock import RunLock
+from spar_scale.json_files import read_json
 from spar_scale.recipe import load_recipe
 from spar_scale.training.mlflow_store import Store, Target, TrackedRun, load_mlflow
 from spar_scale.training.tracking import note_artifacts, noted_artifacts, read_lines
 
 SCORES = "scores.json"
+_NUMBERS = TypeAdapter(dict[str, float])
 _log = logging.getLogger(__name__)
 
 
@@ -84,12 +88,15 @@ def _send_run(run_dir: Path, uri: str | None) -> str:
 
 def _send_artifacts(root: Path, target: Target) -> str:
     files = [root / name for name in noted_artifacts(root) if (root / name).is_file()]
+    remedy = f"remove it, then `spar-scale evaluate {shlex.quote(str(root))}` writes a new one"
+    scores = read_json(root / SCORES, _NUMBERS, remedy) if root / SCORES in files else {}
     try:
         store = Store(target)
         store.log_files(files)
-        if root / SCORES in files:
-            scores = json.loads((root / SCORES).read_text(encoding="utf-8"))
-            store.log_scores({name: value for name, value in scores.items() if isinstance(value, int | float)})
+        if scores:
+            store.log_scores(scores)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{root}: MLflow at {target.shown} failed ({target.fault(error)})") from None
     return f"{root}: {len(files)} artifacts sent to {target.shown}, run {store.parent_id}"

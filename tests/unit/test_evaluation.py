@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from ready_runs import make_run
 from tiny_parts import make_parts
 
 from parallel.errors import UserError
+from spar_scale import ablation, parity
 from spar_scale.cli import main
 from spar_scale.data.shapes_language import captions
 from spar_scale.data.shapes_render import render
@@ -22,6 +25,7 @@ from spar_scale.evaluation import editing, evaluate, generation
 from spar_scale.evaluation.reconstruction import ssim
 from spar_scale.evaluation.requests import KINDS, UNSEEN_KINDS, requests
 from spar_scale.evaluation.scenes import edits_of, scenes_of
+from spar_scale.processes import Step
 
 WORLD = World(seed=4, scenes=0, heldout=40, edits=0, heldout_edits=24, unseen=0.3)
 TRAINED = [sample_scene(WORLD, "scenes", number) for number in range(1500)]
@@ -196,3 +200,81 @@ def test_a_folder_without_a_world_is_refused(root, tmp_path):
     (tmp_path / "data" / "world.json").write_text("{}")
     with pytest.raises(UserError, match=r"world\.json: not the settings of a world"):
         evaluate.evaluate(tmp_path)
+
+
+@pytest.fixture
+def untrained(data, tmp_path, monkeypatch):
+    """A root with a phase that looks trained; its only measurement fails the test."""
+    (tmp_path / "data").symlink_to(data)
+    (tmp_path / "instruct" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "instruct" / "recipe.yaml").touch()
+    measured = {"editing": (("instruct",), lambda trained: pytest.fail("something was measured"))}
+    monkeypatch.setattr(evaluate, "MEASUREMENTS", measured)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("evaluation", Path.touch, "a file or device has the name of this directory"),
+        ("evaluation", os.mkfifo, "a file or device has the name of this directory"),
+        ("evaluation/details.json", Path.mkdir, "is a directory and is not replaced"),
+        ("evaluation/editing.png", os.mkfifo, "is a FIFO and is not replaced"),
+        ("scores.json", Path.mkdir, "is a directory and is not replaced"),
+        ("scores.json", os.mkfifo, "is a FIFO and is not replaced"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(untrained, name, make, message):
+    if "/" in name:
+        (untrained / "evaluation").mkdir()
+    make(untrained / name)
+    with pytest.raises(UserError) as refusal:
+        evaluate.evaluate(untrained)
+    assert str(refusal.value).startswith(f"{untrained / name}: {message}")
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"vqa.after": "0.8"}', '{"core_seconds.data": null}', "\xff"])
+def test_damaged_scores_are_refused_before_anything_is_measured(untrained, content):
+    (untrained / "scores.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError) as refusal:
+        evaluate.evaluate(untrained)
+    message = str(refusal.value)
+    assert message.startswith(f"{untrained}/scores.json: ") and "\n" not in message
+    assert message.endswith(f"; remove it, then `spar-scale evaluate {untrained}` writes a new one")
+
+
+@pytest.mark.parametrize("name", ["file", "fifo", "file/below", "/dev/null"])
+def test_commands_refuse_an_out_that_is_no_directory_before_anything_is_trained(name, tmp_path, monkeypatch):
+    for module in (ablation, parity):
+        monkeypatch.setattr(module, "import_before_forks", lambda **_: pytest.fail("work has begun"))
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    recipe = Path(__file__).parents[2] / "recipes" / "smoke" / "bootstrap_autoencoder.yaml"
+    message = f"^--out: {tmp_path / name}: a file or device has the name of this directory; name another directory$"
+    with pytest.raises(UserError, match=message):
+        ablation.ablate(tmp_path / name, "smoke", [0])
+    with pytest.raises(UserError, match=message):
+        parity.parity(recipe, [], "dp2-z1", parity.Runs(), tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "file"]
+
+
+def test_an_ablation_that_cannot_be_written_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "import_before_forks", lambda **_: pytest.fail("work has begun"))
+    (tmp_path / "ablation.json").mkdir()
+    with pytest.raises(UserError, match=f"^{tmp_path}/ablation.json: is a directory and is not replaced"):
+        ablation.ablate(tmp_path, "smoke", [0])
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"psnr": "30"}', '{"psnr": null}'])
+def test_damaged_values_of_a_row_are_refused_with_the_folder_to_remove(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "import_before_forks", lambda **_: None)
+    monkeypatch.setattr(ablation, "run_steps", lambda steps, jobs: None)  # all is done
+    monkeypatch.setattr(ablation.Chain, "needed", lambda chain, phase, switches: [Step(phase, chain.out / phase, str)])
+    measured = tmp_path / "seed-0" / "measured" / "tokenizer_encoder"
+    measured.mkdir(parents=True)
+    (measured / "values.json").write_text(content)
+    with pytest.raises(UserError) as refusal:
+        ablation.ablate(tmp_path, "smoke", [0], ["tokenizer"])
+    message = str(refusal.value)
+    assert message.startswith(f"{measured}/values.json: ") and "\n" not in message
+    assert message.endswith(f"; remove {measured} and run the same command again")

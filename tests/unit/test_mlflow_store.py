@@ -23,7 +23,7 @@ from spar_scale.training import mlflow_mirror
 from spar_scale.training.mlflow_mirror import Mirror
 from spar_scale.training.mlflow_store import Target
 from spar_scale.training.mlflow_sync import log_artifacts, sync
-from spar_scale.training.tracking import RunLog, run_id
+from spar_scale.training.tracking import RunLog, note_artifacts, run_id
 
 NAMES = (
     "plain",
@@ -184,6 +184,22 @@ def test_a_deleted_run_is_made_anew_with_every_step(root: Path) -> None:
     assert steps_of(root, after) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("content", ["", "[1]", '{"t2i.average": "0.7"}'])
+def test_damaged_scores_are_refused_by_name_and_not_as_a_fault_of_mlflow(
+    root: Path, content: str, request: pytest.FixtureRequest
+) -> None:
+    scores = root / "scores.json"
+    scores.write_text(content)
+    note_artifacts(root, ["scores.json"])
+    request.addfinalizer(lambda: note_artifacts(root, []))
+    with pytest.raises(UserError) as refusal:
+        sync(root)
+    assert str(refusal.value).startswith(f"{scores}: ") and "MLflow" not in str(refusal.value)
+    assert str(refusal.value).endswith(
+        f"; remove it, then `spar-scale evaluate {shlex.quote(str(root))}` writes a new one"
+    )
+
+
 def damaged(path: Path, content: bytes, statement: str = "") -> None:
     path.write_bytes(content)
     if statement:
@@ -217,13 +233,23 @@ def test_a_database_that_cannot_be_used_is_one_sentence_with_its_address(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_locked_database_is_one_sentence_without_a_traceback(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_locked_database_is_one_sentence(sound: Path) -> None:
     address = f"{Target(sound.parent.resolve(), None, 'spar').address}?timeout=0.01"
-    sync(sound, address)
     with sqlite3.connect(sound.parent / "mlflow.db") as holder:
         holder.execute("BEGIN EXCLUSIVE")
         with pytest.raises(UserError, match=r"failed \(.*database is locked\)$"):
             sync(sound, address)
         holder.rollback()
     holder.close()
+
+
+def test_a_database_that_breaks_while_it_is_open_prints_no_traceback(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "mlflow.db"
+    copy.write_bytes((sound.parent / "mlflow.db").read_bytes())
+    sync(sound, f"sqlite:///{copy}")
+    damaged(copy, copy.read_bytes(), "DROP TABLE metrics")
+    with pytest.raises(UserError, match=r"failed \(.*no such table: metrics\)$"):
+        sync(sound, f"sqlite:///{copy}")
     assert "Traceback" not in capsys.readouterr().err
