@@ -56,7 +56,10 @@ def export(recipe: Recipe, path: Path, run_dir: Path) -> None:
 
 
 def calibration_images(recipe: Recipe, sample: SampleSpec) -> torch.Tensor:
-    """The first CALIBRATION images (n, 3, S, S) of the run's own order, the same under every layout."""
+    """The usable ones of the first CALIBRATION images (n, 3, S, S) of the run's own order, under any layout.
+
+    Raises UserError where none is usable.
+    """
     loader = Loader(
         [Source(source.name, source.shards, source.weight) for source in recipe.data.sources],
         sample,
@@ -71,4 +74,11 @@ def calibration_images(recipe: Recipe, sample: SampleSpec) -> torch.Tensor:
         steps=1,
     )
     (batch,) = loader
+    if not batch["weight"].any():
+        error = batch["errors"][0]
+        raise UserError(
+            f"export: found none of the first {CALIBRATION} images of data.sources usable; the scale of the latents is "
+            f"measured on them ({error['shard']}: {error['key']}: {error['reason']}). Restore the shards that the run "
+            "was trained on, and give the same command again"
+        )
     return batch["images"][batch["weight"] > 0]

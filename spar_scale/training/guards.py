@@ -15,6 +15,8 @@ WINDOW_SAMPLES = 1000
 """The share of bad samples is judged over about this many of the latest samples."""
 MINIMUM_SAMPLES = 100
 """Below this many samples no share is judged: a single bad file must not stop a run."""
+NAMED = 3
+"""Bad samples that a message names."""
 
 
 class NonFiniteGuard:
@@ -57,8 +59,18 @@ class BadSampleGuard:
         self._samples = 0
 
     def observe(self, step: int, samples: int, bad: Sequence[dict[str, Any]]) -> None:
-        """Count one step's samples and its bad ones (each with `shard`); raises UserError past the share."""
+        """Count one step's samples and its bad ones; raises UserError past the share, or where none was usable.
+
+        A bad sample has `shard`, `key` and `reason`; their order decides which are named.
+        """
         self.total += len(bad)
+        if len(bad) == samples > 0:
+            reasons = list(dict.fromkeys(f"{entry['shard']}: {entry['key']}: {entry['reason']}" for entry in bad))
+            raise UserError(
+                f"step {step}: found none of its {samples} samples usable, so that it trained nothing. "
+                f"{'; '.join(reasons[:NAMED])}. See bad_samples.jsonl, and mend data.sources",
+                everywhere=True,
+            )
         self._steps.append((samples, [str(entry["shard"]) for entry in bad]))
         self._samples += samples
         while self._samples - self._steps[0][0] >= WINDOW_SAMPLES:
@@ -66,7 +78,7 @@ class BadSampleGuard:
         shards = Counter(shard for _, names in self._steps for shard in names)
         share = shards.total() / max(1, self._samples)
         if self._samples >= MINIMUM_SAMPLES and share > self.max_fraction:
-            worst = ", ".join(f"{name} ({count})" for name, count in shards.most_common(3))
+            worst = ", ".join(f"{name} ({count})" for name, count in shards.most_common(NAMED))
             raise UserError(
                 f"step {step}: {shards.total()} of the last {self._samples} samples could not be used, more than "
                 f"guards.max_bad_fraction = {self.max_fraction:g}; most are in {worst}; see bad_samples.jsonl",

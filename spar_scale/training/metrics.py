@@ -34,7 +34,8 @@ class FinishedStep:
 class StepMetrics:
     """The steps of one run; `terms` are the stage's losses and their weights, `log` is rank 0's alone.
 
-    `muon` says that the norm is that of Muon's update. Too many bad samples raise UserError in `write`.
+    `muon` says that the norm is that of Muon's update. Too many bad samples, or a step without a usable one, raise
+    UserError in `write`. `doubt` says that this rank could use no sample of its last step: others may have.
     """
 
     def __init__(self, recipe: Recipe, terms: Mapping[str, float], topology: Topology, log: RunLog | None, muon: bool):
@@ -43,10 +44,12 @@ class StepMetrics:
         self._guard = BadSampleGuard(recipe.guards.max_bad_fraction)
         self._pending: list[FinishedStep] = []
         self._since = time.monotonic()
+        self.doubt = False
 
     def add(self, step: FinishedStep) -> None:
         """Keep a step for the next `write`."""
         self._pending.append(step)
+        self.doubt = len(step.bad) == len(step.samples) > 0
 
     def write(self) -> dict[str, Any]:
         """Bring the steps to the host, sum them over ranks, write them; return the last line. On all ranks at once.
@@ -65,23 +68,29 @@ class StepMetrics:
         self._since = now
         line: dict[str, Any] = {}
         for index, step in enumerate(self._pending):
-            line = self._line(step, terms[index].tolist(), float(norms[index]), rate)
             samples = [number for rank in everyone for number in rank[index][0]]
-            bad = [entry for rank in everyone for entry in rank[index][1]]
+            bad = sorted((entry for rank in everyone for entry in rank[index][1]), key=lambda entry: entry["sample"])
+            sums = terms[index].tolist() if len(bad) < len(samples) else None
+            line = self._line(step, sums, float(norms[index]), rate)
             if self._log is not None:
                 self._log.metrics([line])
                 self._log.samples(step.step, samples)
                 self._log.bad_samples(step.step, bad)
             self._guard.observe(step.step, len(samples), bad)
         self._pending.clear()
+        self.doubt = False
         return line
 
-    def _line(self, step: FinishedStep, terms: list[float], norm: float, rate: float) -> dict[str, Any]:
-        values = dict(zip(self._terms, terms, strict=True))
+    def _line(self, step: FinishedStep, terms: list[float] | None, norm: float, rate: float) -> dict[str, Any]:
+        """The line of a step; its losses are null where there are no `terms`, as no sample could be used."""
+        values, loss = dict.fromkeys(self._terms), None
+        if terms is not None:
+            values = dict(zip(self._terms, terms, strict=True))
+            loss = sum(weight * value for weight, value in zip(self._terms.values(), terms, strict=True))
         return {
             "step": step.step,
             "samples": step.step * self._global_batch,
-            "loss": sum(self._terms[name] * value for name, value in values.items()),
+            "loss": loss,
             "grad_norm": norm,
             "norm_of": self._norm_of,
             "lr": step.lr,

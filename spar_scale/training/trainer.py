@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from parallel import checkpoint
-from parallel.agreement import first
+from parallel.agreement import first, together
 from parallel.environment import read_environment
 from parallel.errors import UserError
 from parallel.exit_codes import STOPPED
@@ -40,7 +40,7 @@ from spar_scale.training.metrics import FinishedStep, StepMetrics
 from spar_scale.training.mlflow_mirror import Mirror
 from spar_scale.training.optimizers import DISCRIMINATOR, optimizer_factory, parameter_groups
 from spar_scale.training.parent import choose_parent, started_stage
-from spar_scale.training.preemption import StopRequest
+from spar_scale.training.preemption import StopRequest, WaitInterrupted
 from spar_scale.training.progress import Progress
 from spar_scale.training.run_directory import RunDirectory
 from spar_scale.training.schedule import learning_rate
@@ -67,9 +67,9 @@ def train(recipe: Recipe) -> int:
         topology = Topology(layout)
         heartbeat = Heartbeat(topology, recipe.guards.timeout_s)
         with StopRequest(topology) as stop, heartbeat, RunDirectory(recipe, topology) as directory:
-            trainer = Trainer(recipe, launch, topology, directory, heartbeat)
+            trainer = Trainer(recipe, launch, topology, directory, heartbeat, stop)
             try:
-                done = trainer.run(stop)
+                done = trainer.run()
             finally:
                 trainer.close()
     if not done:
@@ -81,9 +81,17 @@ class Trainer:
     """One run: model, engine, data and logs, from wherever its checkpoints left it."""
 
     def __init__(
-        self, recipe: Recipe, launch: Launch, topology: Topology, directory: RunDirectory, heartbeat: Heartbeat
+        self,
+        recipe: Recipe,
+        launch: Launch,
+        topology: Topology,
+        directory: RunDirectory,
+        heartbeat: Heartbeat,
+        stop: StopRequest | None = None,
     ):
         self.recipe, self.topology, self.directory, self.heartbeat = recipe, topology, directory, heartbeat
+        self.stop = stop or StopRequest(topology)
+        self.in_step = False
         choose_parent(recipe, topology.files_group)
         self.stage = started_stage(recipe)
         self.encoded = open_encoded(recipe, self.stage)
@@ -120,13 +128,14 @@ class Trainer:
         self.loader = self._loader()
         if shards not in (None, self.loader.digest):
             raise UserError("data.sources: the shards are not those that this run was trained on; restore them")
-        self.log = RunLog(directory.path, self.step) if topology.rank == 0 else None
+        opened = lambda: RunLog(directory.path, self.step) if topology.rank == 0 else None  # noqa: E731
+        self.log = together(topology.agreement_group, opened)
         mirrored = recipe.tracking.mirror and topology.rank == 0
         self.tracked = run_id(directory.path, self.tracked) if mirrored else self.tracked
         self.mirror = Mirror(directory.path, recipe.tracking) if mirrored else None
         self.metrics = StepMetrics(recipe, self.stage.terms, topology, self.log, self.engine.muon)
 
-    def run(self, stop: StopRequest) -> bool:
+    def run(self) -> bool:
         """Train up to the recipe's last step, save, and write the published layout where the stage has one.
 
         Returns whether the run is done: when asked to stop it saves and leaves the rest.
@@ -137,10 +146,13 @@ class Trainer:
         try:
             batches = iter(self.loader)
             while self.step < steps:
-                if asked := stop.agreed():
-                    self._stop(asked)
+                batch = self._first_batch(batches)
+                asked, doubt = self.stop.agreed(self.metrics.doubt)
+                if doubt:
+                    self.metrics.write()  # raises where no rank could use a sample of the step before
+                if asked or batch is None or not self._train_step(itertools.chain([batch], batches)):
+                    self._stop(asked or self.stop.agreed()[0])
                     return False
-                self._train_step(batches)
                 saves = self.step % every == 0 or self.step == steps
                 if saves or self.step % self.recipe.train.log_every == 0:
                     progress.show(self.metrics.write())
@@ -162,15 +174,35 @@ class Trainer:
 
     # -- one step -------------------------------------------------------------------------------
 
-    def _train_step(self, batches: Iterator[dict[str, Any]]) -> None:
+    def _first_batch(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+        """The first batch of the next step; None where a signal came while it was waited for.
+
+        It is fetched before the ranks agree to go on, so that a rank whose data hangs can still stop with the others.
+        """
+        self.in_step = False
+        self.heartbeat.place = f"step {self.step + 1}, waiting for a batch"
+        try:
+            return next(batches)
+        except WaitInterrupted:
+            return None
+
+    def _while_waiting(self) -> None:
+        self.stop.check_wait(self.heartbeat.place, self.in_step)
+
+    def _train_step(self, batches: Iterator[dict[str, Any]]) -> bool:
+        """Train one step; return False where, alone in its world, it was left for a signal before its update."""
+        self.in_step = True
         self.step += 1
-        self.heartbeat.place = f"step {self.step}"
+        place = f"step {self.step}"
         lr = learning_rate(self.recipe.optimizer, self.step, self.recipe.train.steps)
         samples: list[int] = []
         bad: list[dict[str, Any]] = []
 
         def counted() -> Iterator[dict[str, Any]]:
-            for batch in itertools.islice(batches, self.micro_steps):
+            for _ in range(self.micro_steps):
+                self.heartbeat.place = f"{place}, waiting for a batch"
+                batch = next(batches)
+                self.heartbeat.place = place
                 samples.extend(number for number in batch["sample"].tolist() if number >= 0)
                 bad.extend(batch["errors"])
                 yield batch
@@ -178,7 +210,11 @@ class Trainer:
         if self.adversary is not None:
             self.adversary.begin(self.step)
         feed = counted()
-        record = self.engine.step(feed, {name: lr * factor for name, factor in self.multipliers.items()})
+        try:
+            record = self.engine.step(feed, {name: lr * factor for name, factor in self.multipliers.items()})
+        except WaitInterrupted:
+            self.step -= 1
+            return False
         for _ in feed:  # a stage in the middle of a pipeline takes no batches: keep its position
             pass
         if self.adversary is not None:
@@ -186,10 +222,11 @@ class Trainer:
             self.adversary.finish(lr * factor, self.recipe.optimizer.clip)
         self.metrics.add(FinishedStep(self.step, lr, record, samples, bad))
         self.non_finite.observe(self.step, record.skipped)
+        return True
 
     # -- saving and resuming ----------------------------------------------------------------------
 
-    def _stop(self, asked: str) -> None:
+    def _stop(self, asked: str | None) -> None:
         """Save what is not saved yet."""
         self._announce(f"was asked to stop by {asked} after step {self.step}; the same command goes on from there")
         if self.step > self.saved:
@@ -282,6 +319,8 @@ class Trainer:
             first_step=self.step,
             steps=recipe.train.steps - self.step,
             encoded=self.encoded,
+            timeout_s=recipe.guards.timeout_s,
+            while_waiting=self._while_waiting,
         )
 
     def _announce(self, text: str) -> None:

@@ -71,6 +71,15 @@ def test_bad_samples_of_long_ago_are_forgotten() -> None:
     assert guard.total == 20
 
 
+def test_a_step_without_a_usable_sample_is_refused_with_the_first_reasons() -> None:
+    guard = BadSampleGuard(max_fraction=1.0)
+    bad = [{"shard": "a.tar", "key": str(number), "reason": "cut off"} for number in range(5)]
+    guard.observe(1, 6, bad)
+    guard.observe(2, 0, [])
+    with pytest.raises(UserError, match=r"^step 3: found none of its 5 samples usable.*a\.tar: 0: cut off; a\.tar: 1"):
+        guard.observe(3, 5, bad)
+
+
 def test_sample_numbers_as_ranges_show_gaps_and_repeats() -> None:
     assert ranges([3, 1, 2, 7]) == [[1, 4], [7, 8]]
     assert ranges([1, 2, 2, 3]) == [[1, 3], [2, 4]]
