@@ -1,12 +1,14 @@
 """The run a phase starts from: which of its checkpoints, held fast by its hash, and its averaged weights.
 
 The first start chooses the parent's newest whole checkpoint and notes it in `parent.json`; every later
-start reads that very one, which the parent's pruning leaves alone. The averaged weights replace those
-of the same names; what the parent did not train keeps what the stage was built with.
+start reads that very one, which the parent's pruning leaves alone. A start that left no checkpoint binds no
+later one. The averaged weights replace those of the same names; what the parent did not train keeps what the
+stage was built with.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from pathlib import Path
@@ -24,19 +26,22 @@ from parallel.manifest import read_manifest
 from spar_scale import stages
 from spar_scale.recipe import Recipe, behind_link, beside
 from spar_scale.stages import Stage
+from spar_scale.training.run_directory import has_trained
 
 RECORD = "parent.json"
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _log = logging.getLogger(__name__)
 
 
 def choose_parent(recipe: Recipe, group: dist.ProcessGroup | None) -> None:
-    """Note the checkpoint that `init_from` stands for, once per run; all ranks of `group` call it together.
+    """Note the checkpoint that `init_from` stands for; all ranks of `group` call it together.
 
-    Raises UserError when the parent holds no whole checkpoint or the run was started from another parent.
+    A run that has a checkpoint of its own keeps what it has noted. Raises UserError when the parent holds no whole
+    checkpoint, or the run was started from another parent.
     """
     if recipe.init_from is None:
         return
-    record = first(group, lambda: _recorded(recipe.run_dir))
+    record = first(group, lambda: _recorded(recipe.run_dir) if has_trained(recipe.run_dir) else None)
     if record is not None:
         if record["run"] != recipe.init_from:
             raise UserError(f"init_from: found {recipe.init_from}, but this run started from {record['run']}")
@@ -77,11 +82,17 @@ def overwrite(model: nn.Module, weights: dict[str, torch.Tensor], origin: Path) 
 def _recorded(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / RECORD
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
+        if all(isinstance(record[key], str) for key in ("run", "checkpoint", "manifest")):
+            return record
     except FileNotFoundError:
         return None
-    except ValueError:
-        raise UserError(f"{path}: cannot be read as JSON; restore it, or start in another run_dir") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(
+        f"{path}: is damaged, must be a JSON object with run, checkpoint and manifest; restore it, or start in another "
+        "run_dir"
+    )
 
 
 def _record(recipe: Recipe, path: Path) -> None:
@@ -89,6 +100,15 @@ def _record(recipe: Recipe, path: Path) -> None:
     wanted = state["recipe"]["train"]["steps"]
     if state["step"] < wanted:
         _log.warning("init_from: starts from step %d of %d of %s", state["step"], wanted, recipe.init_from)
-    checkpoint.protect(path, by=str(recipe.run_dir))
+    try:
+        checkpoint.protect(path, by=str(recipe.run_dir))
+    except UserError as error:
+        if getattr(error.__cause__, "errno", None) not in READ_ONLY:
+            raise
+        _log.warning(
+            "warning: init_from: this run cannot be noted beside its parent's checkpoint (%s). If the parent trains "
+            "further, its pruning may remove it, and this run could not be resumed: keep a copy of %s",
+            error, path,
+        )  # fmt: skip
     record = {"run": recipe.init_from, "checkpoint": path.name, "manifest": checkpoint.manifest_hash(path)}
     write_file(recipe.run_dir / RECORD, json.dumps(record) + "\n")

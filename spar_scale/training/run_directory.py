@@ -1,7 +1,7 @@
 """A run's directory: who may write it, and what it says about the run so far.
 
-The recipe is written once; a continuation may change only what does not change the run. The lock is
-held by rank 0, and every refusal is raised on all ranks.
+A continuation may change only what does not change the run. A start that left no checkpoint has trained nothing that
+is kept, so another recipe may replace its recipe. The lock is held by rank 0, and every refusal is raised on all ranks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from types import TracebackType
 from parallel import checkpoint
 from parallel.agreement import first
 from parallel.errors import UserError
+from parallel.manifest import list_checkpoints
 from parallel.run_lock import RunLock
 from parallel.topology import Topology
 from spar_scale.recipe import Recipe, differences, load_recipe, may_change_at_resume
@@ -60,9 +61,14 @@ class RunDirectory:
         checkpoint.remove_leftovers(self.checkpoints)
 
 
+def has_trained(run_dir: Path) -> bool:
+    """Whether a run directory holds a checkpoint, damaged or not, or a published model."""
+    return bool(list_checkpoints(run_dir / "checkpoints")) or (run_dir / "pretrained").exists()
+
+
 def refuse_another(file: Path, recipe: Recipe) -> None:
     """Raise UserError where `file` holds the recipe of another run: one that differs in what must not change."""
-    if not file.exists():
+    if not file.exists() or not has_trained(file.parent):
         return
     changed = [key for key in differences(load_recipe(file), recipe) if not may_change_at_resume(key)]
     changed = [key for key in changed if key != "run_dir"]

@@ -4,14 +4,19 @@
 `bad_samples.jsonl` those it had to leave out. At a resume all three are cut back to the checkpoint,
 so what remains is the surviving lineage: no gap, no repeat. Lines are written in blocks, and forced
 to disk before each checkpoint. Where they are mirrored to knows the run by `run_id`.
+
+So a power cut damages only lines behind the newest checkpoint, and these are cut off at the resume. A damaged line of
+an earlier step is refused with its number, because it cannot be made again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
+import shlex
 import threading
 import uuid
 from collections.abc import Iterable, Sequence
@@ -23,6 +28,8 @@ from parallel.files import write_file
 
 TRACKING = "tracking.json"
 FILES = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl")
+SPARSE = "bad_samples.jsonl"  # the others have a line for every step
+log = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -79,26 +86,40 @@ def ranges(numbers: Sequence[int]) -> list[list[int]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a log; a last line torn by a kill is left out."""
+    """All whole lines of a log; a last line torn by a kill is left out.
+
+    Raises UserError, with the number of the line, for a whole line that is no JSON object with a step.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    found = [_parse(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    for number, line in enumerate(found, 1):
+        if line is None:
+            raise UserError(_damaged(path, number))
+    return [line for line in found if line is not None]
 
 
 def run_id(folder: Path, known: str | None = None) -> str:
     """The id of what a directory holds, made at the first call and kept in `folder/tracking.json`.
 
-    `known`, out of a checkpoint, is taken where that file is not there. Of two processes that make
-    one at the same time, both get the one that was first.
+    `known`, out of a checkpoint, is taken where that file is missing or damaged. Of two processes that make
+    a missing one at the same time, both get the one that was first.
     """
     file = folder / TRACKING
+    text = json.dumps({"id": known or uuid.uuid4().hex}) + "\n"
     if not file.exists():
-        temporary = _write_beside(file, {"id": known or uuid.uuid4().hex})
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, file)
-        temporary.unlink()
-    return json.loads(file.read_text(encoding="utf-8"))["id"]
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            write_file(temporary, text)
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    if "id" not in _tracking(file):
+        origin = "the id in the checkpoint" if known else "a new id, so MLflow shows it as another run"
+        log.warning("warning: %s: is damaged (no JSON object with an id); it is made anew with %s", file, origin)
+        write_file(file, text)
+    return _tracking(file)["id"]
 
 
 def note_artifacts(root: Path, names: Sequence[str]) -> None:
@@ -107,25 +128,56 @@ def note_artifacts(root: Path, names: Sequence[str]) -> None:
 
 
 def noted_artifacts(root: Path) -> list[str]:
-    """The files that were noted."""
-    file = root / TRACKING
-    return json.loads(file.read_text(encoding="utf-8")).get("artifacts", []) if file.exists() else []
+    """The files that were noted; none where the file is missing or damaged."""
+    return [str(name) for name in _tracking(root / TRACKING).get("artifacts", [])]
 
 
-def _write_beside(file: Path, content: dict[str, Any]) -> Path:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    return temporary
+def _tracking(file: Path) -> dict[str, Any]:
+    """The content of a tracking.json; empty where it is missing or damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and isinstance(content.get("id"), str):
+            return content
+    return {}
 
 
 def _cut_back(path: Path, step: int) -> None:
-    """Keep the whole lines of steps up to `step`; replaces the file only where something goes."""
+    """Keep the whole lines of steps up to `step`; replaces the file only where something goes.
+
+    Raises UserError for a damaged line that belongs to one of these steps; a later one is named in a warning.
+    """
     if not path.exists():
         return
-    kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
-    text = "".join(kept)
-    if text != path.read_text(encoding="utf-8"):
-        write_file(path, text)
+    *whole, rest = path.read_bytes().split(b"\n")
+    found = [_parse(line) for line in whole]
+    damaged = [number for number, line in enumerate(found, 1) if line is None]
+    kept = {number: line["step"] for number, line in enumerate(found, 1) if line is not None and line["step"] <= step}
+    ends_early = path.name != SPARSE and max(kept.values(), default=0) < step
+    if damaged and (ends_early or damaged[0] < max(kept, default=0)):
+        raise UserError(f"{_damaged(path, damaged[0])}. The newest checkpoint is of step {step}")
+    if damaged or rest:
+        log.warning(
+            "warning: %s: is damaged from line %d on, behind the checkpoint's step %d; cut off there",
+            path, min(damaged, default=len(whole) + 1), step,
+        )  # fmt: skip
+    if rest or len(kept) < len(whole):
+        write_file(path, b"".join(whole[number - 1] + b"\n" for number in kept))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line of a log; None where it is damaged."""
+    try:
+        content = json.loads(line.decode())
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and isinstance(content.get("step"), int) else None
+
+
+def _damaged(path: Path, number: int) -> str:
+    return (
+        f"{path}: found line {number} damaged, must be a JSON object with a step; restore the file from a copy, or "
+        f"remove the line and with it what it holds (sed -i {number}d {shlex.quote(str(path))})"
+    )
 
 
 def _finite(value: Any) -> Any:
