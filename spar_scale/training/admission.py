@@ -121,12 +121,12 @@ def _check_free(run_dir: Path) -> None:
 
 
 def _check_parent(recipe: Recipe) -> None:
-    """Raise UserError where the run that `init_from` names has no checkpoint, or not the one noted in `parent.json`."""
+    """Raise UserError where the run that `init_from` names has no checkpoint, or not the one this run started from."""
     if recipe.init_from is None:
         return
     root = beside(recipe.run_dir, recipe.init_from) / "checkpoints"
     record = recipe.run_dir / RECORD
-    if record.exists():
+    if record.exists() and list_checkpoints(recipe.run_dir / "checkpoints"):  # a start that saved nothing binds none
         _check_recorded(recipe, root, record)
         return
     found = list_checkpoints(root)

@@ -75,8 +75,12 @@ def _parent(recipe: Recipe, root: Path) -> Recipe:
     return recipe.model_copy(update={"init_from": "../before"})
 
 
+def _has_saved(recipe: Recipe) -> None:
+    (recipe.run_dir / "checkpoints/step-00000010").mkdir(parents=True)
+
+
 def _noted_parent(recipe: Recipe, root: Path) -> Recipe:
-    recipe.run_dir.mkdir(parents=True)
+    _has_saved(recipe)
     (recipe.run_dir / "parent.json").write_text(json.dumps({"run": "../x", "checkpoint": "step-1", "manifest": ""}))
     return _parent(recipe, root)
 
@@ -118,7 +122,7 @@ def _part_without_weights(recipe: Recipe, root: Path) -> Recipe:
 
 
 def _other_recipe_there(recipe: Recipe, root: Path) -> Recipe:
-    recipe.run_dir.mkdir(parents=True)
+    _has_saved(recipe)
     recipe.model_copy(update={"seed": recipe.seed + 1}).save(recipe.run_dir / "recipe.yaml")
     return recipe
 
