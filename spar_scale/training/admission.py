@@ -39,7 +39,7 @@ from spar_scale.stages.parts import (
 from spar_scale.stages.tokenizer_files import load_tokenizer
 from spar_scale.training.engine_settings import engine_settings
 from spar_scale.training.parent import RECORD
-from spar_scale.training.run_directory import refuse_another
+from spar_scale.training.run_directory import has_trained, refuse_another
 
 _VISION = ("vision_tower", "multi_modal_projector")
 _LOADERS: dict[str, Callable[[Path, Preset], nn.Module]] = {
@@ -126,7 +126,7 @@ def _check_parent(recipe: Recipe) -> None:
         return
     root = beside(recipe.run_dir, recipe.init_from) / "checkpoints"
     record = recipe.run_dir / RECORD
-    if record.exists() and list_checkpoints(recipe.run_dir / "checkpoints"):  # a start that saved nothing binds none
+    if record.exists() and has_trained(recipe.run_dir):  # a start that saved nothing binds none
         _check_recorded(recipe, root, record)
         return
     found = list_checkpoints(root)
