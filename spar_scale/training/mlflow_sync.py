@@ -10,12 +10,14 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from parallel.errors import UserError
 from parallel.run_lock import RunLock
-from spar_scale.json_files import read_json
+from spar_scale.json_files import read_json, validated
 from spar_scale.recipe import load_recipe
 from spar_scale.training.mlflow_store import Store, Target, TrackedRun, load_mlflow
 from spar_scale.training.tracking import note_artifacts, noted_artifacts, read_lines
@@ -23,6 +25,21 @@ from spar_scale.training.tracking import note_artifacts, noted_artifacts, read_l
 SCORES = "scores.json"
 _NUMBERS = TypeAdapter(dict[str, float])
 _log = logging.getLogger(__name__)
+
+
+class Step(TypedDict):
+    """What MLflow is sent of a line of metrics.jsonl; what was not finite is null."""
+
+    step: int
+    time: float
+    loss: float | None
+    grad_norm: float | None
+    lr: float | None
+    samples_per_s: float | None
+    terms: dict[str, float | None]
+
+
+_STEP = TypeAdapter(Step)
 
 
 def sync(directory: Path, uri: str | None = None) -> str:
@@ -74,7 +91,7 @@ def _send_run(run_dir: Path, uri: str | None) -> str:
     except UserError:
         return f"{run_dir}: left out, it is in training and sends for itself"
     with lock:
-        lines = read_lines(run_dir / "metrics.jsonl")
+        lines = _steps(run_dir / "metrics.jsonl")
         try:
             run = TrackedRun(run_dir, target)
             run.send(lines)
@@ -84,6 +101,14 @@ def _send_run(run_dir: Path, uri: str | None) -> str:
         except Exception as error:
             raise UserError(f"{run_dir}: MLflow at {target.shown} failed ({target.fault(error)})") from None
     return f"{run_dir}: {run.sent} of {len(lines)} steps sent to {target.shown}, run {run.id}"
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    """The steps of metrics.jsonl. Raises UserError for a line without what MLflow is sent of a step."""
+    lines = read_lines(path)
+    for number, line in enumerate(lines, 1):
+        validated(line, _STEP, f"{path}: line {number}", "remove this line")
+    return lines
 
 
 def _send_artifacts(root: Path, target: Target) -> str:

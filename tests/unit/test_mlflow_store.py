@@ -6,6 +6,7 @@ sweeps give, with the signs that mean something in a URL.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -23,7 +24,7 @@ from spar_scale.training import mlflow_mirror
 from spar_scale.training.mlflow_mirror import Mirror
 from spar_scale.training.mlflow_store import Target
 from spar_scale.training.mlflow_sync import log_artifacts, sync
-from spar_scale.training.tracking import RunLog, note_artifacts, run_id
+from spar_scale.training.tracking import RunLog, note_artifacts, read_lines, run_id
 
 NAMES = (
     "plain",
@@ -198,6 +199,26 @@ def test_damaged_scores_are_refused_by_name_and_not_as_a_fault_of_mlflow(
     assert str(refusal.value).endswith(
         f"; remove it, then `spar-scale evaluate {shlex.quote(str(root))}` writes a new one"
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("loss", "0.5"), ("loss", None), ("time", None), ("lr", []), ("terms", 1), ("terms", {"a": "b"})],
+)
+def test_a_step_of_another_form_is_refused_by_its_line_and_not_as_a_fault_of_mlflow(
+    field: str, value: Any, tmp_path: Path
+) -> None:
+    run_dir = make_run(tmp_path, "run", 3)
+    lines = read_lines(run_dir / "metrics.jsonl")
+    lines[1] = {key: entry for key, entry in lines[1].items() if key != field} | (
+        {} if value is None else {field: value}
+    )
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError) as refusal:
+        sync(run_dir)
+    message = str(refusal.value)
+    assert message.startswith(f"{run_dir}/metrics.jsonl: line 2: {field}") and message.endswith("; remove this line")
+    assert os.listdir(tmp_path) == ["run"]
 
 
 def damaged(path: Path, content: bytes, statement: str = "") -> None:
