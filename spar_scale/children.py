@@ -11,12 +11,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 FORK = multiprocessing.get_context("fork")
+KILLED_S = 5.0  # for a killed process to end: one that waits for a disk which hangs does not
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -28,6 +30,19 @@ def undisturbed() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Within it SIGTERM raises KeyboardInterrupt, as Ctrl-C does; in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def listen_to_parent_alone(parent: int) -> None:
@@ -48,8 +63,11 @@ def end_with_parent() -> None:
 
 
 def stop(children: Iterable[Any], grace_s: float) -> None:
-    """End those that still run: asked first, so that they note what they have spent, after `grace_s` killed."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End those that still run: asked first, so that they note what they have spent, after `grace_s` killed.
+
+    Signals that come meanwhile are ignored: it takes `grace_s` at most, and KILLED_S where the system hangs.
+    """
+    before = {name: signal.signal(name, signal.SIG_IGN) for name in _SIGNALS}
     try:
         asked = list(children)
         for child in asked:
@@ -59,9 +77,10 @@ def stop(children: Iterable[Any], grace_s: float) -> None:
             child.join(max(0.0, until - time.monotonic()))
             if child.exitcode is None:
                 child.kill()
-                child.join()
+                child.join(KILLED_S)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def killed(code: int) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from parallel.files import write_file
 from spar_scale.board import clock
 from spar_scale.chain import COMPARED, STORED, Chain, data_step
+from spar_scale.children import sigterm_interrupts
 from spar_scale.data.shapes_world import World
 from spar_scale.evaluation.report import write_report
 from spar_scale.phases import PHASES
@@ -33,6 +34,7 @@ EVALUATION_S = 60.0  # an estimate
 EVALUATION, TRAINING, SCORES = "evaluation", "training.json", "scores.json"
 
 
+@sigterm_interrupts()
 def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
     """Make the world under `out/data`, train every phase, write `training.json`, `scores.json` and `report.html`.
 

@@ -6,7 +6,7 @@ that no other can run beside leaves a core idle: two data-parallel ranks did pha
 time, for half as many core-seconds again. A step is a fork of this process, which has imported what all need
 (eight seconds that a new interpreter would pay again) and computes nothing itself. What a step prints is shown
 line by line under its name, what it has spent is kept by `spending.py`. A step that fails ends the others; so
-does Ctrl-C, and SIGKILL of this process.
+do Ctrl-C, SIGTERM and SIGKILL of this process. A training step that is stopped saves first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 from parallel.errors import UserError
 from spar_scale.board import Board, clock
-from spar_scale.children import FORK, killed, listen_to_parent_alone, stop, undisturbed
+from spar_scale.children import FORK, killed, listen_to_parent_alone, sigterm_interrupts, stop, undisturbed
 from spar_scale.spending import Spending, spent, unfinish
 from spar_scale.training.mlflow_store import load_mlflow
 from spar_scale.training.progress import told_to
@@ -58,11 +58,13 @@ class Step:
         return self.finished() if self.finished is not None else spent(self.folder).finished
 
 
+@sigterm_interrupts()
 def run_steps(steps: Sequence[Step], jobs: int, ended: Callable[[Step], None] = lambda step: None) -> None:
     """Do what is not finished, or starts from what is not; `ended` is called after each step, before any other starts.
 
     Steps stand after those that they start from. Raises UserError where a step refuses or is killed, SystemExit
-    where it fails; KeyboardInterrupt passes when the steps that ran have stopped.
+    where it fails, KeyboardInterrupt for Ctrl-C and SIGTERM when the steps that ran have stopped and a line has told
+    where their results are.
     """
     todo: dict[str, Step] = {}
     for step in steps:
@@ -92,9 +94,23 @@ def run_steps(steps: Sequence[Step], jobs: int, ended: Callable[[Step], None] = 
                 total = spent(one.step.folder)
                 board.say(one.step.name, f"done, {total.core_seconds:.1f} core-seconds in {clock(total.wall_seconds)}")
                 ended(one.step)
+    except KeyboardInterrupt:
+        stop([one.process for one in running.values()], GRACE_S)
+        board.close()
+        print(_interrupted(steps, list(todo), list(running)), file=sys.stderr)
+        raise
     finally:
         stop([one.process for one in running.values()], GRACE_S)
         board.close()
+
+
+def _interrupted(steps: Sequence[Step], todo: Sequence[str], running: Sequence[str]) -> str:
+    """What was interrupted, and where the rest lies."""
+    folder = os.path.commonpath([step.folder for step in steps])
+    return (
+        f"interrupted in {', '.join(running) or 'no step'}: {len(steps) - len(todo)} of {len(steps)} steps are "
+        f"finished; they and the checkpoints of the others stay in {folder}. The same command goes on from there"
+    )
 
 
 def threads(jobs: int) -> int:

@@ -164,7 +164,7 @@ def test_an_unknown_row_is_refused_with_the_nearest(tmp_path: Path):
 
 def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(tmp_path: Path):
     bootstrap = tmp_path / "bootstrap_autoencoder"
-    bootstrap.mkdir()
+    (bootstrap / "pretrained").mkdir(parents=True)
     changed = Chain(tmp_path, "smoke", 0).recipe("bootstrap_autoencoder").model_copy(update={"global_batch": 17})
     changed.save(bootstrap / "recipe.yaml")
     with pytest.raises(UserError, match="bootstrap_autoencoder: holds a run of another recipe; it differs in global_b"):
