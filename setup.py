@@ -20,6 +20,7 @@ setup(
         "transformers>=5.17,<6",
         "diffusers>=0.42,<0.44",
         "webdataset>=1.0.2",
+        "braceexpand",
         "fsspec",
         "jinja2",
         "mlflow>=3.17,<4",

@@ -117,6 +117,7 @@ def _walk(folder: Path, left_out: LeftOut) -> Iterator[str]:
         left_out.add("folder that cannot be read", os.path.relpath(error.filename, folder), error.strerror or "")
 
     for where, folders, files in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # .ipynb_checkpoints holds copies
         for name in sorted(folders):
             if os.path.islink(os.path.join(where, name)):
                 left_out.add("folder that is a link", Path(where, name).relative_to(folder).as_posix())

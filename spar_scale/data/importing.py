@@ -76,16 +76,19 @@ def import_folder(folder: Path, out: Path, size: int | None = None, check_words:
 def _write(samples: Iterator[dict[str, Any]], folder: Path, found: Imported) -> None:
     """Write shards of at most SHARD_SAMPLES and about SHARD_BYTES, which are held in memory."""
     pending: list[dict[str, Any]] = []
+    held_bytes = 0
 
     def flush() -> None:
+        nonlocal held_bytes
         write_shard(folder / f"images-{found.shards:05d}.tar", iter(pending))
         found.shards, found.samples = found.shards + 1, found.samples + len(pending)
         pending.clear()
+        held_bytes = 0
 
     for sample in samples:
         pending.append(sample)
-        held = sum(len(value) for each in pending for value in each.values())
-        if len(pending) == SHARD_SAMPLES or held > SHARD_BYTES:
+        held_bytes += sum(len(value) for value in sample.values())
+        if len(pending) == SHARD_SAMPLES or held_bytes > SHARD_BYTES:
             flush()
     if pending:
         flush()

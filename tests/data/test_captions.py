@@ -225,6 +225,7 @@ BESIDE = {
     "files that are no pictures": (["a.json", "notes.md", "b.json"], {"a"}, []),
     "texts alone": (["b.txt", "folder/c.txt"], {"a"}, ["text without a picture: 2 (b.txt, folder/c.txt)"]),
     "hidden files": (["._a.png", "._a.txt", ".DS_Store", ".hidden.png"], {"a"}, []),
+    "hidden folders": ([".ipynb_checkpoints/a-copy.png", ".ipynb_checkpoints/a-copy.txt"], {"a"}, []),
     "extensions in capitals": (["b.png", "b.TXT"], {"a", "b"}, []),
     "two texts": (["b.png", "b.TXT", "b.Txt"], {"a"}, [
         "no text: 1 (b.png)", "text without a picture: 2 (b.TXT, b.Txt)",
