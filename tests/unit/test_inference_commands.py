@@ -200,8 +200,10 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("case", TARGETS)
-@pytest.mark.parametrize("command", ["generate", "edit", "routes", "reconstruct"])
+@pytest.mark.parametrize(
+    ("command", "case"),
+    [*(("generate", case) for case in TARGETS), ("edit", "a FIFO"), ("routes", "a FIFO"), ("reconstruct", "a FIFO")],
+)
 def test_a_target_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     runs, command, case, photograph, tmp_path, capsys, monkeypatch
 ):
