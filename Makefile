@@ -35,10 +35,10 @@ demo: venv
 
 # What MLflow shows of the runs in OUT, to this machine only.
 ui: venv
-	@test -f $(OUT)/mlflow.db || { echo "error: $(OUT)/mlflow.db is not there; runs make it in the directory that holds theirs: make ui OUT=runs/tiny" >&2; exit 2; }
+	@test -f "$(OUT)/mlflow.db" || { echo "error: $(OUT)/mlflow.db is not there; runs make it in the directory that holds theirs: make ui OUT=runs/tiny" >&2; exit 2; }
 	@echo "MLflow shows $(OUT) at http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning (Ctrl-C ends it)"
-	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(OUT))/mlflow.db \
-		--artifacts-destination $(abspath $(OUT))/mlartifacts --host 127.0.0.1 --port $(PORT) --workers 1
+	@cd "$(OUT)" && MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(abspath $(BIN))/mlflow server \
+		--backend-store-uri sqlite:///mlflow.db --artifacts-destination mlartifacts --host 127.0.0.1 --port $(PORT) --workers 1
 
 # Files of tests side by side, each whole on one worker (its fixtures train), in their order: SLURM's, the longest, come early.
 test: venv

@@ -31,6 +31,8 @@ setup(
         "pyyaml",
         "rich",
         "safetensors",
+        "sqlalchemy>=2.1",
+        "typing_extensions",
     ],
     extras_require={
         "dev": ["ruff", "pyright", "pytest", "pytest-timeout", "pytest-xdist"],

@@ -67,7 +67,7 @@ def regular_target(path: Path) -> Path:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     if kind != stat.S_IFREG:
-        raise UserError(f"{path}: is {_KINDS.get(kind, 'no regular file')} and is not replaced; name a file to write")
+        raise UserError(f"{path}: is {_KINDS.get(kind, 'no regular file')} and is not replaced; name another file")
     return target
 
 

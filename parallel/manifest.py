@@ -13,9 +13,10 @@ import fcntl
 import hashlib
 import json
 import re
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from parallel.errors import UserError
 from parallel.files import write_file
@@ -25,6 +26,7 @@ MANIFEST = "manifest.json"
 REFERENCES = "referenced-by.json"
 _STEP = re.compile(r"step-(\d{8,})")
 _CHUNK_BYTES = 4 << 20
+LOCK_S = 60.0  # the longest wait for another run that notes its name
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,25 @@ def protect(folder: Path, by: str) -> None:
         raise UserError(f"{folder / REFERENCES}: {error.strerror or error}") from error
 
 
+def _lock(file: IO[str]) -> None:
+    """Lock a file; UserError where another process has held it for LOCK_S."""
+    until = time.monotonic() + LOCK_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{file.name}: found locked by another process for {LOCK_S:g} s, must be free; end the run that "
+                    "hangs there, or start again"
+                ) from None
+        time.sleep(0.05)
+
+
 def references(folder: Path) -> list[str]:
     """Return the runs that refer to this checkpoint; a list that cannot be read counts as one unknown run."""
     try:
-        names = json.loads((folder / REFERENCES).read_text())
+        names = json.loads((folder / REFERENCES).read_text(encoding="utf-8"))
         return [str(name) for name in names]
     except FileNotFoundError:
         return []

@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     show = _command(data, "show", do.show)
     show.add_argument("paths", nargs="+", metavar="PATH", help="shards (paths or globs)")
     show.add_argument("--count", type=_positive, default=8, help="how many samples (default 8)")
-    show.add_argument("-o", "--out", type=Path, metavar="PNG", help="write the images as one picture")
+    show.add_argument("-o", "--out", type=Path, metavar="PICTURE", help="write the images as one picture")
 
     encode = _command(data, "encode", do.encode)
     encode.add_argument("recipe", type=Path, help="recipe file (YAML) with data.encoded, the directory to write")
@@ -180,7 +180,14 @@ def _overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def _png(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="PNG", help="where to write it")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PICTURE",
+        help="where to write it (.png, .jpg, .jpeg or .webp)",
+    )
 
 
 def _drawing(parser: argparse.ArgumentParser) -> None:

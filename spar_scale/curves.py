@@ -22,7 +22,7 @@ Curve = Sequence[tuple[float, float]]
 
 def curve(run_dir: Path) -> list[tuple[float, float]]:
     """Read the curve of a run; ValueError unless its steps are 1, 2, 3, ..."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if [line["step"] for line in lines] != list(range(1, len(lines) + 1)):
         raise ValueError(f"{run_dir}: the steps of metrics.jsonl are not 1, 2, 3, ...")
     return [(line["loss"], line["grad_norm"]) for line in lines]

@@ -23,6 +23,8 @@ from spar_scale.chain import COMPARED, STORED, Chain, data_step
 from spar_scale.children import sigterm_interrupts
 from spar_scale.data.shapes_world import World
 from spar_scale.evaluation.report import write_report
+from spar_scale.evaluation.report.sources import read_scores
+from spar_scale.outputs import make_directory
 from spar_scale.phases import PHASES
 from spar_scale.processes import Step, available_cores, import_before_forks, run_steps, threads
 from spar_scale.settings import load
@@ -41,6 +43,7 @@ def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
     `jobs` steps run side by side; the default is two, one where there is one core. Raises UserError for a size
     without recipes, and for what a step refuses.
     """
+    make_directory(out, "--out")
     jobs = jobs or min(2, available_cores())
     chain = Chain(out, size, seed)
     mirrored = any(chain.recipe(phase).tracking.mirror for phase in PHASES)
@@ -51,7 +54,7 @@ def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
         whole.record()
         _write(out / TRAINING, _account(chain, size, jobs, steps))
         if step is not None and step.name == EVALUATION:
-            _write(out / SCORES, _scores(out) | _core_seconds(steps))
+            _write(out / SCORES, read_scores(out) | _core_seconds(steps))
 
     keep()
     run_steps(steps, jobs, ended=keep)
@@ -59,7 +62,7 @@ def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
     report = write_report(out)
     if mirrored:
         log_artifacts(out, [report, out / SCORES, *sorted((out / EVALUATION).glob("*.png"))])
-    for name, value in _scores(out).items():
+    for name, value in read_scores(out).items():
         print(f"{name:42} {value}")
     total, wall = _core_seconds(steps)["core_seconds.total"], clock(spent(out).wall_seconds)
     print(f"{total:.0f} core-seconds of training; {wall} for all, with scores and report\n{report}")
@@ -109,10 +112,6 @@ def _core_seconds(steps: Sequence[Step]) -> dict[str, float]:
     costs = {step.name: spent(step.folder).core_seconds for step in steps if step.name != EVALUATION}
     costs["total"] = round(sum(costs[name] for name in costs if name in ("data", STORED, *PHASES)), 2)
     return {f"core_seconds.{name}": value for name, value in costs.items()}
-
-
-def _scores(out: Path) -> dict[str, float]:
-    return json.loads((out / SCORES).read_text())
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

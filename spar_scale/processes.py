@@ -279,7 +279,10 @@ def _work(step: Step, num_threads: int, parent: int, events: Connection, output:
     listen_to_parent_alone(parent)
     for number in (1, 2):
         os.dup2(output, number)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.stdout, sys.stderr = (
+        open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        for number in (1, 2)
+    )
     torch.set_num_threads(num_threads)
     spending, code = Spending(step.folder), 1
 

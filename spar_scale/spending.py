@@ -50,7 +50,7 @@ class Spending:
 def spent(folder: Path) -> Spent:
     """What attempts in `folder` have spent; nothing where none has said so."""
     try:
-        return Spent(**json.loads((folder / FILE).read_text()))
+        return Spent(**json.loads((folder / FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # an accountant does not stop the work
         return Spent()
 

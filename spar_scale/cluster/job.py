@@ -58,7 +58,9 @@ class Attempts:
     def __init__(self, run_dir: Path):
         self._file = run_dir / ATTEMPTS
         self._checkpoints = run_dir / "checkpoints"
-        self._ended: list[dict[str, int | str]] = json.loads(self._file.read_text()) if self._file.exists() else []
+        self._ended: list[dict[str, int | str]] = (
+            json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else []
+        )
 
     def step(self) -> int:
         """The step of the newest checkpoint, 0 without one."""

@@ -77,7 +77,7 @@ def bad_nodes(run_dir: Path, hosts: Sequence[str]) -> dict[str, str]:
     """
     own, common = dict[str, list[str]](), dict[str, list[str]]()
     for file in sorted((run_dir / FOLDER).glob("*.json")):
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         found = [Finding(**finding) for finding in content["findings"]]
         for faults, shared in ((own, False), (common, True)):
             bad = [one for one in found if one.state == "bad" and (one.subject == TOGETHER) == shared]

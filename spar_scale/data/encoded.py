@@ -198,7 +198,7 @@ def differences(there: MadeOf, wanted: MadeOf) -> str:
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """Return a manifest, None where there is none. UserError for what is none of ours or of another version."""
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["version"] != VERSION:
             raise UserError(f"data.encoded: {path} has version {manifest['version']}, this program reads {VERSION}")
         return {"made_of": dict(manifest["made_of"]), "sources": dict(manifest["sources"])}

@@ -153,7 +153,7 @@ def _check_settings(world: World, out_dir: Path) -> bool:
             raise UserError(f"{out_dir}: holds {strangers[0]} but no {SETTINGS} that says how it was made; {mend}")
         return False
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         there, generation, complete = dict(content["world"]), content["generation"], bool(content["complete"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the settings of a world ({error}); {mend}") from None

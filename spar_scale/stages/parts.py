@@ -150,7 +150,7 @@ def read_config(part: str, directory: Path) -> dict[str, Any]:
     """Return the config.json of a part. Raises UserError where it cannot be read."""
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"model.pretrained.{part}: {path} cannot be read as JSON ({error})") from error
     if not isinstance(config, dict):

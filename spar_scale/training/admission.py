@@ -143,7 +143,7 @@ def _check_parent(recipe: Recipe) -> None:
 
 def _check_recorded(recipe: Recipe, root: Path, record: Path) -> None:
     try:
-        noted: dict[str, str] = json.loads(record.read_text())
+        noted: dict[str, str] = json.loads(record.read_text(encoding="utf-8"))
         run, name = noted["run"], noted["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{record}: cannot be read as JSON; restore it, or start in another run_dir") from None

@@ -82,7 +82,7 @@ def overwrite(model: nn.Module, weights: dict[str, torch.Tensor], origin: Path) 
 def _recorded(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / RECORD
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         if all(isinstance(record[key], str) for key in ("run", "checkpoint", "manifest")):
             return record
     except FileNotFoundError:

@@ -15,7 +15,7 @@ from ready_runs import make_run
 from tiny_parts import make_parts
 
 from parallel.errors import UserError
-from spar_scale import ablation, parity
+from spar_scale import ablation, demo, parity
 from spar_scale.cli import main
 from spar_scale.data.shapes_language import captions
 from spar_scale.data.shapes_render import render
@@ -245,7 +245,7 @@ def test_damaged_scores_are_refused_before_anything_is_measured(untrained, conte
 
 @pytest.mark.parametrize("name", ["file", "fifo", "file/below", "/dev/null"])
 def test_commands_refuse_an_out_that_is_no_directory_before_anything_is_trained(name, tmp_path, monkeypatch):
-    for module in (ablation, parity):
+    for module in (ablation, demo, parity):
         monkeypatch.setattr(module, "import_before_forks", lambda **_: pytest.fail("work has begun"))
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "fifo")
@@ -255,6 +255,8 @@ def test_commands_refuse_an_out_that_is_no_directory_before_anything_is_trained(
         ablation.ablate(tmp_path / name, "smoke", [0])
     with pytest.raises(UserError, match=message):
         parity.parity(recipe, [], "dp2-z1", parity.Runs(), tmp_path / name)
+    with pytest.raises(UserError, match=message):
+        demo.run(tmp_path / name, "smoke", 0)
     assert sorted(os.listdir(tmp_path)) == ["fifo", "file"]
 
 

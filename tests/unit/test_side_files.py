@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -215,6 +216,19 @@ def test_a_parent_that_cannot_be_written_costs_a_warning(
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert any(os.strerror(code) in text and f"keep a copy of {found}" in text for text in warnings)
     assert json.loads((tmp_path / "run" / "parent.json").read_text())["checkpoint"] == found.name
+
+
+def test_a_checkpoint_that_another_process_holds_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = save_checkpoint(tmp_path)
+    monkeypatch.setattr(manifest, "LOCK_S", 0.2)
+    with (found / "manifest.json").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"manifest\.json: found locked by another process for 0\.2 s"):
+            checkpoint.protect(found, by="a run")
+    checkpoint.protect(found, by="a run")
+    assert manifest.references(found) == ["a run"]
 
 
 NAMES = ["a name with spaces", "exp #3", "versuch-größe-实验", "a?b=c&d%20", "x" * 250, "-leading", "[0-9]*"]
