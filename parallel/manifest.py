@@ -123,7 +123,7 @@ def protect(folder: Path, by: str) -> None:
         return
     try:
         with (folder / MANIFEST).open("r+") as held:  # runs that start together add their names one after another
-            fcntl.flock(held, fcntl.LOCK_EX)
+            _lock(held)
             write_file(folder / REFERENCES, json.dumps([*references(folder), by]) + "\n")
     except OSError as error:
         raise UserError(f"{folder / REFERENCES}: {error.strerror or error}") from error
