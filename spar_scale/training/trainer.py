@@ -193,7 +193,7 @@ class Trainer:
         """Train one step; return False where, alone in its world, it was left for a signal before its update."""
         self.in_step = True
         self.step += 1
-        place = f"step {self.step}"
+        place = self.heartbeat.place = f"step {self.step}"
         lr = learning_rate(self.recipe.optimizer, self.step, self.recipe.train.steps)
         samples: list[int] = []
         bad: list[dict[str, Any]] = []
