@@ -44,6 +44,8 @@ from parallel.topology import Topology
 
 PERIOD_S = 1.0
 """Seconds between two beats."""
+WAITING = "waiting for a batch"
+"""How a place ends at which a rank waits for data."""
 PATIENCE_S = 5.0
 """Seconds from a failure for the other ranks to end by themselves; who is silent for as long then is dead."""
 
@@ -70,13 +72,14 @@ class Seen:
 
 
 class Heartbeat:
-    """Watches a run of several ranks from `with` to its end; in a world of one it does nothing.
+    """Watches a run from `with` to its end: the other ranks, and this rank's own waits for data.
 
-    The run sets `place`, in words that follow "at". `timeout_s` is the longest that a rank may wait for another.
+    The run sets `place`, in words that follow "at"; one that ends in WAITING is a wait for data. `timeout_s` is the
+    longest that a rank may wait for another rank or for data.
     """
 
     def __init__(self, topology: Topology, timeout_s: float):
-        self.place = "its start"
+        self._place, self._places = "its start", 0
         self._topology, self._timeout_s, self._rank = topology, timeout_s, topology.rank
         self._watched: Sequence[int] = range(1, topology.world) if topology.rank == 0 else [0]
         self._words: dict[int, str] = {}  # rank -> its last beat as it came
@@ -86,7 +89,18 @@ class Heartbeat:
         self._stop, self._named = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
 
+    @property
+    def place(self) -> str:
+        """Where the run is."""
+        return self._place
+
+    @place.setter
+    def place(self, place: str) -> None:
+        self._place = place
+        self._places += 1  # tells two waits at one place apart
+
     def __enter__(self) -> Heartbeat:
+        self._threads = [threading.Thread(target=self._watch_own_waits, daemon=True)]
         if self._topology.world > 1:
             self._key = f"heartbeat/{next(_runs)}"
             ours: Any = distributed_c10d._get_default_store()
@@ -97,18 +111,16 @@ class Heartbeat:
                 self._store.set(f"{self._key}/verdict", "{}")
             mine = f"rank {self._rank} (host {socket.gethostname()}, pid {os.getpid()})"
             self._names: list[str] = self._topology.gather(mine)  # and now the store has a word of every rank
-            self._threads = [threading.Thread(target=body, daemon=True) for body in (self._talk, self._watch)]
-            for thread in self._threads:
-                thread.start()
+            self._threads += [threading.Thread(target=body, daemon=True) for body in (self._talk, self._watch)]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if not self._threads:
-            return
         self._follows = isinstance(error, RuntimeError) and bool(re.search("gloo|nccl", str(error), re.IGNORECASE))
         self._left = "" if kind is None else f"{kind.__name__}: {error}".strip().splitlines()[0]
         alone = isinstance(error, Exception) and not (isinstance(error, UserError) and error.everywhere)
-        if alone:  # the others must hear of it, or name the cause
+        if alone and self._topology.world > 1:  # the others must hear of it, or name the cause
             self._named.wait(3 * PATIENCE_S if self._follows else 2 * PERIOD_S)
         self._stop.set()
         for thread in self._threads:
@@ -137,6 +149,22 @@ class Heartbeat:
                 self._stop.wait(PERIOD_S)
 
     # -- watching ---------------------------------------------------------------------------------
+
+    def _watch_own_waits(self) -> None:
+        """End this process where a wait for data lasts longer than the loader, which waits for its workers, allows.
+
+        The main thread may stand in a read of a network disk, in C, where neither a signal nor an exception reaches it.
+        """
+        places, waited_s = self._places, 0.0
+        while not self._stop.wait(PERIOD_S):
+            waited_s = waited_s + PERIOD_S if places == self._places and self._place.endswith(WAITING) else 0.0
+            places = self._places
+            if waited_s > self._timeout_s + PATIENCE_S:
+                where = f"rank {self._rank} (host {socket.gethostname()}, pid {os.getpid()})"
+                ends = "This run ends; the same command goes on from its newest checkpoint"
+                print(f"{where} is at {self._place}, for {waited_s:.0f} s. {ends}", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(file=2, all_threads=True)
+                os._exit(LOST)
 
     def _watch(self) -> None:
         seen: dict[int, Seen] = {}

@@ -19,7 +19,7 @@ from parallel.agreement import first, together
 from parallel.environment import read_environment
 from parallel.errors import UserError
 from parallel.exit_codes import STOPPED
-from parallel.heartbeat import Heartbeat
+from parallel.heartbeat import WAITING, Heartbeat
 from parallel.launch import Launch, start
 from parallel.replica import Replica
 from parallel.tensor import cut
@@ -27,10 +27,9 @@ from parallel.topology import Layout, Topology
 from parallel.zero import Engine, name_parameters
 from spar_scale.data.loader import Loader, Source
 from spar_scale.plans.costs import pipeline_costs
-from spar_scale.plans.tensor import PLAN, check_tensor
+from spar_scale.plans.tensor import PLAN
 from spar_scale.recipe import Recipe
-from spar_scale.stages import meta_stage
-from spar_scale.stages.parts import preset_of
+from spar_scale.training.admission import check_layout
 from spar_scale.training.attention_choice import attention_of
 from spar_scale.training.encode import frozen_digests, open_encoded
 from spar_scale.training.engine_settings import engine_settings
@@ -56,12 +55,8 @@ def train(recipe: Recipe) -> int:
 
     Raises SystemExit(STOPPED) where a signal has asked it to stop and what was trained has been saved.
     """
+    check_layout(recipe, read_environment()[1])  # before any process group exists
     layout = Layout(recipe.parallel.tensor, recipe.parallel.pipeline, recipe.parallel.zero)
-    check_tensor(preset_of(recipe), layout.tensor)  # refuse before any process group exists
-    world = read_environment()[1]
-    layout.data(world)
-    if layout.pipeline > 1:
-        layout.check_layers(len(meta_stage(recipe).layers), world)
     with attention_of(recipe):  # likewise
         launch = start(recipe.guards.timeout_s)
         topology = Topology(layout)
@@ -180,7 +175,7 @@ class Trainer:
         It is fetched before the ranks agree to go on, so that a rank whose data hangs can still stop with the others.
         """
         self.in_step = False
-        self.heartbeat.place = f"step {self.step + 1}, waiting for a batch"
+        self.heartbeat.place = f"step {self.step + 1}, {WAITING}"
         try:
             return next(batches)
         except WaitInterrupted:
@@ -200,7 +195,7 @@ class Trainer:
 
         def counted() -> Iterator[dict[str, Any]]:
             for _ in range(self.micro_steps):
-                self.heartbeat.place = f"{place}, waiting for a batch"
+                self.heartbeat.place = f"{place}, {WAITING}"
                 batch = next(batches)
                 self.heartbeat.place = place
                 samples.extend(number for number in batch["sample"].tolist() if number >= 0)

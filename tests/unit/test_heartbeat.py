@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import os
+from types import SimpleNamespace
+from typing import Any, cast
 
-from parallel.heartbeat import PATIENCE_S, Beat, Seen, judge
+import pytest
+from launching import start_process
+
+from parallel.exit_codes import LOST
+from parallel.heartbeat import PATIENCE_S, WAITING, Beat, Heartbeat, Seen, judge
 
 TIMEOUT_S = 30.0
 NOW_S = 100.0
@@ -69,3 +75,17 @@ def test_the_one_to_blame_is_named(case: str) -> None:
 def test_who_knows_not_all_blames_nobody_for_being_late() -> None:
     for case in ("late", "failed because another hangs"):
         assert judge(dict(enumerate(CASES[case][0])), NOW_S, TIMEOUT_S, knows_all=False) == {}
+
+
+def hang_in_a_read(place: str) -> None:
+    """Read from an empty pipe, which nobody writes to, as from a network disk that has gone."""
+    alone: Any = SimpleNamespace(world=1, rank=0)
+    with Heartbeat(cast(Any, alone), timeout_s=1.0) as heartbeat:
+        heartbeat.place = place
+        os.read(os.pipe()[0], 1)
+
+
+def test_a_read_of_data_that_hangs_ends_a_process_alone_in_its_world() -> None:
+    process = start_process(hang_in_a_read, f"step 3, {WAITING}")
+    process.join(60)
+    assert process.exitcode == LOST
