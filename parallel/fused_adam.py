@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from parallel.errors import UserError
 
 
@@ -28,6 +26,8 @@ def apex_fused_adam() -> Any:
 
 def deepspeed_fused_adam() -> Any:
     """DeepSpeed's FusedAdam; raises UserError without a CUDA device (its kernel is compiled for one)."""
+    import torch
+
     if not torch.cuda.is_available():
         raise UserError("optimizer.name: found 'deepspeed_adam', whose kernel needs a CUDA device; use 'adamw'")
     from deepspeed.ops.adam import FusedAdam

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @contextlib.contextmanager
 def muon_step(device: torch.device) -> Iterator[None]:
     """A context in which DeepSpeed's Muon takes convolution weights; on a CPU uncompiled and in fp32."""
+    import torch
     from deepspeed.runtime.zero.muon import original_muon
 
     original, dtype_of_method = original_muon.muon_update, original_muon.ns_compute_dtype

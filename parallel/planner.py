@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from parallel.costs import LayerCost, activation_bytes
+from parallel.optimizers import GroupState
 from parallel.pipeline import stage_bounds
 from parallel.state_bytes import Weight, ZeroShape, fullest
 from parallel.topology import Layout
@@ -44,14 +45,20 @@ class Machine:
 class Counted:
     """A program under one tensor size: what each layer holds and costs on one rank, for one micro-batch.
 
-    `held` are the names of each layer's parameters, `weights` all parameters in the model's order.
+    `held` are the names of each layer's parameters, `weights` all parameters in the model's order, `states` the
+    optimizer's state by group.
     """
 
     held: Sequence[Collection[str]]
     weights: Mapping[str, Weight]
     costs: Sequence[LayerCost]
     num_groups: int
-    muon: Collection[int] = ()
+    states: Sequence[GroupState]
+    whole_matrices: Collection[int] = ()
+
+    def zero_shape(self, layout: Layout, data_size: int, half: bool) -> ZeroShape:
+        """How the engine lays its state out under a layout."""
+        return ZeroShape(layout.zero, data_size, self.states, half, layout.pipeline > 1, self.whole_matrices)
 
     def stage_weights(self, first: int, end: int) -> list[Weight]:
         """The parameters that layers `first` to `end` - 1 hold, each once."""
@@ -99,7 +106,7 @@ def outlook(
 ) -> Outlook:
     """Work out one layout that is not refused otherwise; UserError where it has more stages than layers."""
     bounds = stage_bounds([cost.flops for cost in counted.costs], layout.pipeline)
-    shape = ZeroShape(layout.zero, data_size, work.half, layout.pipeline > 1, counted.muon)
+    shape = counted.zero_shape(layout, data_size, work.half)
     stages = [_Stage(counted, a, b) for a, b in itertools.pairwise(bounds)]
     memories = [_memory(stage, number, len(stages), micro_steps, shape) for number, stage in enumerate(stages)]
     found = Outlook(layout, data_size, None, bounds, micro_steps)

@@ -9,14 +9,13 @@ fp32. Masters stand beside the weights in fp32 too.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from parallel.optimizers import GroupState
 from parallel.zero_config import PERSISTENT
 
 FP32 = 4
-STEP_BYTES = 4
-"""An optimizer's count of steps, of which each group has one."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,18 @@ class Weight:
 
 @dataclass(frozen=True)
 class ZeroShape:
-    """What decides how state is laid out: ZeRO stage, data ranks, precision, pipeline, and the groups of Muon."""
+    """What decides how state is laid out: ZeRO stage, data ranks, precision, pipeline, and the optimizer's state.
+
+    `states` is the optimizer's state by group, in the groups' order; those in `whole_matrices` keep it for every
+    matrix of which they hold a part.
+    """
 
     zero: int
     data_size: int
+    states: Sequence[GroupState]
     half: bool = False
     pipelined: bool = False
-    muon: Collection[int] = ()
+    whole_matrices: Collection[int] = ()
 
 
 def state_bytes(weights: Sequence[Weight], num_groups: int, shape: ZeroShape, data_rank: int = 0) -> dict[str, int]:
@@ -56,7 +60,7 @@ def state_bytes(weights: Sequence[Weight], num_groups: int, shape: ZeroShape, da
 
 def fullest(weights: Sequence[Weight], num_groups: int, shape: ZeroShape) -> dict[str, int]:
     """`state_bytes` of the data rank that keeps most."""
-    uneven = shape.muon or (shape.zero == 2 and not shape.half)
+    uneven = shape.whole_matrices or (shape.zero == 2 and not shape.half)
     ranks = range(shape.data_size if uneven else 1)
     return max((state_bytes(weights, num_groups, shape, rank) for rank in ranks), key=lambda found: sum(found.values()))
 
@@ -71,12 +75,12 @@ def _zero_12(groups: dict[int, list[int]], frozen: list[int], shape: ZeroShape, 
         gradients = trained * item + (sum(flat.values()) * FP32 if shape.half else 0)
     else:
         gradients = sum((part if shape.half else whole).values()) * FP32
-    moments = sum(whole[index] if index in shape.muon else 2 * part[index] for index in groups)
+    kept = {index: whole[index] if index in shape.whole_matrices else part[index] for index in groups}
     return {
         "weights": sum(flat.values()) * item,
         "frozen": sum(frozen) * item,
         "gradients": gradients,
-        "optimizer": (sum(part.values()) + moments) * FP32 + _steps(groups, shape),
+        "optimizer": sum(part.values()) * FP32 + _optimizer_bytes(kept, shape),
         "ema": sum(part.values()) * FP32,
     }
 
@@ -85,12 +89,11 @@ def _zero_3(groups: dict[int, list[int]], frozen: list[int], shape: ZeroShape, d
     item = 2 if shape.half else FP32
     part = {index: sum(_share(numel, shape) for numel in numels) for index, numels in groups.items()}
     trained = list(itertools.chain.from_iterable(groups.values()))
-    moments = sum(part[index] * (1 if index in shape.muon else 2) for index in groups)
     return {
         "weights": (sum(part.values()) + _persistent(trained)) * item,
         "frozen": (sum(_share(numel, shape) for numel in frozen) + _persistent(frozen)) * item,
         "gradients": sum(part.values()) * FP32,
-        "optimizer": (sum(part.values()) + moments) * FP32 + _steps(groups, shape),
+        "optimizer": sum(part.values()) * FP32 + _optimizer_bytes(part, shape),
         "ema": sum(part.values()) * FP32,
     }
 
@@ -103,9 +106,10 @@ def _persistent(numels: list[int]) -> int:
     return sum(numel for numel in numels if numel <= PERSISTENT)
 
 
-def _steps(groups: dict[int, list[int]], shape: ZeroShape) -> int:
-    """With Muon a step is counted by a number of Python's."""
-    return 0 if shape.muon else STEP_BYTES * len(groups)
+def _optimizer_bytes(kept: Mapping[int, int], shape: ZeroShape) -> int:
+    """Bytes of the optimizer's tensors and scalars, for groups that keep them for so many weights."""
+    states = {index: shape.states[index] for index in kept}
+    return sum(numel * FP32 * len(states[index].tensors) + states[index].scalar_bytes for index, numel in kept.items())
 
 
 def _overlapping(numels: list[int], start: int, length: int) -> int:

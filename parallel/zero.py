@@ -9,8 +9,7 @@ is one more flat tensor in the optimizer state, so it is partitioned, saved and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.launch import silenced
-from parallel.muon import muon_step
+from parallel.optimizers import WHOLE_MATRICES, Optimizer
 from parallel.pipeline import pipeline_batches, pipeline_module, receive_into_new_buffers
 from parallel.program import Layer, Program
 from parallel.topology import Topology
@@ -39,7 +38,7 @@ class Engine:
     """One trained program under one layout.
 
     `groups` are the optimizer's parameter groups over the whole model, each with a unique `name`;
-    parameters carry their global name as `global_name`. `make_optimizer` builds the inner optimizer.
+    parameters carry their global name as `global_name`. `optimizer` is what updates them.
     `costs` are what each layer costs; a pipeline is cut by them, nothing else reads them.
     """
 
@@ -49,7 +48,7 @@ class Engine:
         inputs: Sequence[str],
         terms: Mapping[str, float],
         groups: Sequence[Mapping[str, Any]],
-        make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        optimizer: Optimizer,
         topology: Topology,
         device: torch.device,
         settings: EngineSettings,
@@ -57,7 +56,7 @@ class Engine:
     ):
         import deepspeed
 
-        self.topology, self.device, self.settings = topology, device, settings
+        self.topology, self.device, self.settings, self.optimizer = topology, device, settings, optimizer
         self.zero = topology.layout.zero
         self.coefficients = torch.tensor(list(terms.values()), dtype=torch.float32, device=device)
         self.terms = torch.zeros(len(terms), dtype=torch.float64, device=device)
@@ -66,27 +65,26 @@ class Engine:
         program = Program(layers, inputs, list(terms), settings.recompute)
         self.inputs = program.boundaries[0]  # what the first stage unpacks, in its order
         self.pipelined = topology.layout.pipeline > 1
-        # Muon's update is orthogonalised before the norm is taken: what is logged is the norm of that update.
-        self.muon = any(group.get("use_muon") for group in groups)
         if self.pipelined:
             module: Any = pipeline_module(program, topology, self._loss, len(groups), costs)
             dummies: list[nn.Parameter] = list(module.dummies)
         else:
             module, dummies = program, []
-        optimizer = make_optimizer(_local_groups(groups, module, dummies))
-        optimizer.register_step_post_hook(self._update_ema)
+        inner = optimizer.build(_local_groups(groups, module, dummies))
+        inner.register_step_post_hook(self._update_ema)
+        whole_matrices = any(group.get(WHOLE_MATRICES) for group in groups)
         with silenced():
             engine, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=optimizer,
-                config=deepspeed_config(self.zero, topology.data_size, settings, self.muon),
+                optimizer=inner,
+                config=deepspeed_config(self.zero, topology.data_size, settings, whole_matrices),
                 mpu=None if self.pipelined else topology.grid,
                 dist_init_required=False,
             )
         if self.pipelined:
             receive_into_new_buffers(engine, device)
         self.deepspeed: Any = engine
-        self.state: Any = ZeroState(engine, self.zero, topology.tensor_rank)
+        self.state: Any = ZeroState(engine, self.zero, topology.tensor_rank, optimizer)
 
     def step(self, batches: Iterator[Mapping[str, Any]], lr: Mapping[str, float]) -> StepRecord:
         """One optimizer step over `micro_steps` micro-batches; `lr` maps group name to its rate.
@@ -96,7 +94,7 @@ class Engine:
         for group in self.deepspeed.optimizer.optimizer.param_groups:
             group["lr"] = lr[group["name"]]
         self.terms.zero_()
-        with muon_step(self.device) if self.muon else nullcontext():
+        with self.optimizer.step_context(self.device):
             self._run(batches)
         optimizer = self.deepspeed.optimizer
         norm = torch.as_tensor(optimizer._global_grad_norm, dtype=torch.float64, device=self.device)

@@ -28,8 +28,13 @@ class EngineSettings:
     recompute: bool = False
 
 
-def deepspeed_config(zero: int, data_size: int, settings: EngineSettings, muon: bool = False) -> dict[str, Any]:
-    """DeepSpeed's configuration with every key that matters written out; offload, MoE and fp16 are never on."""
+def deepspeed_config(
+    zero: int, data_size: int, settings: EngineSettings, whole_matrices: bool = False
+) -> dict[str, Any]:
+    """Return DeepSpeed's configuration with every key that matters written out; offload, MoE and fp16 are never on.
+
+    `whole_matrices` says that the optimizer updates matrices as a whole, so that no rank may keep a part of a gradient.
+    """
     half = settings.precision == "bf16"
     return {
         "train_micro_batch_size_per_gpu": settings.micro_batch,
@@ -53,7 +58,7 @@ def deepspeed_config(zero: int, data_size: int, settings: EngineSettings, muon: 
             "stage": zero,
             "contiguous_gradients": True,
             "overlap_comm": False,
-            "reduce_scatter": not muon,  # Muon orthogonalises whole matrices and refuses it
+            "reduce_scatter": not whole_matrices,  # DeepSpeed's Muon refuses it
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
             "round_robin_gradients": False,

@@ -17,42 +17,46 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.boxes import Fragment
+from parallel.optimizers import WHOLE_MATRICES, Optimizer
 
 
 class ZeroState:
     """Masters, moments and EMA of a DeepSpeed engine; fills the optimizer state when made."""
 
-    def __init__(self, engine: Any, zero: int, tensor_rank: int):
+    def __init__(self, engine: Any, zero: int, tensor_rank: int, optimizer: Optimizer):
         self.module, self.wrapped = engine.module, engine.optimizer
-        self.zero, self.tensor_rank = zero, tensor_rank
+        self.zero, self.tensor_rank, self.optimizer = zero, tensor_rank, optimizer
         self._fill_state()
 
     def fragments(self, loading: bool = False) -> list[Fragment]:
         """Writable flat views of what this rank keeps of every trained parameter: master, moments, EMA.
 
         To save, each element belongs to one rank; to load, a rank asks for all it needs (Muon under
-        ZeRO 1 and 2 keeps the momentum of whole matrices on every rank that holds a part of one).
+        ZeRO 1 and 2 keeps the state of whole matrices on every rank that holds a part of one).
         """
         if self.zero == 3:
             return list(self._fragments_zero3())
-        return [fragment for piece in self._fragments_zero12() for fragment in self._with_momentum(piece, loading)]
+        return [fragment for piece in self._fragments_zero12() for fragment in self._with_matrix_state(piece, loading)]
 
-    def optimizer_steps(self) -> dict[str, int]:
-        """Applied updates by parameter group (Adam's bias correction counts them)."""
-        steps = {}
+    def scalars(self) -> dict[str, dict[str, float]]:
+        """The optimizer's scalars by parameter group and name: `step` counts applied updates (bias correction)."""
+        found = {}
         for group, flat in self._flats():
-            count = self._inner_state()[flat].get("step", group.get("step", 0))
-            steps[group["name"]] = int(count)
-        return steps
+            state, names = self._inner_state()[flat], self.optimizer.state_of(group).scalars
+            values = {name: float(state[name]) for name in names}
+            if "step" in group:  # apex and DeepSpeed count in the group
+                values["step"] = float(group["step"])
+            found[group["name"]] = values
+        return found
 
-    def restore(self, optimizer_steps: Mapping[str, int]) -> None:
-        """After a load into `fragments`: set the step counts and copy the masters to the weights."""
+    def restore(self, scalars: Mapping[str, Mapping[str, float]]) -> None:
+        """After a load into `fragments`: set the optimizer's scalars and copy the masters to the weights."""
         for group, flat in self._flats():
-            count, state = optimizer_steps[group["name"]], self._inner_state()[flat]
-            if "step" in state:
-                state["step"] = torch.full_like(state["step"], count) if torch.is_tensor(state["step"]) else count
+            state, values = self._inner_state()[flat], scalars[group["name"]]
+            for name, value in values.items():
+                state[name] = torch.full_like(state[name], value) if torch.is_tensor(state[name]) else int(value)
             if "step" in group:
-                group["step"] = count
+                group["step"] = int(values["step"])
         self._masters_to_weights()
 
     def _inner_state(self) -> Any:
@@ -68,18 +72,19 @@ class ZeroState:
         return [(group, flat) for group in groups for flat in group["params"]]
 
     def _fill_state(self) -> None:
-        """Create the optimizer state by hand, so a checkpoint can be loaded before any step."""
+        """Create the state that the optimizer declares, so that a checkpoint can be loaded before any step."""
         for group, flat in self._flats():
-            state = self._inner_state()[flat]
-            if group.get("use_muon"):
-                state["momentum_buffer"] = torch.zeros_like(flat.data)
-                if matrices := self._whole_matrices(flat):
-                    state["momentum_buffer"] = flat.new_zeros(sum(p.numel() for p in matrices), requires_grad=False)
-            else:
-                step = torch.zeros((), dtype=torch.float32, device=flat.device)
-                state.setdefault("step", 0 if "use_muon" in group else step)
-                state["exp_avg"] = torch.zeros_like(flat.data)
-                state["exp_avg_sq"] = torch.zeros_like(flat.data)
+            state, declared = self._inner_state()[flat], self.optimizer.state_of(group)
+            matrices = self._whole_matrices(flat)
+            numel = sum(matrix.numel() for matrix in matrices) if matrices else flat.numel()
+            for name in declared.tensors:
+                state[name] = flat.new_zeros(numel, requires_grad=False)
+            for name, value in declared.scalars.items():
+                if declared.scalars_on == "number":
+                    state.setdefault(name, int(value))
+                else:
+                    device = flat.device if declared.scalars_on == "device" else "cpu"
+                    state.setdefault(name, torch.tensor(value, dtype=torch.float32, device=device))
             state["ema"] = flat.detach().clone()
 
     def _fragments_zero12(self) -> Iterator[tuple[Fragment, Any, Tensor]]:
@@ -104,26 +109,32 @@ class ZeroState:
                 yield self._fragment(parameter, parameter.ds_shape, start, flats[index], offset, length)
 
     def _whole_matrices(self, flat: Tensor) -> list[Any]:
-        """The matrices whose whole momentum lies beside this flat partition, in order (Muon under ZeRO 1 and 2)."""
+        """The matrices whose whole state lies beside this flat partition, in order (Muon under ZeRO 1 and 2)."""
         held = getattr(self.wrapped, "params_in_partition", None)  # ZeRO 3 and its bf16 class have none
         for index, (group, other) in enumerate(self._flats()):
-            if other is flat and group.get("use_muon") and held is not None:
+            if other is flat and group.get(WHOLE_MATRICES) and held is not None:
                 return list(held[index])
         return []
 
-    def _with_momentum(self, piece: tuple[Fragment, Any, Tensor], loading: bool) -> Iterator[Fragment]:
+    def _with_matrix_state(self, piece: tuple[Fragment, Any, Tensor], loading: bool) -> Iterator[Fragment]:
+        """The fragment of a parameter, with its part of the state that covers whole matrices."""
         fragment, parameter, flat = piece
         offset = 0
         for matrix in self._whole_matrices(flat):
             if matrix is parameter:
-                momentum = self._inner_state()[flat]["momentum_buffer"].narrow(0, offset, parameter.numel())
+                state = self._inner_state()[flat]
+                whole = {name: state[name].narrow(0, offset, parameter.numel()) for name in self._matrix_tensors}
                 if loading:
-                    yield replace(fragment, start=0, tensors={"momentum_buffer": momentum})
+                    yield replace(fragment, start=0, tensors=whole)
                 else:
                     length = fragment.tensors["model"].numel()
-                    fragment.tensors["momentum_buffer"] = momentum.narrow(0, fragment.start, length)
+                    fragment.tensors.update({name: t.narrow(0, fragment.start, length) for name, t in whole.items()})
             offset += matrix.numel()
         yield fragment
+
+    @property
+    def _matrix_tensors(self) -> tuple[str, ...]:
+        return self.optimizer.matrices.tensors if self.optimizer.matrices is not None else ()
 
     def _fragment(
         self, parameter: Any, shape: Sequence[int], start: int, flat: Tensor, offset: int, length: int
@@ -131,7 +142,8 @@ class ZeroState:
         state = self._inner_state()[flat]
         alike = {kind: value for kind, value in state.items() if torch.is_tensor(value) and value.dim() == 1}
         if self._whole_matrices(flat):
-            del alike["momentum_buffer"]  # laid out otherwise; `_with_momentum` adds it
+            for name in self._matrix_tensors:  # laid out otherwise; `_with_matrix_state` adds them
+                del alike[name]
         tensors = {"model": flat.data, **alike}
         cut = getattr(parameter, "tensor_cut", None)
         return Fragment(

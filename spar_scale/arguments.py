@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from parallel.optimizers import OPTIMIZERS
 from spar_scale import commands as do
 
 Command = Callable[[argparse.Namespace], int]
@@ -28,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parity.add_argument("--layouts", default="all", help="e.g. dp2-z1,tp2-pp2 (default: all of 1, 2 and 4 processes)")
     parity.add_argument("--steps", type=_positive, default=10, help="steps of each run (default 10)")
     parity.add_argument("--out", type=Path, help="directory of the runs, which then stay (default: a fresh one)")
-    parity.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: in its own, wider band")
+    parity.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="muon: in its own, wider band")
     parity.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: in a band that is measured"
     )

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from parallel.errors import UserError, nearest
+from parallel.optimizers import OPTIMIZERS
 from spar_scale.curves import LOSS_FLOOR, LOSS_RELATIVE, NORM_RELATIVE, Curve, curve, distance
 from spar_scale.outputs import make_directory
 from spar_scale.plans.tensor import check_tensor
@@ -107,6 +108,7 @@ class Runs:
 
     def changes(self) -> list[str]:
         """The overrides that make a run of a recipe: quiet, and saved no more often than needed."""
+        demands = OPTIMIZERS[self.optimizer].demands
         settings = {
             "train.steps": self.whole,
             "train.log_every": self.whole,
@@ -115,7 +117,7 @@ class Runs:
             "tracking.mirror": "false",
             "precision": self.precision,
             "optimizer.name": self.optimizer,
-            **({"optimizer.clip": 0} if self.optimizer == "muon" else {}),
+            **{demand.key: demand.value for demand in demands if demand.key.startswith("optimizer.")},
         }
         return [f"{key}={value}" for key, value in settings.items()]
 
@@ -199,7 +201,7 @@ class Parity:
         if self.runs.precision == "bf16":
             loss, norm = distance(self.train(BESIDE)[0], self.train(SERIAL)[0], floor=0.0)
             return 2 * loss, 2 * norm
-        return MUON if self.runs.optimizer == "muon" else (LOSS_RELATIVE, NORM_RELATIVE)
+        return MUON if OPTIMIZERS[self.runs.optimizer].norm_of == "update" else (LOSS_RELATIVE, NORM_RELATIVE)
 
     def rows(self, spreads: Sequence[Spread]) -> Iterator[Row]:
         """The comparisons, one after another."""

@@ -17,6 +17,7 @@ import torch
 
 from parallel.costs import layer_costs
 from parallel.errors import UserError
+from parallel.optimizers import OPTIMIZERS, WHOLE_MATRICES, whole_matrix_groups
 from parallel.planner import ASSUMPTIONS, Counted, Machine, Outlook, Work, outlook
 from parallel.rehearsal import fake_world
 from parallel.state_bytes import Weight
@@ -100,13 +101,14 @@ def count(recipe: Recipe, tensor: int) -> Counted:
         weights=weights,
         costs=costs,
         num_groups=len(groups),
-        muon=frozenset(index for index, group in enumerate(groups) if group.get("use_muon")),
+        states=[OPTIMIZERS[recipe.optimizer.name].state_of(group) for group in groups],
+        whole_matrices=whole_matrix_groups(groups),
     )
 
 
 def _laid_out(group: dict[str, Any]) -> list[Any]:
     """A group's parameters in their optimizer's order: DeepSpeed's Muon (0.19.8) puts the largest shapes first."""
-    if not group.get("use_muon"):
+    if not group.get(WHOLE_MATRICES):
         return list(group["params"])
     return sorted(group["params"], key=lambda parameter: parameter.size(), reverse=True)
 

@@ -18,7 +18,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
+from parallel.errors import nearest
 from parallel.files import write_file
+from parallel.optimizers import OPTIMIZERS
 from spar_scale.core_yaml import dump
 from spar_scale.rules import READ_BY, RULES, reads
 from spar_scale.settings import CONTRADICTIONS_FOLLOW, Contradiction, Lookup, load, show
@@ -94,6 +96,12 @@ class ModelConfig(Section):
     """L_p: hold the pixel stream to the frozen pixel encoder's latent."""
 
 
+def _known_optimizer(name: str) -> str:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"must be {', '.join(map(repr, OPTIMIZERS))}{nearest(name, OPTIMIZERS)}")
+    return name
+
+
 class TrainConfig(Section):
     """How long the run is."""
 
@@ -106,8 +114,9 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """The update rule, its schedule and the moving average of the weights."""
 
-    name: Literal["adamw", "muon", "apex_adam", "deepspeed_adam"] = "adamw"
-    """`adamw` is torch's fused AdamW; `muon` DeepSpeed's, with AdamW for what is no hidden matrix."""
+    name: Annotated[str, AfterValidator(_known_optimizer)] = "adamw"
+    """`adamw` (torch's, fused), `nadam`, `radam`, `muon` (DeepSpeed's, with AdamW for what is no hidden matrix),
+    `apex_adam` or `deepspeed_adam`."""
     lr: Positive
     """Peak learning rate of AdamW."""
     min_lr: NotNegative = 0.0

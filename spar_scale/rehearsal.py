@@ -15,10 +15,11 @@ import torch
 from parallel.errors import UserError
 from parallel.kept_bytes import kept_bytes
 from parallel.launch import start
+from parallel.optimizers import OPTIMIZERS
 from parallel.pipeline import stage_bounds
 from parallel.planner import Counted
 from parallel.rehearsal import fake_world, give_memory
-from parallel.state_bytes import ZeroShape, state_bytes
+from parallel.state_bytes import state_bytes
 from parallel.tensor import cut
 from parallel.topology import Layout, Topology
 from parallel.zero import Engine, name_parameters
@@ -27,7 +28,7 @@ from spar_scale.plans.tensor import PLAN
 from spar_scale.recipe import Recipe
 from spar_scale.stages import Stage, meta_stage
 from spar_scale.training.engine_settings import engine_settings
-from spar_scale.training.optimizers import optimizer_factory, parameter_groups
+from spar_scale.training.optimizers import parameter_groups
 
 ENGINE_BYTES = 2**30
 """An engine that keeps more is not built."""
@@ -46,7 +47,7 @@ def rehearse(recipe: Recipe, gpus: int, rank: int) -> str:
     refuse(recipe, layout, data_size)
     counted, began = count(recipe, layout.tensor), time.monotonic()
     bounds = list(pairwise(stage_bounds([cost.flops for cost in counted.costs], layout.pipeline)))
-    shape = ZeroShape(layout.zero, data_size, recipe.precision == "bf16", layout.pipeline > 1, counted.muon)
+    shape = counted.zero_shape(layout, data_size, recipe.precision == "bf16")
     with fake_world(gpus, rank):
         start()
         topology, stage = Topology(layout), meta_stage(recipe)
@@ -86,7 +87,7 @@ def _engine_keeps(recipe: Recipe, stage: Stage, topology: Topology, counted: Cou
         stage.inputs,
         stage.terms,
         groups,
-        optimizer_factory(recipe.optimizer),
+        OPTIMIZERS[recipe.optimizer.name],
         topology,
         torch.device("cpu"),
         engine_settings(recipe, topology.data_size),

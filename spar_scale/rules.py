@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from parallel.errors import nearest
+from parallel.optimizers import OPTIMIZERS
 from spar_scale.settings import Contradiction, Lookup, show
 
 PHASES: dict[str, tuple[str, ...]] = {
@@ -68,19 +69,13 @@ def _pipeline_needs_zero_1(value: Lookup) -> Iterator[Contradiction]:
         yield "parallel.zero", f"{found}, a pipeline runs under zero 1 only; nearest that fit: {fits}"
 
 
-def _muon_keeps_matrices_whole(value: Lookup) -> Iterator[Contradiction]:
-    if value("optimizer.name") != "muon":
-        return
-    for key in ("parallel.tensor", "parallel.pipeline"):
-        if value(key) != 1:
-            fits = f"{key}=1 or optimizer.name=adamw {key}={value(key)}"
-            found = f"found {value(key)} with optimizer.name muon"
-            yield key, f"{found}, which needs whole matrices; nearest that fit: {fits}"
-    if value("optimizer.clip") != 0:
-        found = show(value("optimizer.clip"))
-        yield "optimizer.clip", f"found {found} with optimizer.name muon, whose update is not a gradient: must be 0"
-    if value("precision") != "fp32":
-        yield "precision", f"found {value('precision')} with optimizer.name muon, which is proven in fp32 only"
+def _optimizer_demands(value: Lookup) -> Iterator[Contradiction]:
+    name = value("optimizer.name")
+    for demand in OPTIMIZERS[name].demands:
+        if (found := value(demand.key)) != demand.value:
+            fits = f"{demand.key}={demand.value} or optimizer.name=adamw {demand.key}={found}"
+            broken = f"found {show(found)} with optimizer.name {name}, {demand.reason}"
+            yield demand.key, f"{broken}; nearest that fit: {fits}"
 
 
 def _rate_falls(value: Lookup) -> Iterator[Contradiction]:
@@ -105,7 +100,7 @@ def _tracking_uri_is_an_address(value: Lookup) -> Iterator[Contradiction]:
 RULES: tuple[Callable[[Lookup], Iterator[Contradiction]], ...] = (
     _phase_belongs_to_stage,
     _pipeline_needs_zero_1,
-    _muon_keeps_matrices_whole,
+    _optimizer_demands,
     _rate_falls,
     _block_fits_batch,
     _tracking_uri_is_an_address,

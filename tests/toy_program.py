@@ -13,6 +13,7 @@ import torch
 from launching import preload
 from torch import Tensor, nn
 
+from parallel.optimizers import OPTIMIZERS
 from parallel.program import Layer, Program
 
 preload("deepspeed")
@@ -88,11 +89,7 @@ class Toy(nn.Module):
         first = [p for n, p in self.named_parameters() if n.startswith("layers.1.")]
         main = [p for n, p in self.named_parameters() if not n.startswith(("layers.0.", "layers.1."))]
         both = (("main", main), ("first", first))
-        return [{"name": name, "params": params, "weight_decay": DECAY[name]} for name, params in both]
-
-
-def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=1.0, betas=BETAS, fused=True)
+        return [{"name": n, "params": params, "weight_decay": DECAY[n], "betas": BETAS} for n, params in both]
 
 
 def muon_groups(model: Toy) -> list[dict[str, Any]]:
@@ -132,7 +129,7 @@ def micro_steps(ranks: int, size: int) -> int:
 
 
 def plain_torch(
-    steps: int, clip: float, ema_decay: float
+    steps: int, clip: float, ema_decay: float, optimizer_name: str = "adamw"
 ) -> tuple[list[tuple[float, float]], dict[str, dict[str, Tensor]]]:
     """The same training in plain torch on the whole batch: the curve, and weights and EMA by name."""
     model = Toy()
@@ -140,7 +137,7 @@ def plain_torch(
     groups = model.groups()
     for group in groups:
         group["lr"] = LR[group["name"]]
-    optimizer = adamw(groups)
+    optimizer = OPTIMIZERS[optimizer_name].build(groups)
     trained = [p for p in model.parameters() if p.requires_grad]
     ema = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     curve = []
@@ -159,9 +156,7 @@ def plain_torch(
     return curve, {"model": weights, "ema": ema}
 
 
-def engine_for(
-    model: Any, zero: int, pipeline: int, clip: float, make_optimizer: Any = adamw, groups: Any = None
-) -> Any:
+def engine_for(model: Any, zero: int, pipeline: int, clip: float, optimizer: str = "adamw", groups: Any = None) -> Any:
     from parallel.launch import start
     from parallel.topology import Layout, Topology
     from parallel.zero import Engine, name_parameters
@@ -179,7 +174,7 @@ def engine_for(
     )
     groups = groups or model.groups()
     layers, costs = list(model.layers), [1.0] * len(model.layers)
-    return Engine(layers, INPUTS, TERMS, groups, make_optimizer, topology, launch.device, settings, costs)
+    return Engine(layers, INPUTS, TERMS, groups, OPTIMIZERS[optimizer], topology, launch.device, settings, costs)
 
 
 def train(engine: Any, first: int, steps: int, poisoned: tuple[int, ...] = (), lr: dict = LR) -> list[tuple]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from parallel.optimizers import OPTIMIZERS
 from parallel.topology import Topology
 from parallel.zero import StepRecord
 from spar_scale.recipe import Recipe
@@ -34,13 +35,13 @@ class FinishedStep:
 class StepMetrics:
     """The steps of one run; `terms` are the stage's losses and their weights, `log` is rank 0's alone.
 
-    `muon` says that the norm is that of Muon's update. Too many bad samples, or a step without a usable one, raise
-    UserError in `write`. `doubt` says that this rank could use no sample of its last step: others may have.
+    Too many bad samples, or a step without a usable one, raise UserError in `write`. `doubt` says that this rank could
+    use no sample of its last step: others may have.
     """
 
-    def __init__(self, recipe: Recipe, terms: Mapping[str, float], topology: Topology, log: RunLog | None, muon: bool):
+    def __init__(self, recipe: Recipe, terms: Mapping[str, float], topology: Topology, log: RunLog | None):
         self._terms, self._topology, self._log = terms, topology, log
-        self._global_batch, self._norm_of = recipe.global_batch, "update" if muon else "gradient"
+        self._global_batch, self._norm_of = recipe.global_batch, OPTIMIZERS[recipe.optimizer.name].norm_of
         self._guard = BadSampleGuard(recipe.guards.max_bad_fraction)
         self._pending: list[FinishedStep] = []
         self._since = time.monotonic()

@@ -6,14 +6,12 @@ scales) and, for Muon, by hidden matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from parallel.errors import UserError, nearest
-from parallel.fused_adam import apex_fused_adam, deepspeed_fused_adam
+from parallel.optimizers import OPTIMIZERS, WHOLE_MATRICES
 from spar_scale.recipe import OptimizerConfig
 from spar_scale.stages import Stage
 
@@ -32,7 +30,7 @@ def parameter_groups(stage: Stage, settings: OptimizerConfig) -> list[dict[str, 
     if unknown := sorted(set(settings.groups) - known):
         hint = nearest(unknown[0], known)
         raise UserError(f"optimizer.groups.{unknown[0]}: this phase has the groups {sorted(known)}{hint}")
-    hidden = _hidden_matrices(stage.model) if settings.name == "muon" else None
+    hidden = _hidden_matrices(stage.model) if OPTIMIZERS[settings.name].matrices is not None else None
     collected: dict[tuple[str, str], list[nn.Parameter]] = {}
     for name, parameter in stage.model.named_parameters():
         group = stage.group_of(name)
@@ -44,18 +42,8 @@ def parameter_groups(stage: Stage, settings: OptimizerConfig) -> list[dict[str, 
     ]
 
 
-def optimizer_factory(settings: OptimizerConfig) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
-    """Return the constructor for `optimizer.name`; raises UserError when its package is absent."""
-    if settings.name == "adamw":
-        return lambda groups: torch.optim.AdamW(groups, lr=settings.lr, fused=True)
-    if settings.name == "muon":
-        return _muon
-    fused = apex_fused_adam() if settings.name == "apex_adam" else deepspeed_fused_adam()
-    return lambda groups: fused(groups, lr=settings.lr, adam_w_mode=True)
-
-
 def _hidden_matrices(model: nn.Module) -> set[str]:
-    """Names of the weights that Muon takes: a depthwise convolution has rows but no matrix, a table neither."""
+    """Return the names of weights that are matrices between layers: no depthwise convolution, no table of words."""
     names: set[str] = set()
     for name, module in model.named_modules():
         matrix = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
@@ -66,7 +54,7 @@ def _hidden_matrices(model: nn.Module) -> set[str]:
 
 def _kind(name: str, parameter: nn.Parameter, hidden: set[str] | None) -> str:
     if hidden is not None:
-        parameter.use_muon = name in hidden  # type: ignore[attr-defined]  # DeepSpeed reads it
+        setattr(parameter, WHOLE_MATRICES, name in hidden)  # DeepSpeed reads it
         if name in hidden:
             return "muon"
     return "decay" if parameter.dim() > 1 else "plain"
@@ -77,15 +65,9 @@ def _keys(group: str, kind: str, settings: OptimizerConfig) -> dict[str, Any]:
     decay = settings.weight_decay if kind != "plain" else 0.0
     if kind == "muon":
         ratio = settings.muon_lr / settings.lr
-        keys = {"lr": settings.lr, "momentum": settings.muon_momentum, "weight_decay": decay, "use_muon": True}
+        keys = {"lr": settings.lr, "momentum": settings.muon_momentum, "weight_decay": decay, WHOLE_MATRICES: True}
         return {**keys, "multiplier": multiplier * ratio}
     keys = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps, "weight_decay": decay}
-    if settings.name == "muon":
-        keys["use_muon"] = False
+    if OPTIMIZERS[settings.name].matrices is not None:
+        keys[WHOLE_MATRICES] = False
     return {**keys, "multiplier": multiplier}
-
-
-def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
-    return MuonWithAuxAdam(groups)  # without an Adam of its own it uses its inline one, which needs no compiler

@@ -21,6 +21,7 @@ from parallel.errors import UserError
 from parallel.exit_codes import STOPPED
 from parallel.heartbeat import WAITING, Heartbeat
 from parallel.launch import Launch, start
+from parallel.optimizers import OPTIMIZERS
 from parallel.replica import Replica
 from parallel.tensor import cut
 from parallel.topology import Layout, Topology
@@ -37,7 +38,7 @@ from spar_scale.training.export import export
 from spar_scale.training.guards import NonFiniteGuard
 from spar_scale.training.metrics import FinishedStep, StepMetrics
 from spar_scale.training.mlflow_mirror import Mirror
-from spar_scale.training.optimizers import DISCRIMINATOR, optimizer_factory, parameter_groups
+from spar_scale.training.optimizers import DISCRIMINATOR, parameter_groups
 from spar_scale.training.parent import choose_parent, started_stage
 from spar_scale.training.preemption import StopRequest, WaitInterrupted
 from spar_scale.training.progress import Progress
@@ -47,7 +48,9 @@ from spar_scale.training.tracking import RunLog, run_id
 
 log = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 held the optimizer's step counts alone, as `optimizer_steps`."""
 
 
 def train(recipe: Recipe) -> int:
@@ -105,7 +108,7 @@ class Trainer:
             self.stage.inputs,
             self.stage.terms,
             groups,
-            optimizer_factory(recipe.optimizer),
+            OPTIMIZERS[recipe.optimizer.name],
             topology,
             launch.device,
             settings,
@@ -128,7 +131,7 @@ class Trainer:
         mirrored = recipe.tracking.mirror and topology.rank == 0
         self.tracked = run_id(directory.path, self.tracked) if mirrored else self.tracked
         self.mirror = Mirror(directory.path, recipe.tracking) if mirrored else None
-        self.metrics = StepMetrics(recipe, self.stage.terms, topology, self.log, self.engine.muon)
+        self.metrics = StepMetrics(recipe, self.stage.terms, topology, self.log)
 
     def run(self) -> bool:
         """Train up to the recipe's last step, save, and write the published layout where the stage has one.
@@ -242,7 +245,7 @@ class Trainer:
             "shards": self.loader.digest,
             "frozen": self.frozen,
             "references": {name: str(path) for name, path in self.stage.references.items()},
-            "optimizer_steps": self._optimizer_steps(),
+            "optimizer_scalars": self._optimizer_scalars(),
             "non_finite": self.non_finite.state_dict(),
             "tracking": self.tracked,
         }
@@ -267,12 +270,13 @@ class Trainer:
         fragments = self.engine.state.fragments(loading=True)
         tensors = self._whole_tensors()
         state = checkpoint.load(found, fragments, tensors, group=self.topology.files_group, verify=False)
-        if state.get("version") != STATE_VERSION:
-            raise UserError(f"{found}: state version {state.get('version')}, this program reads {STATE_VERSION}")
+        if state.get("version") not in READABLE_VERSIONS:
+            readable = " and ".join(map(str, READABLE_VERSIONS))
+            raise UserError(f"{found}: state version {state.get('version')}, this program reads {readable}")
         for part, digest in self.frozen.items():
             if state["frozen"].get(part) != digest:
                 raise UserError(f"{found}: the frozen part '{part}' differs from the one that this run trained with")
-        self.engine.state.restore(state["optimizer_steps"])
+        self.engine.state.restore(_optimizer_scalars_of(state))
         self.non_finite.load_state_dict(state["non_finite"])
         self.tracked = state.get("tracking")
         self._announce(f"goes on from {found}, step {state['step']}")
@@ -282,11 +286,11 @@ class Trainer:
         """Tensors of the checkpoint that no engine shards: the discriminator and its optimizer."""
         return {} if self.adversary is None else self.adversary.tensors()
 
-    def _optimizer_steps(self) -> dict[str, int]:
-        """Applied updates by group over all stages of a pipeline."""
-        merged: dict[str, int] = {}
-        for steps in self.topology.gather(self.engine.state.optimizer_steps()):
-            merged.update(steps)
+    def _optimizer_scalars(self) -> dict[str, dict[str, float]]:
+        """The optimizer's scalars by parameter group, over all pipeline stages."""
+        merged: dict[str, dict[str, float]] = {}
+        for scalars in self.topology.gather(self.engine.state.scalars()):
+            merged.update(scalars)
         return merged
 
     def _export(self) -> None:
@@ -321,3 +325,10 @@ class Trainer:
     def _announce(self, text: str) -> None:
         if self.topology.rank == 0:
             log.info("%s/%s %s", self.recipe.stage, self.recipe.phase, text)
+
+
+def _optimizer_scalars_of(state: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The optimizer's scalars in a checkpoint's state, of any readable version."""
+    if state["version"] == 1:
+        return {group: {"step": steps} for group, steps in state["optimizer_steps"].items()}
+    return state["optimizer_scalars"]

@@ -114,7 +114,10 @@ OVERRIDES = [
             "parallel.pipeline=2 parallel.zero=1 or parallel.pipeline=1 parallel.zero=2",
         ],
     ),
-    (["optimizer.name=muon"], ["optimizer.clip: found 1.0 with optimizer.name muon", "must be 0"]),
+    (
+        ["optimizer.name=muon"],
+        ["optimizer.clip: found 1.0 with optimizer.name muon", "nearest that fit: optimizer.clip=0 or"],
+    ),
     (
         ["optimizer.name=muon", "optimizer.clip=0", "parallel.tensor=2"],
         ["parallel.tensor: found 2 with optimizer", "parallel.tensor=1 or optimizer.name=adamw parallel.tensor=2"],

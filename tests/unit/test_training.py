@@ -10,11 +10,12 @@ import pytest
 from torch import nn
 
 from parallel.errors import UserError
+from parallel.optimizers import OPTIMIZERS
 from spar_scale.data.spec import SampleSpec
 from spar_scale.recipe import OptimizerConfig
 from spar_scale.stages import Stage
 from spar_scale.training.guards import BadSampleGuard, NonFiniteGuard
-from spar_scale.training.optimizers import optimizer_factory, parameter_groups
+from spar_scale.training.optimizers import parameter_groups
 from spar_scale.training.schedule import learning_rate
 from spar_scale.training.tracking import RunLog, ranges, read_lines
 
@@ -148,4 +149,4 @@ def test_a_multiplier_of_no_group_is_refused_with_the_nearest() -> None:
 @pytest.mark.parametrize(("name", "advice"), [("apex_adam", "another project"), ("deepspeed_adam", "CUDA")])
 def test_a_fused_optimizer_that_is_not_here_is_refused_with_advice(name: str, advice: str) -> None:
     with pytest.raises(UserError, match=advice):
-        optimizer_factory(OptimizerConfig(name=name, lr=1e-3))  # type: ignore[arg-type]
+        OPTIMIZERS[name].build([])

@@ -9,6 +9,8 @@ import torch
 from launching import run_world
 from toy_program import EMA_DECAY, Toy, engine_for, muon_groups, plain_torch, train
 
+from parallel.optimizers import OPTIMIZERS
+
 STEPS = 8
 CASES = [
     (world, zero, pipeline, clip)
@@ -86,7 +88,7 @@ def skip_and_close(rank: int, world: int, zero: int, pipeline: int) -> dict[str,
     poisoned = train(engine, 0, 1, poisoned=(0,))
     after = pieces(engine)
     healthy = train(engine, 1, 1)
-    steps = engine.state.optimizer_steps()
+    scalars = engine.state.scalars()
     weight = model.layers[0].linear.weight
     if zero == 3:  # what is held of it is this rank's share
         share = weight.ds_tensor.numel()
@@ -100,7 +102,7 @@ def skip_and_close(rank: int, world: int, zero: int, pipeline: int) -> dict[str,
         "poisoned": poisoned[0][2],
         "healthy": healthy[0][2],
         "unchanged": same,
-        "steps": steps,
+        "steps": [values["step"] for values in scalars.values()],
         "linear": torch.nn.functional.linear is linear,
         "frozen": untouched,
     }
@@ -112,20 +114,16 @@ def test_a_non_finite_gradient_changes_nothing_and_training_goes_on(world: int, 
         assert found["poisoned"]
         assert not found["healthy"]
         assert found["unchanged"]
-        assert set(found["steps"].values()) == {1}
+        assert set(found["steps"]) == {1}
         assert found["frozen"]
         assert found["linear"], "torch's own linear was replaced for the whole process"
 
 
 def muon_curves(rank: int, world: int, stages: list[int]) -> list[tuple[list[float], set[str]]]:
-    from spar_scale.recipe import OptimizerConfig
-    from spar_scale.training.optimizers import optimizer_factory
-
     found = []
     for zero in stages:
         model = Toy()
-        factory = optimizer_factory(OptimizerConfig(name="muon", lr=1e-2, clip=0.0))
-        engine = engine_for(model, zero, 1, 0.0, factory, muon_groups(model))
+        engine = engine_for(model, zero, 1, 0.0, "muon", muon_groups(model))
         losses = [loss for loss, _, _ in train(engine, 0, STEPS)]
         found.append((losses, {kind for _, _, tensors in pieces(engine) for kind in tensors}))
         engine.close()
@@ -141,3 +139,36 @@ def test_muon_trains_alike_under_every_zero_stage() -> None:
         # Newton-Schulz runs in bf16, so between world sizes the band is wider than AdamW's.
         assert losses == pytest.approx(one, rel=1e-2)
         assert losses == pytest.approx(two[0], rel=1e-4)
+
+
+def declared_and_found(rank: int, world: int, name: str) -> dict[str, Any]:
+    """Shapes and kinds of an optimizer's state before and after a first step, and the curve of the engine."""
+    model = Toy()
+    engine = engine_for(model, 2, 1, 0.0, name, muon_groups(model) if name == "muon" else None)
+
+    def state() -> list[dict[str, Any]]:
+        held = engine.deepspeed.optimizer.optimizer.state.values()
+        return [{key: tuple(v.shape) if torch.is_tensor(v) else type(v) for key, v in one.items()} for one in held]
+
+    before = state()
+    curve = train(engine, 0, STEPS)
+    after = state()
+    engine.close()
+    return {"before": before, "after": after, "losses": [loss for loss, _, _ in curve]}
+
+
+HERE = [name for name in OPTIMIZERS if name not in ("apex_adam", "deepspeed_adam")]  # these need a GPU
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_an_optimizer_keeps_the_state_that_the_table_declares(name: str) -> None:
+    (found,) = run_world(1, declared_and_found, name, initialise=False)
+    assert found["before"] == found["after"]
+    assert found["losses"][-1] < found["losses"][0]
+
+
+@pytest.mark.parametrize("name", [name for name in HERE if OPTIMIZERS[name].matrices is None])
+def test_over_two_ranks_every_optimizer_gives_the_curve_of_plain_torch(name: str) -> None:
+    plain = [loss for loss, _ in plain_torch(STEPS, 0.0, EMA_DECAY, name)[0]]
+    for found in run_world(2, declared_and_found, name, initialise=False):
+        assert found["losses"] == pytest.approx(plain, rel=1e-5)

@@ -100,38 +100,33 @@ def test_no_tensor_is_made_whole_while_saving(saved: dict, zero: int) -> None:
 
 def move(rank: int, world: int, optimizer: str, zero: int, root: str, loads: bool) -> list[float]:
     """Four steps of a toy program, saved after two; or the last two from what another layout saved."""
-    from toy_program import LR, Toy, adamw, engine_for, muon_groups, train
+    from toy_program import LR, Toy, engine_for, muon_groups, train
 
     from parallel import checkpoint
-    from spar_scale.recipe import OptimizerConfig
-    from spar_scale.training.optimizers import optimizer_factory
 
     model = Toy()
     if loads:
         for parameter in model.parameters():
             parameter.data.add_(1.0)  # what is loaded, not what was built, must count
         model.layers[0].load_state_dict(Toy().layers[0].state_dict())  # the frozen part comes by reference
-    factory: Any = adamw
-    groups = None
-    if optimizer == "muon":
-        factory, groups = optimizer_factory(OptimizerConfig(name="muon", lr=1e-2, clip=0.0)), muon_groups(model)
-    engine = engine_for(model, zero, 1, 0.0, factory, groups)
+    groups = muon_groups(model) if optimizer == "muon" else None
+    engine = engine_for(model, zero, 1, 0.0, optimizer, groups)
     group = engine.topology.files_group
     if not loads:
         curve = train(engine, 0, 2, lr=LR)
-        state = {"steps": engine.state.optimizer_steps()}
+        state = {"scalars": engine.state.scalars()}
         checkpoint.save(Path(root), 2, engine.state.fragments(), state, {}, group, keep=1)
     else:
         path = Path(root) / "step-00000002"
         state = checkpoint.load(path, engine.state.fragments(loading=True), {}, group)
-        engine.state.restore(state["steps"])
+        engine.state.restore(state["scalars"])
         curve = []
     curve += train(engine, 2, 2, lr=LR)
     engine.close()
     return [loss for loss, _, _ in curve]
 
 
-@pytest.mark.parametrize(("optimizer", "bound"), [("adamw", 1e-5), ("muon", 1e-2)])
+@pytest.mark.parametrize(("optimizer", "bound"), [("adamw", 1e-5), ("nadam", 1e-5), ("radam", 1e-5), ("muon", 1e-2)])
 def test_state_moves_between_layouts(tmp_path: Path, optimizer: str, bound: float) -> None:
     saved = {}
     for world, zero in ((2, 1), (2, 3)):

@@ -14,7 +14,8 @@ from tiny_parts import make_parts
 from tiny_runs import make_data, phase_values
 
 from parallel.pipeline import stage_bounds
-from parallel.state_bytes import ZeroShape, state_bytes
+from parallel.state_bytes import state_bytes
+from parallel.topology import Layout
 from spar_scale.planning import count
 from spar_scale.recipe import Recipe
 
@@ -29,6 +30,7 @@ CASES: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "dp4-z3-bf16": (4, 1, 1, 3, {"precision": "bf16"}),
     "dp1-z1-bf16": (1, 1, 1, 1, {"precision": "bf16"}),
     "dp4-z1-muon": (4, 1, 1, 1, MUON),
+    "dp1-z1-nadam": (1, 1, 1, 1, {"optimizer__name": "nadam"}),
 }
 """Name -> processes, tensor, pipeline, ZeRO stage, and what else the recipe says."""
 
@@ -63,8 +65,7 @@ def test_every_kind_is_exact_on_every_rank(name: str, recipes: dict[str, Any], m
     recipe = Recipe.model_validate_json(json.dumps(recipes[name]))
     counted = count(recipe, tensor)
     bounds = stage_bounds([cost.flops for cost in counted.costs], pipeline)
-    half = recipe.precision == "bf16"
-    shape = ZeroShape(zero, world // (tensor * pipeline), half, pipeline > 1, counted.muon)
+    shape = counted.zero_shape(Layout(tensor, pipeline, zero), world // (tensor * pipeline), recipe.precision == "bf16")
     for rank in measured[name]:
         first, end = list(itertools.pairwise(bounds))[rank["stage"]]
         expected = state_bytes(counted.stage_weights(first, end), counted.num_groups, shape, rank["data_rank"])
