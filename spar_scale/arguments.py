@@ -8,6 +8,7 @@ from pathlib import Path
 
 from parallel.optimizers import OPTIMIZERS
 from spar_scale import commands as do
+from spar_scale import phases
 
 Command = Callable[[argparse.Namespace], int]
 _OVERRIDE = (
@@ -135,33 +136,29 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", type=Path, help="directory of the chain's runs, or one of them")
 
     generate = _command(commands, "generate", do.generate)
-    generate.add_argument(
-        "run_dir", type=Path, help="run directory of stage align or instruct, or of bootstrap_diffusion"
-    )
+    generate.add_argument("run_dir", type=Path, help=_runs_for("generate"))
     generate.add_argument("prompt", help='what to draw, in one word of the shell: "a red circle on the left"')
     _drawing(generate)
 
     edit = _command(commands, "edit", do.edit)
-    edit.add_argument("run_dir", type=Path, help="run directory of stage align, phase joint, or of instruct")
+    edit.add_argument("run_dir", type=Path, help=_runs_for("edit"))
     edit.add_argument("image", type=Path, help="image file of any size; its middle square is edited")
     edit.add_argument("instruction", help='what to change, in one word of the shell: "make the circle blue"')
     _drawing(edit)
 
     routes = _command(commands, "routes", do.routes)
-    routes.add_argument("run_dir", type=Path, help="run directory of stage align or instruct")
+    routes.add_argument("run_dir", type=Path, help=_runs_for("routes"))
     routes.add_argument("prompt", help="a prompt, in one word of the shell; with --image an instruction")
     routes.add_argument("--image", type=Path, help="image file to edit")
     _png(routes)
 
     reconstruct = _command(commands, "reconstruct", do.reconstruct)
-    reconstruct.add_argument("run_dir", type=Path, help="run directory of a phase with a tokenizer or autoencoder")
+    reconstruct.add_argument("run_dir", type=Path, help=_runs_for("reconstruct"))
     reconstruct.add_argument("image", type=Path, help="image file")
     _png(reconstruct)
 
     ask = _command(commands, "ask", do.ask)
-    ask.add_argument(
-        "run_dir", type=Path, help="run directory of bootstrap_mllm, of align's phase joint, or of instruct"
-    )
+    ask.add_argument("run_dir", type=Path, help=_runs_for("ask"))
     ask.add_argument("image", type=Path, help="image file")
     ask.add_argument("question", help='the question, in one word of the shell: "what color is the circle?"')
     return parser
@@ -174,6 +171,10 @@ def _command(
     parser = parent.add_parser(name, help=said[:1].lower() + said[1:].rstrip("."), description=said)
     parser.set_defaults(run=run, started_per_rank=started_per_rank)
     return parser
+
+
+def _runs_for(command: phases.Command) -> str:
+    return f"run directory of {phases.either([phase.name for phase in phases.accepted_by(command)])}"
 
 
 def _overrides(parser: argparse.ArgumentParser) -> None:

@@ -19,30 +19,16 @@ from parallel import checkpoint
 from parallel.errors import UserError
 from spar_scale.data.commands import make
 from spar_scale.data.shapes_world import World
-from spar_scale.phases import PHASES, SIZES, shards_in, starts_from
+from spar_scale.phases import SIZES, named, parents_of, phase_names, phase_of, readers, shards_in
 from spar_scale.processes import Step
 from spar_scale.recipe import Recipe, load_recipe
-from spar_scale.rules import reads
 from spar_scale.training.encode import encode
 from spar_scale.training.run_directory import refuse_another
 from spar_scale.training.trainer import train
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-SAMPLES_PER_S = {
-    "bootstrap_autoencoder": 230,
-    "bootstrap_mllm": 80,
-    "bootstrap_diffusion": 90,
-    "tokenizer_init": 175,
-    "tokenizer_decoder": 150,
-    "tokenizer_encoder": 120,
-    "align_connector": 100,
-    "align_joint": 70,
-    "instruct": 70,
-}
-"""Of the tiny preset on one core, roughly: where the estimate of the time left starts from."""
 SCENES_PER_S = 1500
 START_S, ENCODING_S = 3.0, 80.0  # of a phase before its first step; of storing what frozen parts make
-CONNECTOR, ON_STORED = "align_connector", ("align_joint", "instruct")
 STORED = "encoded"
 TEACHER, ENCODER_RATE = "model.pretrained.teacher", "optimizer.groups.encoder"
 _READ_AS = {TEACHER: "model.alignment", ENCODER_RATE: "model.encoder"}  # read where that key is
@@ -66,6 +52,7 @@ class Chain:
             rule = f"there are recipes of size {', '.join(there)}" if there else "it needs a checkout of the project"
             raise UserError(f"--size {size}: {self.folder} does not exist; {rule}")
         self.out, self.seed, self.shared = out, seed, shared or out
+        self.phases = [phase for phase in phase_names() if (self.folder / f"{phase}.yaml").exists()]
         self.overrides = tuple(overrides)
 
     def is_trained(self, phase: str, switches: Switches = NONE) -> bool:
@@ -80,13 +67,16 @@ class Chain:
         A step `encoded` stores what the frozen parts of the last phases, which take most of the time, make of
         the samples; one more, `COMPARED`, is a phase under a switch, to be compared with the one without.
         """
-        steps = [self._step(phase) for phase in PHASES]
-        first = PHASES.index(ON_STORED[0])
-        return [*steps[:first], self._encoding(), self._step(*COMPARED), *steps[first:]]
+        steps = [self._step(phase) for phase in self.phases]
+        stored = [phase for phase in self.phases if named(phase).reads_stored_values_in_chain]
+        first = self.phases.index(stored[0]) if stored else len(steps)
+        encoding = [self._encoding(phase) for phase in stored[:1]]
+        return [*steps[:first], *encoding, self._step(*COMPARED), *steps[first:]]
 
-    def _encoding(self) -> Step:
-        recipe = self._on_stored(self.recipe(ON_STORED[0]))
-        after = ("data", *(parent for parent in self.parents(ON_STORED[0]) if parent != CONNECTOR))
+    def _encoding(self, phase: str) -> Step:
+        recipe = self._on_stored(self.recipe(phase))
+        frozen = self._plain(phase).model_copy(update={"init_from": None})  # the parent's weights train: not stored
+        after = ("data", *parents_of(frozen))
         return Step(STORED, self.out / STORED, functools.partial(encode, recipe), after, seconds=ENCODING_S)
 
     def _on_stored(self, recipe: Recipe) -> Recipe:
@@ -101,7 +91,7 @@ class Chain:
     def _step(self, phase: str, switches: Switches = NONE, stored: bool = True) -> Step:
         recipe = self.recipe(phase, switches)
         after = ["data", *(self._name(parent, switches) for parent in self.parents(phase))]
-        if stored and phase in ON_STORED:
+        if stored and named(phase).reads_stored_values_in_chain:
             recipe = self._on_stored(recipe)
             after.append(STORED)
         return Step(
@@ -109,7 +99,7 @@ class Chain:
             recipe.run_dir,
             work=functools.partial(train, recipe),
             after=tuple(after),
-            seconds=START_S + recipe.train.steps * recipe.global_batch / SAMPLES_PER_S[phase],
+            seconds=START_S + recipe.train.steps * recipe.global_batch / named(phase).samples_per_s,
             finished=functools.partial(self.is_trained, phase, switches),
         )
 
@@ -120,12 +110,12 @@ class Chain:
         """The run directory of a phase under switches."""
         effective = sorted(self._effective(phase, switches))
         marks = [f"{key.rpartition('.')[2]}={str(value).strip('./').replace('/', '+')}" for key, value in effective]
-        root = self.shared if phase.startswith("bootstrap") else self.out
+        root = self.shared if named(phase).is_stand_in else self.out
         return root / ",".join([phase, *marks])
 
     def parents(self, phase: str) -> list[str]:
         """The phases that one starts from."""
-        return starts_from(self._plain(phase))
+        return parents_of(self._plain(phase))
 
     def recipe(self, phase: str, switches: Switches = NONE) -> Recipe:
         """The recipe of a phase under switches: its run directory, shards, and what it starts from in their places."""
@@ -135,12 +125,12 @@ class Chain:
             parent, *inside = PurePath(reference).parts[1:]
             return os.path.join(os.path.relpath(self.run_dir(parent, switches), run_dir), *inside)
 
-        changes = [] if phase.startswith("bootstrap") else [*self.overrides]
+        changes = [] if named(phase).is_stand_in else [*self.overrides]
         for key, value in sorted(_own(plain, switches)):
             placed = beside(str(value)) if key == TEACHER else json.dumps(value)
             changes.append(f"{key}={placed}")
         changes.append(f"run_dir={run_dir}")
-        if self.shared == self.out or not phase.startswith("bootstrap"):
+        if self.shared == self.out or not named(phase).is_stand_in:
             changes.append(f"seed={self.seed}")
         if plain.init_from:
             changes.append(f"init_from={beside(plain.init_from)}")
@@ -169,19 +159,22 @@ def _load(path: Path) -> Recipe:
 
 
 def _own(recipe: Recipe, switches: Switches) -> set[tuple[str, object]]:
-    """The switches that the phase of a recipe reads; stage 0 stands in for published weights and has none."""
-    if recipe.stage == "bootstrap":
+    """The switches that the phase of a recipe reads; a phase that stands in for published weights has none."""
+    phase, optional = phase_of(recipe), readers()
+    if phase.is_stand_in:
         return set()
-    return {
-        (key, value) for key, value in switches.items() if reads(_READ_AS.get(key, key), recipe.stage, recipe.phase)
-    }
+
+    def is_read(key: str) -> bool:
+        return key not in optional or key in phase.optional_keys
+
+    return {(key, value) for key, value in switches.items() if is_read(_READ_AS.get(key, key))}
 
 
 def _finished(run_dir: Path, steps: int) -> bool:
-    """Whether a run has its last checkpoint (and what it hands on, which is written after it)."""
+    """Whether a run has its last checkpoint, and what it publishes, which is written after it."""
     root = run_dir / "checkpoints"
     found = checkpoint.find(root) if root.is_dir() else None
-    hands_on = not run_dir.name.startswith(("align", "instruct"))
+    publishes = named(run_dir.name.partition(",")[0]).publishes is not None
     return (
-        found is not None and found.name == f"step-{steps:08d}" and (not hands_on or (run_dir / "pretrained").is_dir())
+        found is not None and found.name == f"step-{steps:08d}" and (not publishes or (run_dir / "pretrained").is_dir())
     )

@@ -25,7 +25,7 @@ from spar_scale.data.shapes_world import World
 from spar_scale.evaluation.report import write_report
 from spar_scale.evaluation.report.sources import read_scores
 from spar_scale.outputs import make_directory
-from spar_scale.phases import PHASES
+from spar_scale.phases import phase_names
 from spar_scale.processes import Step, available_cores, import_before_forks, run_steps, threads
 from spar_scale.settings import load
 from spar_scale.spending import Spending, spent
@@ -46,7 +46,7 @@ def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
     make_directory(out, "--out")
     jobs = jobs or min(2, available_cores())
     chain = Chain(out, size, seed)
-    mirrored = any(chain.recipe(phase).tracking.mirror for phase in PHASES)
+    mirrored = any(chain.recipe(phase).tracking.mirror for phase in chain.phases)
     import_before_forks(mirrored)
     steps, whole = steps_of(chain, size), Spending(out)
 
@@ -92,7 +92,7 @@ def command(out: Path, size: str, seed: int) -> str:
 
 def _account(chain: Chain, size: str, jobs: int, steps: Sequence[Step]) -> dict[str, Any]:
     """What `training.json` says: the command, the machine, the versions, and what each step has cost so far."""
-    trained = {phase: chain.recipe(phase).train.steps for phase in PHASES}
+    trained = {phase: chain.recipe(phase).train.steps for phase in chain.phases}
     trained[chain.run_dir(*COMPARED).name] = trained[COMPARED[0]]
     return {
         "command": command(chain.out, size, chain.seed),
@@ -110,7 +110,7 @@ def _account(chain: Chain, size: str, jobs: int, steps: Sequence[Step]) -> dict[
 def _core_seconds(steps: Sequence[Step]) -> dict[str, float]:
     """Core-seconds of each step and of everything that training needs: no score, nothing that is only compared with."""
     costs = {step.name: spent(step.folder).core_seconds for step in steps if step.name != EVALUATION}
-    costs["total"] = round(sum(costs[name] for name in costs if name in ("data", STORED, *PHASES)), 2)
+    costs["total"] = round(sum(costs[name] for name in costs if name in ("data", STORED, *phase_names())), 2)
     return {f"core_seconds.{name}": value for name, value in costs.items()}
 
 

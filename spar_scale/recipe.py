@@ -22,7 +22,8 @@ from parallel.errors import nearest
 from parallel.files import write_file
 from parallel.optimizers import OPTIMIZERS
 from spar_scale.core_yaml import dump
-from spar_scale.rules import READ_BY, RULES, reads
+from spar_scale.phases import find, phases_by_stage, readers
+from spar_scale.rules import RULES
 from spar_scale.settings import CONTRADICTIONS_FOLLOW, Contradiction, Lookup, load, show
 
 RESUME_MAY_CHANGE = (
@@ -99,6 +100,13 @@ class ModelConfig(Section):
 def _known_optimizer(name: str) -> str:
     if name not in OPTIMIZERS:
         raise ValueError(f"must be {', '.join(map(repr, OPTIMIZERS))}{nearest(name, OPTIMIZERS)}")
+    return name
+
+
+def _known_stage(name: str) -> str:
+    stages = phases_by_stage()
+    if name not in stages:
+        raise ValueError(f"must be {', '.join(map(repr, stages))}{nearest(name, stages)}")
     return name
 
 
@@ -246,8 +254,8 @@ class ParallelConfig(Section):
 class Recipe(Section):
     """One training run."""
 
-    stage: Literal["bootstrap", "tokenizer", "align", "instruct"]
-    """The part of SPAR that trains."""
+    stage: Annotated[str, AfterValidator(_known_stage)]
+    """The training stage: the part of SPAR that trains."""
     phase: str
     """The phase of that stage."""
     model: ModelConfig
@@ -339,11 +347,14 @@ def flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]
 
 def _read_by_this_stage(value: Lookup) -> Iterator[Contradiction]:
     stage, phase = value("stage"), value("phase")
-    for key, readers in READ_BY.items():
+    declared = find(stage, phase)
+    if declared is None:  # another rule reports it
+        return
+    for key, those in readers().items():
         with contextlib.suppress(KeyError):
-            if not reads(key, stage, phase) and value(key) != _default(key):
-                only = f"only {' and '.join(readers)} would"
-                some = any(reader.startswith(f"{stage}/") for reader in readers)
+            if key not in declared.optional_keys and value(key) != _default(key):
+                only = f"only {' and '.join(those)} would"
+                some = any(reader.startswith(f"{stage}/") for reader in those)
                 reader = f"{stage}/{phase}" if some else f"stage {stage}"
                 yield key, f"found {show(value(key))}, but {reader} does not read it ({only})"
 

@@ -1,4 +1,4 @@
-"""The rules between the keys of a recipe: which values do not go together, who reads a key, and why.
+"""The rules between the keys of a recipe: which values do not go together, and why.
 
 A rule looks values up by dotted key and yields a contradiction for each key that breaks it. Looking
 a key up that is itself broken raises KeyError, which ends the rule: its error is already reported.
@@ -11,52 +11,13 @@ from collections.abc import Callable, Iterator
 
 from parallel.errors import nearest
 from parallel.optimizers import OPTIMIZERS
+from spar_scale.phases import phases_by_stage
 from spar_scale.settings import Contradiction, Lookup, show
-
-PHASES: dict[str, tuple[str, ...]] = {
-    "bootstrap": ("autoencoder", "mllm", "diffusion"),
-    "tokenizer": ("init", "decoder", "encoder"),
-    "align": ("connector", "joint"),
-    "instruct": ("joint",),
-}
-"""The phases of each stage, in their order."""
-
-READ_BY: dict[str, tuple[str, ...]] = {
-    "model.streams": ("tokenizer",),
-    "model.encoder": ("tokenizer/encoder",),
-    "model.semantic_distillation": ("tokenizer/encoder",),
-    "model.pixel_alignment": ("tokenizer/init",),
-    "model.routing": ("align", "instruct"),
-    "model.alignment": ("align/joint", "instruct"),
-    "objective.perceptual_weight": ("bootstrap/autoencoder", "tokenizer"),
-    "objective.latent_noise": ("bootstrap/autoencoder", "tokenizer"),
-    "objective.latent_power_weight": ("bootstrap/autoencoder",),
-    "objective.pixel_alignment_weight": ("tokenizer/init",),
-    "objective.semantic_distillation_weight": ("tokenizer/encoder",),
-    "objective.adversarial_weight": ("tokenizer/encoder",),
-    "objective.adversarial_start": ("tokenizer/encoder",),
-    "objective.lecam_weight": ("tokenizer/encoder",),
-    "objective.align_weight": ("align/joint", "instruct"),
-    "objective.align_block": ("align/joint", "instruct"),
-    "objective.timestep_shift": ("bootstrap/diffusion", "align", "instruct"),
-    "objective.caption_dropout": ("bootstrap/diffusion", "align", "instruct"),
-    "data.encoded": ("bootstrap/diffusion", "align", "instruct"),
-    "init_from": ("tokenizer/decoder", "tokenizer/encoder", "align/joint", "instruct"),
-}
-"""The stages, or phases as stage/phase, that read a key.
-
-Elsewhere a value other than the default is refused, since nothing would come of it.
-"""
-
-
-def reads(key: str, stage: str, phase: str) -> bool:
-    """Whether a phase reads a key: all read what READ_BY does not list."""
-    return key not in READ_BY or bool({stage, f"{stage}/{phase}"} & set(READ_BY[key]))
 
 
 def _phase_belongs_to_stage(value: Lookup) -> Iterator[Contradiction]:
     stage, phase = value("stage"), value("phase")
-    allowed = PHASES[stage]
+    allowed = phases_by_stage()[stage]
     if phase not in allowed:
         yield "phase", f"found {show(phase)}, stage {stage} has {', '.join(allowed)}{nearest(phase, allowed)}"
 

@@ -11,15 +11,9 @@ from pathlib import Path
 
 from parallel.errors import UserError
 from spar_scale.cluster import slurm
-from spar_scale.phases import PHASES, SIZES, shards_in, starts_from
+from spar_scale.phases import SIZES, parents_of, phase_names, phase_of, shards_in
 from spar_scale.recipe import load_recipe
 
-SCRIPTS = {
-    "bootstrap": "stage0_bootstrap.sh",
-    "tokenizer": "stage1_tokenizer.sh",
-    "align": "stage2_align.sh",
-    "instruct": "stage3_instruct.sh",
-}
 WORLD, WORLD_SCRIPT, SCORES, SCORES_SCRIPT = "world", "stage0_world.sh", "evaluate", "evaluate.sh"
 
 
@@ -51,18 +45,18 @@ def submissions(folder: Path, root: Path) -> list[Submission]:
 
     A folder with a world (`world.yaml`) brings its own data, made first, and scores at the end.
     """
-    recipes = {phase: load_recipe(folder / f"{phase}.yaml") for phase in PHASES if _file(folder, phase).exists()}
+    recipes = {phase: load_recipe(folder / f"{phase}.yaml") for phase in phase_names() if _file(folder, phase).exists()}
     if not recipes:
-        raise UserError(f"{folder}: no recipe of a phase is there ({', '.join(PHASES)}, each with .yaml)")
+        raise UserError(f"{folder}: no recipe of a phase is there ({', '.join(phase_names())}, each with .yaml)")
     world = _file(folder, WORLD).exists()
     found = []
     if world:
         found.append(Submission(WORLD, WORLD_SCRIPT, _places(_file(folder, WORLD), root / "data"), (), alone=True))
     for phase, recipe in recipes.items():
-        after = tuple(parent for parent in starts_from(recipe) if parent in recipes)
+        after = tuple(parent for parent in parents_of(recipe) if parent in recipes)
         shards = tuple(shards_in(recipe, root / "data")) if world else ()
         environment = _places(_file(folder, phase), root / phase)
-        found.append(Submission(phase, SCRIPTS[recipe.stage], environment, (WORLD,) * world + after, shards))
+        found.append(Submission(phase, phase_of(recipe).slurm_script, environment, (WORLD,) * world + after, shards))
     if world:
         few = ("--quick",) if folder.name == SIZES["smoke"] else ()
         found.append(Submission(SCORES, SCORES_SCRIPT, {"RUN_DIR": str(root)}, tuple(recipes), few, alone=True))

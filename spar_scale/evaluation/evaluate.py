@@ -41,12 +41,13 @@ from spar_scale.models.presets import PRESETS
 from spar_scale.models.shapes import SamplingShape
 from spar_scale.models.unified import SPAR
 from spar_scale.outputs import check_files, make_directory
+from spar_scale.phases import with_role
 from spar_scale.stages.parts import preset_of
 from spar_scale.training.export import recipe_of, trained_model
 
-MLLM, TOKENIZER, FINAL = "bootstrap_mllm", "tokenizer_encoder", "instruct"
+MLLM, TOKENIZER, FINAL = (with_role(role)[-1].name for role in ("mllm", "tokenizer", "final"))
 FROZEN = f"{TOKENIZER},encoder=frozen"
-EARLIER = ("bootstrap_autoencoder", "tokenizer_init", "tokenizer_decoder")  # phases with a decoder before the last
+EARLIER = tuple(phase.name for phase in with_role("reconstruction"))  # phases with a decoder before the last
 SHOWN = 64  # rows of reconstructions and questions with their pictures
 log = logging.getLogger(__name__)
 

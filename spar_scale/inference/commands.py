@@ -24,6 +24,7 @@ from spar_scale.models.shapes import SamplingShape
 from spar_scale.models.unified import SPAR, LatentDiffusion
 from spar_scale.objectives.flow_matching import NUM_TIMESTEPS
 from spar_scale.outputs import check_picture, write_picture
+from spar_scale.phases import Command
 from spar_scale.stages.parts import preset_of
 
 
@@ -110,7 +111,7 @@ def _known(text: str, prompt: Callable[[str], Prompt], preset: Preset) -> str:
 
 def _drawn(
     run_dir: Path,
-    use: str,
+    use: Command,
     pictures: Callable[[LatentDiffusion, Tensor, SamplingShape], Tensor],
     said: str,
     out: Path,

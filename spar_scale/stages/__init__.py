@@ -1,38 +1,26 @@
-"""Stages: what trains, the forward as a list of layers, the objectives, the data (declarative).
+"""What a phase trains: the model, the forward as a list of layers, the objectives, the data.
 
-Looking up which stages and phases exist costs nothing: the modules that define them, and with them
-the model libraries, are imported when a stage is built.
+The phases themselves are declared in `spar_scale.phases`. Importing this module imports no model library: a phase
+imports what it needs when it is built.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from parallel.errors import UserError, nearest
+from parallel.errors import UserError
+from spar_scale.phases import phase_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from parallel.program import Layer
     from spar_scale.data.spec import SampleSpec
-    from spar_scale.stages.adversary import Adversary
-
-# (stage, phase) -> module and function that build it
-STAGES = {
-    ("bootstrap", "autoencoder"): ("bootstrap", "autoencoder"),
-    ("bootstrap", "mllm"): ("bootstrap_mllm", "mllm"),
-    ("bootstrap", "diffusion"): ("bootstrap_diffusion", "diffusion"),
-    ("tokenizer", "init"): ("tokenizer", "init"),
-    ("tokenizer", "decoder"): ("tokenizer", "decoder"),
-    ("tokenizer", "encoder"): ("tokenizer", "encoder"),
-    ("align", "connector"): ("align", "connector"),
-    ("align", "joint"): ("align", "joint"),
-    ("instruct", "joint"): ("align", "joint"),
-}
+    from spar_scale.recipe import Recipe
+    from spar_scale.stages.companions import Companion
 
 
 @dataclass(frozen=True)
@@ -75,8 +63,8 @@ class Stage:
     sum_b weight_b * sum_t terms[t] * value_t[b] / global_batch, with one fp32 value (B,) per term.
     `groups` maps a learning-rate group to the parameter-name prefixes that train in it; what matches no
     group is frozen. `references` are the frozen parts that were read from disk. `export` writes what
-    later stages load. `adversary` is the discriminator behind the last terms. `encoding` says what can be
-    read from disk instead of computed.
+    later phases load. `companions` are networks that train beside the engine, such as a discriminator.
+    `encoding` is the part of the forward that can be read from disk instead of computed.
     """
 
     model: nn.Module
@@ -87,7 +75,7 @@ class Stage:
     sample: SampleSpec
     references: dict[str, Path] = field(default_factory=dict)
     export: Export | None = None
-    adversary: Adversary | None = None
+    companions: list[Companion] = field(default_factory=list)
     encoding: Encoding | None = None
 
     def encoded(self) -> Stage:
@@ -110,25 +98,13 @@ class Stage:
         return None
 
 
-def build(recipe: Any) -> Stage:
-    """Build the stage that (recipe.stage, recipe.phase) names, initialised from recipe.seed.
+def build(recipe: Recipe) -> Stage:
+    """Build the phase that (recipe.stage, recipe.phase) names, initialised from recipe.seed.
 
     Parameters outside every group are frozen and their modules put in eval mode. Raises UserError for
-    a stage, phase or preset that does not exist and for pretrained parts that cannot be read.
+    a training stage, phase or preset that does not exist and for pretrained parts that cannot be read.
     """
-    stages = sorted({stage for stage, _ in STAGES})
-    if recipe.stage not in stages:
-        raise UserError(f"stage: '{recipe.stage}' is not one of {', '.join(stages)}{nearest(recipe.stage, stages)}")
-    phases = sorted(phase for stage, phase in STAGES if stage == recipe.stage)
-    if recipe.phase not in phases:
-        raise UserError(
-            f"phase: '{recipe.phase}' is not a phase of stage '{recipe.stage}', which has"
-            f" {', '.join(phases)}{nearest(recipe.phase, phases)}"
-        )
-    module, function = STAGES[recipe.stage, recipe.phase]
-    stage: Stage = getattr(importlib.import_module(f"spar_scale.stages.{module}"), function)(recipe)
-    if getattr(recipe.objective, "adversarial_weight", 0) > 0:
-        importlib.import_module("spar_scale.stages.adversary").add_adversary(stage, recipe)
+    stage = phase_of(recipe).build(recipe)
     for name, parameter in stage.model.named_parameters():
         parameter.requires_grad_(stage.group_of(name) is not None)
     stage.model.train()
@@ -138,7 +114,7 @@ def build(recipe: Any) -> Stage:
     return stage
 
 
-def meta_stage(recipe: Any) -> Stage:
+def meta_stage(recipe: Recipe) -> Stage:
     """The stage as a run would build it, shapes alone."""
     import torch
 

@@ -9,7 +9,7 @@ Slots: images, reconstruction (B, 3, S, S); weight (B,); terms adversarial, disc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,11 +22,19 @@ from spar_scale.objectives.adversarial import LeCam, discriminator_loss, generat
 from spar_scale.stages import Stage
 from spar_scale.stages.parts import preset_of
 
+if TYPE_CHECKING:
+    from parallel.topology import Topology
+    from spar_scale.recipe import Recipe
+
+DISCRIMINATOR = "discriminator"
+
 
 class Adversary:
-    """The discriminator with its running means and its step; `bind` it before the first one."""
+    """The discriminator with its optimizer and its running means: a companion of the last pipeline stage."""
 
-    def __init__(self, recipe: Any):
+    name = DISCRIMINATOR
+
+    def __init__(self, recipe: Recipe):
         self.module = Discriminator(preset_of(recipe))
         initialise(self.module, recipe.seed)
         self.start_step: int = recipe.objective.adversarial_start
@@ -35,13 +43,15 @@ class Adversary:
         self.active = False
         self.replica: Replica | None = None
 
-    def bind(self, replica: Replica, device: torch.device) -> None:
-        """Give it the optimizer and the ranks it is summed over."""
-        self.replica = replica
+    def bind(self, topology: Topology, device: torch.device, betas: tuple[float, float]) -> None:
+        """Create its optimizer on the ranks of the last pipeline stage, which have the reconstructions."""
+        if not topology.is_last_stage:
+            return
+        self.replica = Replica(self.name, self.module, topology, device, betas)
         self.lecam = LeCam(device=device)
         self.seen = torch.zeros(3, device=device)  # sums of the real and the fake logits, samples
 
-    def begin(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """Before step `step` (1-based): whether the discriminator takes part in it."""
         self.active = step > self.start_step
 
@@ -56,7 +66,7 @@ class Adversary:
         self.seen += torch.stack([*(torch.where(weight > 0, mean, 0.0).sum() for mean in means), weight.sum()])
         return value.detach()
 
-    def finish(self, lr: float, clip: float) -> None:
+    def end_step(self, lr: float, clip: float) -> None:
         """After the last micro-batch of a step: update the discriminator, then its running means."""
         if not self.active or self.replica is None:
             return
@@ -70,8 +80,7 @@ class Adversary:
         """What the checkpoint holds of it, to be saved and loaded in place; nothing on ranks that do not compute it."""
         if self.replica is None:
             return {}
-        name = self.replica.name
-        means = {f"{name}.real_mean": self.lecam.real_mean, f"{name}.fake_mean": self.lecam.fake_mean}
+        means = {f"{self.name}.real_mean": self.lecam.real_mean, f"{self.name}.fake_mean": self.lecam.fake_mean}
         return {**self.replica.tensors(), **means}
 
 
@@ -102,9 +111,10 @@ class AdversarialLoss(Layer):
         }
 
 
-def add_adversary(stage: Stage, recipe: Any) -> None:
+def add_adversary(stage: Stage, recipe: Recipe) -> None:
     """Put the adversarial terms at the end of a stage's list, with objective.adversarial_weight."""
-    stage.adversary = Adversary(recipe)
-    stage.layers.append(AdversarialLoss(stage.adversary))
+    adversary = Adversary(recipe)
+    stage.companions.append(adversary)
+    stage.layers.append(AdversarialLoss(adversary))
     stage.inputs = (*stage.inputs, "weight")
     stage.terms |= {"adversarial": recipe.objective.adversarial_weight, "discriminator": 0.0}

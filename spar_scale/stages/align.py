@@ -1,4 +1,4 @@
-"""Stages 2 and 3: the diffusion transformer learns to draw from what the language model says.
+"""Training stages 2 and 3: the diffusion transformer learns to draw from hidden states of the language model.
 
     phase               trains                                        losses
     align connector     queries, routing, connector                   L_FM
@@ -19,7 +19,7 @@ tokenizer's features; none; external: those of the vision tower in model.pretrai
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -30,20 +30,11 @@ from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import Preset
 from spar_scale.models.tokenizer import InitialEncoder, UnifiedTokenizer
 from spar_scale.models.unified import SPAR, PixelTokenizer
-from spar_scale.stages import Encoding, Stage
-from spar_scale.stages.conditioning_layers import conditioning_layers, prefix_layers, prefix_states, query_layers
-from spar_scale.stages.diffusion_layers import Alignment, AutoencoderLatent, ScaleLatent, diffusion_layers
-from spar_scale.stages.parts import (
-    copy_weights,
-    load_autoencoder,
-    load_diffusion,
-    load_mllm,
-    load_vision,
-    preset_of,
-    pretrained_directories,
-)
-from spar_scale.stages.tokenizer_files import load_tokenizer
-from spar_scale.stages.tokenizer_layers import encoder_layers, latent_layers
+from spar_scale.stages.diffusion_layers import Alignment
+from spar_scale.stages.parts import copy_weights, load_diffusion, load_mllm, load_vision
+
+if TYPE_CHECKING:
+    from spar_scale.recipe import Recipe
 
 CONDITIONING = ("queries", "routing", "connector")
 
@@ -64,88 +55,6 @@ class ExternalTeacher(Layer):
         return {"teacher": self.encoder(images[:, 0])}
 
 
-def connector(recipe: Any) -> Stage:
-    """Build phase `connector`: one group, `main` (queries, routing, connector).
-
-    Reads from the recipe model.preset, model.pretrained.{mllm, pixel_autoencoder, diffusion}, all
-    required, model.routing, seed and objective.{caption_dropout, timestep_shift}. Any name of a source will do.
-    """
-    parts = ("mllm", "pixel_autoencoder", "diffusion")
-    directories = pretrained_directories(recipe, allowed=parts, required=parts)
-    preset = preset_of(recipe)
-    autoencoder, scale = load_autoencoder(directories["pixel_autoencoder"], preset)
-    tokenizer = PixelTokenizer(autoencoder, preset)
-    model = _model(recipe, preset, directories, tokenizer, scale, aligned=False)
-    latent = AutoencoderLatent(tokenizer, scale)
-    drawing = diffusion_layers(model.diffusion, preset.conditioning.num_queries, recipe.objective.timestep_shift)
-    text = prefix_layers(model, illustrated=False)
-    return Stage(
-        model=model,
-        layers=[*conditioning_layers(model, illustrated=False), latent, *drawing],
-        inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
-        terms={"flow_matching": 1.0},
-        groups={"main": CONDITIONING},
-        sample=conditioned_sample(preset, recipe.objective.caption_dropout, task="generation"),
-        references=directories,
-        encoding=Encoding(
-            layers=[*text, latent],
-            text=text,
-            pictures=("latent",),
-            states=prefix_states(model),
-            remaining=[*query_layers(model), *drawing],
-            constants={"latent_scale": scale},
-        ),
-    )
-
-
-def joint(recipe: Any) -> Stage:
-    """Build phase `joint` of the stages align and instruct: groups `main` (conditioning) and `diffusion`.
-
-    Reads from the recipe model.preset, model.pretrained.{mllm, tokenizer, diffusion}, all required,
-    model.pretrained.teacher where model.alignment is external, model.routing, model.alignment, seed,
-    objective.{align_weight, align_block, caption_dropout, timestep_shift}. A source is named after its task,
-    generation or editing.
-    """
-    external = recipe.model.alignment == "external"
-    parts = ("mllm", "tokenizer", "diffusion", *(("teacher",) if external else ()))
-    directories = pretrained_directories(recipe, allowed=parts, required=parts)
-    preset, objective = preset_of(recipe), recipe.objective
-    aligned = recipe.model.alignment != "none" and objective.align_weight > 0
-    if aligned and objective.align_block > preset.diffusion.layers:
-        raise UserError(
-            f"objective.align_block: found {objective.align_block}; the diffusion transformer of preset"
-            f" '{preset.name}' has blocks 1 to {preset.diffusion.layers}"
-        )
-    tokenizer, scale = load_tokenizer(directories["tokenizer"], preset)
-    model = _model(recipe, preset, directories, tokenizer, scale, aligned)
-    seen, drawn = encoder_layers(tokenizer, frozen=True), [*latent_layers(tokenizer), ScaleLatent(scale)]
-    tap, teacher = None, ()
-    if aligned:
-        teacher = ("teacher",) if external else ("features",)
-        if external:
-            model.teacher = _teacher(directories["teacher"], preset)
-            drawn.append(ExternalTeacher(model.teacher))
-        tap = objective.align_block, Alignment(model.alignment_head, *teacher)
-    drawing = diffusion_layers(model.diffusion, preset.conditioning.num_queries, objective.timestep_shift, tap)
-    return Stage(
-        model=model,
-        layers=[*seen, *conditioning_layers(model, illustrated=True), *drawn, *drawing],
-        inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
-        terms={"flow_matching": 1.0} | ({"alignment": objective.align_weight} if aligned else {}),
-        groups={"main": CONDITIONING, "diffusion": ("diffusion", "alignment_head")},
-        sample=conditioned_sample(preset, objective.caption_dropout, task="conditioned"),
-        references=directories,
-        encoding=Encoding(
-            layers=[*seen, *prefix_layers(model, illustrated=True), *drawn],
-            text=prefix_layers(model, illustrated=False),
-            pictures=("latent", *teacher),
-            states=prefix_states(model),
-            remaining=[*query_layers(model), *drawing],
-            constants={"latent_scale": scale},
-        ),
-    )
-
-
 def conditioned_sample(preset: Preset, caption_dropout: float, task: str) -> SampleSpec:
     """The sample of a picture with the prompt that it is drawn from, its noise and its time."""
     return SampleSpec(
@@ -158,15 +67,18 @@ def conditioned_sample(preset: Preset, caption_dropout: float, task: str) -> Sam
     )
 
 
-def _model(
-    recipe: Any,
+def build_spar(
+    recipe: Recipe,
     preset: Preset,
     directories: dict[str, Path],
     tokenizer: UnifiedTokenizer | PixelTokenizer,
     scale: float,
     aligned: bool,
 ) -> SPAR:
-    """The whole model: what is new from the seed, the connector by its preset."""
+    """Return the whole model: pretrained parts from `directories`, new parts from the seed.
+
+    Where the preset asks for it, the connector starts as a copy of the language model's last layers.
+    """
     model = SPAR(preset, load_mllm(directories["mllm"], preset), tokenizer, scale, recipe.model.routing, aligned)
     copy_weights(model.diffusion.transformer, load_diffusion(directories["diffusion"], preset))
     initialise(model, recipe.seed, loaded=("tokenizer", "language_model", "lm_head", "diffusion"))
@@ -175,9 +87,33 @@ def _model(
     return model
 
 
-def _teacher(directory: Path, preset: Preset) -> InitialEncoder:
-    teacher = InitialEncoder(preset)
-    tower, projector = load_vision(directory, preset, part="teacher")
-    copy_weights(teacher.vision_tower, tower)
-    copy_weights(teacher.projector, projector)
-    return teacher
+def is_aligned(recipe: Recipe, preset: Preset) -> bool:
+    """Tell whether the loss has L_align. Raises UserError for a block that the diffusion transformer does not have."""
+    objective = recipe.objective
+    aligned = recipe.model.alignment != "none" and objective.align_weight > 0
+    if aligned and objective.align_block > preset.diffusion.layers:
+        raise UserError(
+            f"objective.align_block: found {objective.align_block}; the diffusion transformer of preset"
+            f" '{preset.name}' has blocks 1 to {preset.diffusion.layers}"
+        )
+    return aligned
+
+
+def alignment_teacher(model: SPAR, directories: dict[str, Path], preset: Preset) -> tuple[str, list[Layer]]:
+    """Return the slot with the teacher's features, and the layers that write it.
+
+    An external teacher (pretrained part `teacher`) becomes `model.teacher`. Otherwise the teacher is the tokenizer's
+    vision tower, whose `features` other layers write.
+    """
+    if "teacher" not in directories:
+        return "features", []
+    model.teacher = InitialEncoder(preset)
+    tower, projector = load_vision(directories["teacher"], preset, part="teacher")
+    copy_weights(model.teacher.vision_tower, tower)
+    copy_weights(model.teacher.projector, projector)
+    return "teacher", [ExternalTeacher(model.teacher)]
+
+
+def alignment_tap(model: SPAR, recipe: Recipe, teacher: str) -> tuple[int, Alignment]:
+    """Return the block whose features are aligned, and the layer with the term `alignment`."""
+    return recipe.objective.align_block, Alignment(model.alignment_head, teacher)

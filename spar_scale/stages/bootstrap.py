@@ -1,26 +1,16 @@
-"""Stage 0, for the miniature only: train the small parts that the paper takes as pretrained.
-
-Phase `autoencoder`: AutoencoderDC on reconstruction. The latent carries noise of a fixed size, drawn
-with the sample, so that neighbouring latents decode alike (a diffusion model will draw there later);
-a penalty above unit power keeps the encoder from outgrowing the noise.
-"""
+"""The layers of an autoencoder in training, its initial weights and its published layout."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC, ResBlock
 from torch import Tensor, nn
 
 from parallel.program import Layer
-from spar_scale.data.spec import Draw, SampleSpec
-from spar_scale.models.autoencoder import build_autoencoder, encode_images, latent_scale
-from spar_scale.models.initialise import initialise
+from spar_scale.models.autoencoder import encode_images, latent_scale
 from spar_scale.objectives.reconstruction import gradient_difference, latent_power, mean_squared_error
-from spar_scale.stages import Export, Stage
-from spar_scale.stages.parts import preset_of, pretrained_directories
-from spar_scale.stages.pixel_decoder import PerturbLatent, decoder_layers
 
 
 class EncodePixels(Layer):
@@ -63,44 +53,7 @@ class ReconstructionLoss(Layer):
         }
 
 
-def autoencoder(recipe: Any) -> Stage:
-    """Build stage `bootstrap`, phase `autoencoder`.
-
-    Reads from the recipe: model.preset, seed, objective.{perceptual_weight, latent_noise,
-    latent_power_weight}. Exports the published layout of AutoencoderDC.
-    """
-    pretrained_directories(recipe, allowed=(), required=())
-    preset, objective = preset_of(recipe), recipe.objective
-    model = build_autoencoder(preset)
-    initialise(model, recipe.seed)
-    _begin_with_shortcuts(model)
-    side = preset.image_size // preset.autoencoder.compression
-    return Stage(
-        model=model,
-        layers=[
-            EncodePixels(model.encoder),
-            LatentPower(),
-            PerturbLatent(objective.latent_noise),
-            *decoder_layers(model.decoder, preset.image_size),
-            ReconstructionLoss(),
-        ],
-        inputs=("images", "latent_noise"),
-        terms={
-            "mean_squared_error": 1.0,
-            "gradient_difference": objective.perceptual_weight,
-            "latent_power": objective.latent_power_weight,
-        },
-        groups={"main": ("encoder", "decoder")},
-        sample=SampleSpec(
-            task="images",
-            image_size=preset.image_size,
-            draws={"latent_noise": Draw((preset.autoencoder.latent_channels, side, side), "normal")},
-        ),
-        export=Export(save_autoencoder, calibrated=True),
-    )
-
-
-def _begin_with_shortcuts(model: nn.Module) -> None:
+def begin_with_shortcuts(model: nn.Module) -> None:
     """Start each residual branch, which ends in a norm, at zero.
 
     A branch of size one from the first step on fills every direction of the latent with what the seed drew;

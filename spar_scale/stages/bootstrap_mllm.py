@@ -1,9 +1,8 @@
-"""Stage 0, phase `mllm`, for the miniature only: the vision tower and the language model, from scratch.
+"""The layers of a vision tower and a language model that train from scratch, and their published layout.
 
-Everything trains, on the cross-entropy of the next token where an answer stands (`data/prompts.py`): captions,
-answers, descriptions of what an edit will make. That is what stages 1 to 3 take from InternVL3. Beside it a linear
-head, thrown away afterwards, names the shape and the colour that each image token shows, which tells the vision
-tower more of an image than a few words do.
+The loss is the cross-entropy of the next token where a token is predicted (`data/prompts.py`): captions, answers,
+descriptions of the result of an edit. Besides, a linear head, which is not published, names the shape and the colour
+that each image token shows. It gives the vision tower more information on an image than a few words do.
 
 Slots (B samples, T tokens, N image tokens, W and D widths):
     images (B, 3, S, S) in [0, 1]   tokens (B, T) int64   counts (B, T) uint8, 1 where a token is predicted
@@ -16,7 +15,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration, Qwen2Config
@@ -24,11 +22,7 @@ from transformers import InternVLForConditionalGeneration, Qwen2Config
 from parallel.program import Layer
 from spar_scale.data.patches import NUM_LABELS, UNKNOWN
 from spar_scale.data.prompts import build_tokenizer
-from spar_scale.data.spec import SampleSpec
-from spar_scale.models.initialise import initialise
-from spar_scale.models.mllm import build_mllm, causal_mask, merge, next_token_loss, rotary
-from spar_scale.stages import Export, Stage
-from spar_scale.stages.parts import preset_of, pretrained_directories
+from spar_scale.models.mllm import causal_mask, merge, next_token_loss, rotary
 from spar_scale.stages.tokenizer_layers import EmbedImages, ProjectFeatures, VisionBlock
 
 NUM_TOKENS = {"captions": 14, "questions": 40, "edits": 24, "texts": 48}
@@ -108,35 +102,6 @@ class NextTokenLoss(Layer):
     def forward(self, states: Tensor, tokens: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """Score the answers."""
         return {"next_token": next_token_loss(self.head(self.norm(states)), tokens, counts)}
-
-
-def mllm(recipe: Any) -> Stage:
-    """Build stage `bootstrap`, phase `mllm`.
-
-    Reads from the recipe: model.preset, seed, and the sources' names, which are their tasks (captions,
-    questions, edits, texts). Exports the published layout of InternVL with its tokenizer.
-    """
-    pretrained_directories(recipe, allowed=(), required=())
-    preset = preset_of(recipe)
-    model = build_mllm(preset)
-    model.naming_head = nn.Linear(preset.streams.width, sum(NUM_LABELS))
-    initialise(model, recipe.seed)
-    with torch.no_grad():  # transformers' own rule knows one deviation for all weights
-        model.model.language_model.embed_tokens.weight *= preset.language.word_range / preset.language.initializer_range
-    return Stage(
-        model=model,
-        layers=mllm_layers(model),
-        inputs=("images", "tokens", "counts", "patches"),
-        terms={"next_token": 1.0, "patch_naming": 1.0},
-        groups={"main": ("model", "lm_head", "naming_head")},
-        sample=SampleSpec(
-            task="language",
-            image_size=preset.image_size,
-            task_tokens=NUM_TOKENS,
-            image_tokens=preset.vision.grid**2,
-        ),
-        export=Export(save_mllm),
-    )
 
 
 def mllm_layers(model: InternVLForConditionalGeneration) -> list[Layer]:

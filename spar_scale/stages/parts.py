@@ -29,14 +29,15 @@ from spar_scale.models.diffusion import Diffusion
 from spar_scale.models.mllm import build_mllm, mllm_config
 from spar_scale.models.presets import PRESETS, Preset
 from spar_scale.models.vision import vision_config
-from spar_scale.recipe import behind_link, beside
+from spar_scale.phases import phase_of
+from spar_scale.recipe import Recipe, behind_link, beside
 
 _log = logging.getLogger(__name__)
 for _library in (diffusers_log, transformers_log):
     _library.disable_progress_bar()  # a bar for each part of a second is noise in a log
 
 
-def preset_of(recipe: Any) -> Preset:
+def preset_of(recipe: Recipe) -> Preset:
     """Return the preset that `model.preset` names. Raises UserError for an unknown one."""
     name = recipe.model.preset
     if name not in PRESETS:
@@ -44,17 +45,18 @@ def preset_of(recipe: Any) -> Preset:
     return PRESETS[name]
 
 
-def pretrained_directories(recipe: Any, allowed: tuple[str, ...], required: tuple[str, ...]) -> dict[str, Path]:
+def pretrained_directories(recipe: Recipe) -> dict[str, Path]:
     """Return `model.pretrained` as directories, relative ones taken from the run directory.
 
-    Raises UserError for a part this stage does not take, a required part that is not given, and a
+    Raises UserError for a part that the phase does not take, a required part that is not given, and a
     directory without a config.
     """
+    allowed, required = phase_of(recipe).pretrained_parts(recipe)
     given: Mapping[str, str] = recipe.model.pretrained or {}
     if unknown := sorted(set(given) - set(allowed)):
         raise UserError(
             f"model.pretrained.{unknown[0]}: stage '{recipe.stage}', phase '{recipe.phase}' takes"
-            f" {', '.join(allowed)}{nearest(unknown[0], allowed)}"
+            f" {', '.join(allowed) or 'none'}{nearest(unknown[0], allowed)}"
         )
     if missing := sorted(set(required) - set(given)):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Stage 1, the unified tokenizer. Its phases differ in what trains and what holds it in place:
+"""Training stage 1, the unified tokenizer. Its phases differ in what trains and in the losses:
 
     phase     trains                              losses (SPAR, tokenizer stages I, II, III)
     init      streams, fusion                     L_MSE, perceptual, lambda_p L_p
@@ -34,7 +34,7 @@ from spar_scale.data.spec import Draw, SampleSpec
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import Preset
 from spar_scale.models.tokenizer import Streams, UnifiedTokenizer
-from spar_scale.recipe import ModelConfig, ObjectiveConfig, Section
+from spar_scale.recipe import ModelConfig, ObjectiveConfig, Recipe, Section
 from spar_scale.stages import Export, Stage
 from spar_scale.stages.bootstrap import ReconstructionLoss
 from spar_scale.stages.parts import (
@@ -69,7 +69,7 @@ class Settings:
     lambda_s: float
 
     @classmethod
-    def of(cls, recipe: Any) -> Settings:
+    def of(cls, recipe: Recipe) -> Settings:
         """Read them; a key that the recipe does not carry stands at the schema's default."""
         model, objective = _with_defaults(recipe.model, ModelConfig), _with_defaults(recipe.objective, ObjectiveConfig)
         trains = model("encoder") == "trained"
@@ -112,44 +112,11 @@ def tokenizer_layers(
     return [*layers, *decoder_layers(model.decoder, model.image_size), ReconstructionLoss()]
 
 
-def init(recipe: Any) -> Stage:
-    """Build phase `init`: groups `main` (streams) and `fusion`.
-
-    Reads from the recipe, as all phases do, model.preset, model.pretrained.{pixel_autoencoder, mllm},
-    seed, objective.{perceptual_weight, latent_noise} and model.streams; and model.pixel_alignment,
-    objective.pixel_alignment_weight. The pixel autoencoder is required. Without `mllm` the vision tower
-    and projector are initialised from the seed, which is logged.
-    """
-    settings = Settings.of(recipe)
-    groups = {"main": settings.stream_parts, "fusion": settings.fusion_parts}
-    return _phase(recipe, settings, groups, lambda_p=settings.lambda_p)
-
-
-def decoder(recipe: Any) -> Stage:
-    """Build phase `decoder`: one group, `main` (streams, fusion, decoder)."""
-    settings = Settings.of(recipe)
-    return _phase(recipe, settings, {"main": (*settings.stream_parts, *settings.fusion_parts, "decoder")})
-
-
-def encoder(recipe: Any) -> Stage:
-    """Build phase `encoder`: groups `main` (streams, fusion, decoder) and `encoder` (vision tower, projector).
-
-    Reads also model.{encoder, semantic_distillation} and objective.semantic_distillation_weight. A
-    frozen encoder leaves the group `encoder` empty, so that a recipe may go on naming its multiplier.
-    """
-    settings = Settings.of(recipe)
-    groups = {
-        "main": (*settings.stream_parts, *settings.fusion_parts, "decoder"),
-        "encoder": ("vision_tower", "projector") if settings.encoder_trains else (),
-    }
-    return _phase(recipe, settings, groups, lambda_s=settings.lambda_s)
-
-
-def _phase(
-    recipe: Any, settings: Settings, groups: dict[str, tuple[str, ...]], lambda_p: float = 0, lambda_s: float = 0
+def tokenizer_stage(
+    recipe: Recipe, settings: Settings, groups: dict[str, tuple[str, ...]], lambda_p: float = 0, lambda_s: float = 0
 ) -> Stage:
-    """Build a phase; a loss of weight 0 is left out together with its teacher."""
-    directories = pretrained_directories(recipe, ("pixel_autoencoder", "mllm"), ("pixel_autoencoder",))
+    """Build a phase of the tokenizer; a loss of weight 0 is left out together with its teacher."""
+    directories = pretrained_directories(recipe)
     preset = preset_of(recipe)
     model = UnifiedTokenizer(preset, settings.streams, pixel_encoder=lambda_p > 0, initial_encoder=lambda_s > 0)
     trains_encoder = "vision_tower" in groups.get("encoder", ())

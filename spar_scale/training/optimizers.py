@@ -15,9 +15,6 @@ from parallel.optimizers import OPTIMIZERS, WHOLE_MATRICES
 from spar_scale.recipe import OptimizerConfig
 from spar_scale.stages import Stage
 
-DISCRIMINATOR = "discriminator"
-"""The name of the discriminator among the learning-rate multipliers of a recipe, and in a checkpoint."""
-
 
 def parameter_groups(stage: Stage, settings: OptimizerConfig) -> list[dict[str, Any]]:
     """Return the optimizer groups of the stage's trained parameters.
@@ -26,7 +23,7 @@ def parameter_groups(stage: Stage, settings: OptimizerConfig) -> list[dict[str, 
     own keys. Muon's matrices are the weights of linear layers and of full convolutions, embeddings and
     the language head left out. Raises UserError for a multiplier of a group that the stage does not have.
     """
-    known = {*stage.groups, *({DISCRIMINATOR} if stage.adversary is not None else ())}
+    known = {*stage.groups, *(companion.name for companion in stage.companions)}
     if unknown := sorted(set(settings.groups) - known):
         hint = nearest(unknown[0], known)
         raise UserError(f"optimizer.groups.{unknown[0]}: this phase has the groups {sorted(known)}{hint}")

@@ -22,7 +22,6 @@ from parallel.exit_codes import STOPPED
 from parallel.heartbeat import WAITING, Heartbeat
 from parallel.launch import Launch, start
 from parallel.optimizers import OPTIMIZERS
-from parallel.replica import Replica
 from parallel.tensor import cut
 from parallel.topology import Layout, Topology
 from parallel.zero import Engine, name_parameters
@@ -38,7 +37,7 @@ from spar_scale.training.export import export
 from spar_scale.training.guards import NonFiniteGuard
 from spar_scale.training.metrics import FinishedStep, StepMetrics
 from spar_scale.training.mlflow_mirror import Mirror
-from spar_scale.training.optimizers import DISCRIMINATOR, parameter_groups
+from spar_scale.training.optimizers import parameter_groups
 from spar_scale.training.parent import choose_parent, started_stage
 from spar_scale.training.preemption import StopRequest, WaitInterrupted
 from spar_scale.training.progress import Progress
@@ -115,10 +114,8 @@ class Trainer:
             costs,
         )
         topology.limit_waits(recipe.guards.timeout_s)
-        self.adversary = self.stage.adversary
-        if self.adversary is not None and topology.is_last_stage:
-            replica = Replica(DISCRIMINATOR, self.adversary.module, topology, launch.device, recipe.optimizer.betas)
-            self.adversary.bind(replica, launch.device)
+        for companion in self.stage.companions:
+            companion.bind(topology, launch.device, recipe.optimizer.betas)
         self.non_finite = NonFiniteGuard(recipe.guards.max_skipped_steps)
         self.tracked: str | None = None  # the id that MLflow knows the run by
         self.step, shards = self._resume()
@@ -205,8 +202,8 @@ class Trainer:
                 bad.extend(batch["errors"])
                 yield batch
 
-        if self.adversary is not None:
-            self.adversary.begin(self.step)
+        for companion in self.stage.companions:
+            companion.begin_step(self.step)
         feed = counted()
         try:
             record = self.engine.step(feed, {name: lr * factor for name, factor in self.multipliers.items()})
@@ -215,9 +212,9 @@ class Trainer:
             return False
         for _ in feed:  # a stage in the middle of a pipeline takes no batches: keep its position
             pass
-        if self.adversary is not None:
-            factor = self.recipe.optimizer.groups.get(DISCRIMINATOR, 1.0)
-            self.adversary.finish(lr * factor, self.recipe.optimizer.clip)
+        for companion in self.stage.companions:
+            factor = self.recipe.optimizer.groups.get(companion.name, 1.0)
+            companion.end_step(lr * factor, self.recipe.optimizer.clip)
         self.metrics.add(FinishedStep(self.step, lr, record, samples, bad))
         self.non_finite.observe(self.step, record.skipped)
         return True
@@ -283,8 +280,8 @@ class Trainer:
         return state["step"], state["shards"]
 
     def _whole_tensors(self) -> dict[str, torch.Tensor]:
-        """Tensors of the checkpoint that no engine shards: the discriminator and its optimizer."""
-        return {} if self.adversary is None else self.adversary.tensors()
+        """Tensors of the checkpoint that no engine shards: the companions with their optimizers."""
+        return {name: tensor for companion in self.stage.companions for name, tensor in companion.tensors().items()}
 
     def _optimizer_scalars(self) -> dict[str, dict[str, float]]:
         """The optimizer's scalars by parameter group, over all pipeline stages."""

@@ -21,10 +21,10 @@ STEPS, LAST = 40, "bootstrap_mllm"
 def write_recipes(folder: Path) -> None:
     """Recipes of size smoke on the nano preset; the language model's take long enough to be caught."""
     from spar_scale.chain import RECIPES
-    from spar_scale.phases import PHASES
+    from spar_scale.phases import phase_names
 
     (folder / "smoke").mkdir(parents=True)
-    for name in (*PHASES, "world"):
+    for name in (*phase_names(), "world"):
         changes: dict[str, Any] = {"extends": str(RECIPES / "smoke" / f"{name}.yaml")}
         if name != "world":
             changes["model"] = {"preset": NANO.name}

@@ -10,7 +10,9 @@ from parallel.errors import UserError
 from spar_scale import demo
 from spar_scale.ablation import CURVE, ROWS, ablate, acts, curve, table, verdict
 from spar_scale.chain import Chain
-from spar_scale.phases import PHASES
+from spar_scale.phases import phase_names
+
+PHASES = phase_names()
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ TINY = PRESETS["tiny"]
 
 def new_stage() -> Any:
     model, objective = SimpleNamespace(preset="tiny", pretrained={}), SimpleNamespace()
-    recipe = SimpleNamespace(
+    recipe: Any = SimpleNamespace(
         stage="bootstrap", phase="mllm", seed=0, run_dir=Path("."), model=model, objective=objective
     )
     return build(recipe)

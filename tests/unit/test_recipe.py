@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from parallel.errors import UserError
-from spar_scale.phases import PHASES
+from spar_scale.phases import phase_names
 from spar_scale.recipe import Recipe, behind_link, beside, differences, load_recipe, may_change_at_resume
 from spar_scale.settings import load
 
@@ -51,7 +51,7 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("folder", ["tiny", "smoke", "full", "spar_1b", "spar_3b"])
 def test_each_phase_starts_from_the_one_before_in_its_own_folder(folder: str):
-    phases = [phase for phase in PHASES if (ROOT / "recipes" / folder / f"{phase}.yaml").exists()]
+    phases = [phase for phase in phase_names() if (ROOT / "recipes" / folder / f"{phase}.yaml").exists()]
     recipes = {phase: load_recipe(ROOT / "recipes" / folder / f"{phase}.yaml") for phase in phases}
     runs = {recipe.run_dir: phase for phase, recipe in recipes.items()}
     before = {

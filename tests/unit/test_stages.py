@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,15 +23,17 @@ from spar_scale.models.presets import PRESETS
 from spar_scale.models.tokenizer import UnifiedTokenizer
 from spar_scale.models.vision import vision_config
 from spar_scale.objectives.reconstruction import gradient_difference, mean_squared_error
-from spar_scale.stages import STAGES, build
+from spar_scale.phases import declared
+from spar_scale.stages import build
 from spar_scale.stages.bootstrap import save_autoencoder
 
 TINY = PRESETS["tiny"]
 
 
-def recipe_of(stage, phase, run_dir=".", pretrained=None, preset="tiny", **objective):
+def recipe_of(stage, phase, run_dir=".", pretrained=None, preset="tiny", **objective) -> Any:
     defaults = {"perceptual_weight": 0.1, "latent_noise": 0.1, "latent_power_weight": 1e-3, "pixel_alignment_weight": 1,
-                "align_weight": 0.5, "align_block": 3, "caption_dropout": 0.1, "timestep_shift": 1.0}  # fmt: skip
+                "align_weight": 0.5, "align_block": 3, "caption_dropout": 0.1, "timestep_shift": 1.0,
+                "adversarial_weight": 0}  # fmt: skip
     return SimpleNamespace(
         stage=stage, phase=phase, seed=0, run_dir=Path(run_dir),
         model=SimpleNamespace(preset=preset, pretrained=pretrained or {}, routing="dynamic", alignment="self"),
@@ -53,7 +56,7 @@ def parts(tmp_path_factory):
     return make_parts(tmp_path_factory.mktemp("parts"))
 
 
-@pytest.fixture(params=sorted(STAGES), ids="-".join)
+@pytest.fixture(params=[(one.training_stage, one.phase) for one in declared()], ids="-".join)
 def stage(request, parts):
     name, phase = request.param
     return build(recipe_of(name, phase, pretrained=parts_of(name, phase, parts)))

@@ -11,19 +11,8 @@ from markupsafe import Markup
 from spar_scale.evaluation.report import curves as drawing
 from spar_scale.evaluation.report.sources import Found, Run
 from spar_scale.evaluation.report.tables import ABSENT, MINUS, Cell, Table
+from spar_scale.phases import find
 
-TRAINS = {
-    ("bootstrap", "autoencoder"): "pixel autoencoder",
-    ("bootstrap", "mllm"): "vision tower and language model",
-    ("bootstrap", "diffusion"): "diffusion transformer, on captions",
-    ("tokenizer", "init"): "streams and fusion",
-    ("tokenizer", "decoder"): "streams, fusion and pixel decoder",
-    ("tokenizer", "encoder"): "the same and the vision tower",
-    ("align", "connector"): "queries, routing, connector",
-    ("align", "joint"): "the same and the diffusion transformer",
-    ("instruct", "joint"): "the same, with more edits",
-}
-NUMBERS = {stage: number for number, stage in enumerate(("bootstrap", "tokenizer", "align", "instruct"))}
 LAST = 20  # steps that the last loss is a mean of
 APART = ("flow_matching", "alignment")  # where a phase has both, its loss is their weighted sum and says little
 WORDS = {"flow_matching": "flow matching", "alignment": "alignment, minus cosine", "loss": "loss"}
@@ -93,12 +82,13 @@ def _table(found: Found, title: str, runs: list[Run], notes: list[str]) -> Table
     head = ["phase", "stage", "steps", seconds, "wall", f"loss, last {LAST} steps", "trains"]
     rows, sums = [], {"steps": 0, "core_seconds": 0.0}
     for run in runs:
-        spent, number = _spent(found, run), NUMBERS.get(run.stage)
+        spent, declared = _spent(found, run), find(run.stage, run.phase)
         for key in sums:
             sums[key] += spent.get(key) or 0
         name = run.name.replace(",", ", ") if run.variant else run.name.replace("_", " ")
-        trains = "as its name says" if run.variant else TRAINS.get((run.stage, run.phase), ABSENT)
-        cells = [name, ABSENT if number is None else str(number), *_times(spent), _last(run), trains]
+        number, trains = (ABSENT, ABSENT) if declared is None else (str(declared.stage_number), declared.trains)
+        trains = "as its name says" if run.variant else trains
+        cells = [name, number, *_times(spent), _last(run), trains]
         rows.append([Cell(text) for text in cells])
     if len(rows) > 1:
         if not runs[0].variant and "core_seconds.total" in found.scores:

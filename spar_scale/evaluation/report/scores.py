@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from spar_scale.evaluation.report.sources import ORDER, Found
+from spar_scale.evaluation.report.sources import Found
 from spar_scale.evaluation.report.tables import Cell, Table, number
+from spar_scale.phases import phase_names
 
 KINDS = {
     "color": "single colour",
@@ -141,7 +142,7 @@ def _questions(found: Found) -> Table:
 def _reconstruction(found: Found) -> Table:
     """PSNR and SSIM of each tokenizer: ours, then `tokenizer.psnr_<name>`."""
     prefix = "tokenizer.psnr_"
-    chain = [f"{stage}_{phase}" for stage, phase in ORDER]
+    chain = phase_names()
     others = [name.removeprefix(prefix) for name in found.scores if name.startswith(prefix)]
     others = sorted(
         {*others} - {OURS}, key=lambda name: (name not in chain, chain.index(name) if name in chain else 0, name)

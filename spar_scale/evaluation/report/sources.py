@@ -14,10 +14,7 @@ from pydantic import TypeAdapter
 from parallel.errors import UserError
 from spar_scale.evaluation.report import forms
 from spar_scale.json_files import read_json, read_text, validated
-from spar_scale.rules import PHASES
-
-ORDER = [(stage, phase) for stage, names in PHASES.items() for phase in names]
-"""Stage and phase, in the order of the chain."""
+from spar_scale.phases import declared, find
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,8 @@ class Run:
     @property
     def variant(self) -> bool:
         """Whether this stands beside the chain, as a run with switches does (`tokenizer_encoder,encoder=frozen`)."""
-        return self.name not in (f"{self.stage}_{self.phase}", self.stage)
+        phase = find(self.stage, self.phase)
+        return self.name not in (f"{self.stage}_{self.phase}", self.stage if phase is None else phase.name)
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,8 @@ def _run_dirs(root: Path) -> list[Path]:
 
 def _place(run: Run) -> int:
     """Where the run's phase stands in the chain; behind it if it is no phase of ours."""
-    known = (run.stage, run.phase) in ORDER
-    return ORDER.index((run.stage, run.phase)) if known else len(ORDER)
+    phase, order = find(run.stage, run.phase), declared()
+    return len(order) if phase is None else order.index(phase)
 
 
 def _run(folder: Path) -> Run:
