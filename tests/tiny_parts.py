@@ -12,21 +12,12 @@ from spar_scale.models.initialise import initialise
 from spar_scale.models.mllm import build_mllm
 from spar_scale.models.presets import PRESETS, Preset
 from spar_scale.models.tokenizer import UnifiedTokenizer
+from spar_scale.phases import find
 from spar_scale.stages.bootstrap import save_autoencoder
 from spar_scale.stages.bootstrap_mllm import save_mllm
 from spar_scale.stages.tokenizer_files import save_tokenizer
 
 TINY = PRESETS["tiny"]
-STAGE_PARTS = {
-    ("bootstrap", "diffusion"): ("pixel_autoencoder",),
-    ("tokenizer", "init"): ("pixel_autoencoder",),
-    ("tokenizer", "decoder"): ("pixel_autoencoder",),
-    ("tokenizer", "encoder"): ("pixel_autoencoder",),
-    ("align", "connector"): ("mllm", "pixel_autoencoder", "diffusion"),
-    ("align", "joint"): ("mllm", "tokenizer", "diffusion"),
-    ("instruct", "joint"): ("mllm", "tokenizer", "diffusion"),
-}
-"""What each phase that starts from pretrained parts requires."""
 
 
 def make_parts(folder: Path, preset: Preset = TINY) -> dict[str, str]:
@@ -57,4 +48,5 @@ def make_parts(folder: Path, preset: Preset = TINY) -> dict[str, str]:
 
 def parts_of(stage: str, phase: str, parts: dict[str, str]) -> dict[str, str]:
     """The parts that a phase requires."""
-    return {name: parts[name] for name in STAGE_PARTS.get((stage, phase), ())}
+    declared = find(stage, phase)
+    return {name: parts[name] for name in (() if declared is None else declared.requires)}

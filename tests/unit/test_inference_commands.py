@@ -129,10 +129,26 @@ def test_ask_takes_a_language_model_alone_or_within_spar(runs, kind, photograph,
 
 WRONG_KIND = [
     ("edit", "align_connector", r"'connector', which edits no pictures; a run of stage 'align', phase 'joint', or "),
-    ("generate", "bootstrap_mllm", "'mllm', which draws no pictures; a run of stage 'align', phase 'joint' or 'conn"),
-    ("routes", "bootstrap_diffusion", "'diffusion', which routes no tokens; a run of stage 'align', phase 'joint' or"),
-    ("ask", "align_connector", "which answers no questions; a run of stage 'align', phase 'joint', or stage 'instr"),
-    ("reconstruct", "bootstrap_mllm", "which reconstructs no pictures; a run of stage 'tokenizer', phase 'init' or"),
+    (
+        "generate",
+        "bootstrap_mllm",
+        "which draws no pictures; a run of stage 'bootstrap', phase 'diffusion', or ",
+    ),
+    (
+        "routes",
+        "bootstrap_diffusion",
+        "which routes no tokens; a run of stage 'align', phase 'connector' or 'joint', or ",
+    ),
+    (
+        "ask",
+        "align_connector",
+        "which answers no questions; a run of stage 'bootstrap', phase 'mllm', or ",
+    ),
+    (
+        "reconstruct",
+        "bootstrap_mllm",
+        "or stage 'tokenizer', phase 'init', 'decoder' or 'encoder', or ",
+    ),
 ]
 
 
