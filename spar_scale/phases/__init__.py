@@ -58,6 +58,8 @@ class Phase:
     """Pretrained parts that may be given besides."""
     requires_when: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Pretrained part -> (recipe key, value) for which it must be given. For other values it is refused."""
+    vision_only: tuple[str, ...] = ()
+    """Pretrained parts in the layout of an MLLM of which only the vision tower and the projector are read."""
     starts_from: tuple[str, ...] = ()
     """Names of the phases whose trained weights this one continues from (`init_from`)."""
     publishes: str | None = None

@@ -31,6 +31,7 @@ PHASE = Phase(
     ),
     requires=("mllm", "tokenizer", "diffusion"),
     requires_when={"teacher": ("model.alignment", "external")},
+    vision_only=("teacher",),
     starts_from=("align_connector",),
     used_by=frozenset({"generate", "edit", "routes", "ask", "reconstruct"}),
     slurm_script="stage2_align.sh",

@@ -20,6 +20,7 @@ PHASE = Phase(
     reads=("model.streams", "objective.perceptual_weight", "objective.latent_noise"),
     requires=("pixel_autoencoder",),
     accepts=("mllm",),
+    vision_only=("mllm",),
     starts_from=("tokenizer_init",),
     publishes="tokenizer",
     used_by=frozenset({"reconstruct"}),

@@ -33,6 +33,7 @@ PHASE = Phase(
     ),
     requires=("pixel_autoencoder",),
     accepts=("mllm",),
+    vision_only=("mllm",),
     starts_from=("tokenizer_decoder",),
     publishes="tokenizer",
     used_by=frozenset({"reconstruct"}),

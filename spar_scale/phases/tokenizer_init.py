@@ -29,6 +29,7 @@ PHASE = Phase(
     ),
     requires=("pixel_autoencoder",),
     accepts=("mllm",),
+    vision_only=("mllm",),
     publishes="tokenizer",
     used_by=frozenset({"reconstruct"}),
     evaluated_as="reconstruction",

@@ -63,12 +63,16 @@ def pretrained_directories(recipe: Recipe) -> dict[str, Path]:
             f"model.pretrained.{missing[0]}: stage '{recipe.stage}', phase '{recipe.phase}' starts from this part;"
             " name its directory, relative to run_dir"
         )
-    directories = {part: beside(Path(recipe.run_dir), directory) for part, directory in given.items()}
-    for part, directory in directories.items():
-        if not shapes_only() and not (directory / "config.json").is_file():
-            link = behind_link(Path(recipe.run_dir), given[part])
-            raise UserError(f"model.pretrained.{part}: no config.json in {directory}{link}")
-    return directories
+    return {part: part_directory(recipe, part) for part in given}
+
+
+def part_directory(recipe: Recipe, part: str) -> Path:
+    """Return the directory of a part that `model.pretrained` names. Raises UserError where it holds no config."""
+    run_dir, given = Path(recipe.run_dir), recipe.model.pretrained[part]
+    directory = beside(run_dir, given)
+    if not shapes_only() and not (directory / "config.json").is_file():
+        raise UserError(f"model.pretrained.{part}: no config.json in {directory}{behind_link(run_dir, given)}")
+    return directory
 
 
 def shapes_only() -> bool:

@@ -26,14 +26,15 @@ from spar_scale.data.storage import expand_shards
 from spar_scale.data.tar_index import digest
 from spar_scale.data.tasks import source_task
 from spar_scale.models.presets import Preset
+from spar_scale.phases import phase_of
 from spar_scale.recipe import Recipe, behind_link, beside
 from spar_scale.stages import Stage, meta_stage
 from spar_scale.stages.parts import (
     load_autoencoder,
     load_diffusion,
     load_mllm,
+    part_directory,
     preset_of,
-    pretrained_directories,
     read_config,
 )
 from spar_scale.stages.tokenizer_files import load_tokenizer
@@ -154,10 +155,7 @@ def _check_recorded(recipe: Recipe, root: Path, record: Path) -> None:
 
 def _check_part(recipe: Recipe, part: str) -> None:
     """Raise UserError where a pretrained part is not there, or is of shapes that the preset has not."""
-    alone = recipe.model_copy(
-        update={"model": recipe.model.model_copy(update={"pretrained": {part: recipe.model.pretrained[part]}})}
-    )
-    directory = _directory(alone, part)
+    directory = _directory(recipe, part)
     preset, where = preset_of(recipe), f"model.pretrained.{part}: {directory}"
     if part == "tokenizer" and (found := read_config(part, directory).get("preset")) != preset.name:
         raise UserError(f"{where} has preset '{found}', this recipe has '{preset.name}'")
@@ -165,7 +163,7 @@ def _check_part(recipe: Recipe, part: str) -> None:
         return
     with torch.device("meta"):
         model = _LOADERS[part](directory, preset)
-    read = _VISION if part == "teacher" or (recipe.stage == "tokenizer" and part == "mllm") else None
+    read = _VISION if part in phase_of(recipe).vision_only else None
     wanted = {_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in _shapes(where, directory).items():
         key = _name(name)
@@ -178,7 +176,7 @@ def _check_part(recipe: Recipe, part: str) -> None:
 
 def _directory(recipe: Recipe, part: str) -> Path:
     try:
-        return pretrained_directories(recipe, allowed=(part,), required=())[part]
+        return part_directory(recipe, part)
     except UserError as error:
         run = beside(recipe.run_dir, recipe.model.pretrained[part]).parent
         raise UserError(f"{error}; train the phase that writes it first (spar-scale train, run_dir={run})") from None

@@ -257,7 +257,7 @@ def write_run(folder, stage="bootstrap", phase="mllm"):
 
 def test_what_cannot_be_asked_is_refused_before_anything_is_loaded(tmp_path):
     other = write_run(tmp_path / "other", phase="autoencoder")
-    with pytest.raises(UserError, match=r"'autoencoder', which answers no questions; .* 'mllm' is needed"):
+    with pytest.raises(UserError, match=r"'autoencoder', which answers no questions; .* phase 'mllm', or .* is needed"):
         ask(other, other / "picture.png", "what color is the circle?")
     run = write_run(tmp_path / "run")
     with pytest.raises(UserError, match=r"unknown words: 'colour'; did you mean 'color'\?"):
