@@ -8,11 +8,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FORBIDDEN = {
     "parallel": ("spar_scale",),
-    "spar_scale/models": ("parallel", "spar_scale.training", "spar_scale.data", "spar_scale.stages"),
-    "spar_scale/objectives": ("parallel", "spar_scale.training", "spar_scale.data", "spar_scale.stages"),
-    "spar_scale/ops": ("parallel", "spar_scale.training", "spar_scale.data", "spar_scale.stages"),
+    "spar_scale/models": (
+        "parallel",
+        "spar_scale.training",
+        "spar_scale.data",
+        "spar_scale.stages",
+        "spar_scale.phases",
+    ),
+    "spar_scale/objectives": (
+        "parallel",
+        "spar_scale.training",
+        "spar_scale.data",
+        "spar_scale.stages",
+        "spar_scale.phases",
+    ),
+    "spar_scale/ops": ("parallel", "spar_scale.training", "spar_scale.data", "spar_scale.stages", "spar_scale.phases"),
 }
 LIGHT = {f"spar_scale/{name}.py" for name in ("cli", "arguments", "commands", "recipe", "rules", "settings")}
+LIGHT |= {str(path.relative_to(ROOT)) for path in (ROOT / "spar_scale" / "phases").glob("*.py")}
 HEAVY = ("torch", "numpy", "deepspeed", "transformers", "diffusers", "webdataset", "rich", "PIL")
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from report_root import Page
 from tiny_runs import make_data, metrics, phase_values, train_all
 
+from parallel import checkpoint
 from parallel.errors import UserError
 from spar_scale import chain, phases
 from spar_scale.arguments import build_parser
@@ -27,6 +28,7 @@ from spar_scale.inference.runs import LACKS, fit_recipe
 from spar_scale.planning import count
 from spar_scale.recipe import Recipe, flatten, load_recipe
 from spar_scale.stages import build
+from spar_scale.training.optimizers import parameter_groups
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW = "sharpen_autoencoder"
@@ -55,7 +57,29 @@ PHASE = Phase(
 def build(recipe):
     stage = bootstrap_autoencoder.build(recipe)
     stage.terms = {"mean_squared_error": 2.0, "latent_power": recipe.objective.latent_power_weight}
+    stage.companions.append(Counter())
     return stage
+
+
+class Counter:
+    """A companion that counts its steps, and adds up its learning rates."""
+
+    name = "counter"
+
+    def bind(self, topology, device, betas):
+        import torch
+
+        self.kept = torch.zeros(2, device=device)
+
+    def begin_step(self, step):
+        assert step == self.kept[0] + 1
+
+    def end_step(self, lr, clip):
+        self.kept[0] += 1
+        self.kept[1] += lr
+
+    def tensors(self):
+        return {"counter.kept": self.kept}
 '''
 RECIPE = """
 extends: bootstrap_autoencoder.yaml
@@ -75,6 +99,7 @@ def values(runs: Path, world: int) -> dict[str, Any]:
     """A recipe of the new phase for a number of processes."""
     name = NEW if world == 1 else f"{NEW}-{world}"
     changes: dict[str, Any] = {"train": {"steps": 2}, "checkpoint": {"every": 2}, "objective": {"latent_noise": 0.1}}
+    changes |= {"optimizer__groups": {"counter": 0.5}}
     return phase_values(runs / name, "sharpen/autoencoder", runs / "data", {}, "nano", **changes)
 
 
@@ -164,6 +189,20 @@ def test_it_trains_one_curve_with_one_process_and_with_two(runs: Path):
     loss, norm = distance(curve(runs / f"{NEW}-2"), curve(runs / NEW))
     assert loss <= LOSS_RELATIVE and norm <= NORM_RELATIVE
     assert (runs / NEW / "pretrained" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", [NEW, f"{NEW}-2"])
+def test_the_trainer_steps_and_saves_its_companion(runs: Path, name: str):
+    kept = checkpoint.read(runs / name / "checkpoints" / "step-00000002", None)["counter.kept"]
+    rates = [line["lr"] for line in metrics(runs / name)]
+    assert kept.tolist() == pytest.approx([2, 0.5 * sum(rates)]) and min(rates) > 0
+
+
+def test_a_group_of_neither_the_phase_nor_a_companion_is_refused(new_phase: None, tmp_path: Path):
+    recipe = Recipe.model_validate_json(json.dumps(values(tmp_path, 1)))
+    settings = recipe.optimizer.model_copy(update={"groups": {"countr": 0.5}})
+    with pytest.raises(UserError, match=r"optimizer\.groups\.countr: .*\['counter', 'main'\].*did you mean 'counter'"):
+        parameter_groups(build(recipe), settings)
 
 
 def test_the_commands_that_it_names_use_its_run_and_the_others_refuse_it(runs: Path, tmp_path: Path, capsys):
