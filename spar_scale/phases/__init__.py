@@ -190,14 +190,13 @@ def either(words: Sequence[str]) -> str:
 
 def table() -> str:
     """Return the table of phases in the README (Markdown)."""
-    head = ("training stage", "phase", "trains", "starts from", "publishes", "losses")
+    head = ("training stage", "phase", "trains", "starts from (in brackets: optional)", "publishes", "losses")
     rows = [head, ("---",) * len(head)]
     for one in declared():
         parts = (*one.requires, *(f"({part})" for part in (*one.accepts, *one.requires_when)))
         origin = ", ".join((*one.starts_from, *parts)) or "the seed"
-        rows.append(
-            (f"{one.stage_number} {one.training_stage}", one.phase, one.trains, origin, one.publishes or "", one.losses)
-        )
+        stage = f"{one.stage_number} {one.training_stage}{' (miniature only)' if one.is_stand_in else ''}"
+        rows.append((stage, one.phase, one.trains, origin, one.publishes or "", one.losses))
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
 
 
