@@ -1,4 +1,4 @@
-# The commands of the house. VENV, OUT, SIZE, SEED, PORT, WORKERS and PYTHON can be given: `make demo OUT=runs/other SEED=1`.
+# VENV, OUT, SIZE, SEED, PORT, WORKERS, TESTS and PYTHON can be given: `make demo OUT=runs/other SEED=1`.
 
 VENV ?= .venv
 OUT ?= runs/demo
@@ -16,7 +16,7 @@ export PIP_CONSTRAINT = $(abspath $(CONSTRAINTS))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: venv demo ui test lint
+.PHONY: venv demo ui test test-fast lint
 
 venv: $(STAMP)
 
@@ -40,9 +40,18 @@ ui: venv
 	@cd "$(OUT)" && MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(abspath $(BIN))/mlflow server \
 		--backend-store-uri sqlite:///mlflow.db --artifacts-destination mlartifacts --host 127.0.0.1 --port $(PORT) --workers 1
 
-# Files of tests side by side, each whole on one worker (its fixtures train), in their order: SLURM's, the longest, come early.
+# Test files run side by side, each file on one worker, because its fixtures train. SLURM's, the longest, come early.
+# `make test TESTS=tests/unit/test_recipe.py` runs a part.
 test: venv
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# The properties that break most: recipes, imports, phases, sample order, shards, checkpoints, layers and their cuts.
+FAST = tests/unit/test_recipe.py tests/unit/test_core_yaml.py tests/unit/test_imports.py tests/unit/test_phases.py \
+	tests/unit/test_boxes.py tests/unit/test_checkpoint.py tests/unit/test_files.py tests/unit/test_stages.py \
+	tests/unit/test_training.py tests/data/test_order.py tests/data/test_loader.py tests/data/test_tar_index.py \
+	tests/data/test_shard_forms.py tests/world/test_tensor.py
+test-fast: venv
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(FAST)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from parallel.costs import LayerCost, activation_bytes
 from parallel.optimizers import GroupState
 from parallel.pipeline import stage_bounds
-from parallel.state_bytes import Weight, ZeroShape, fullest
 from parallel.topology import Layout
-from parallel.zero_config import BUCKET
+from parallel.zero.config import BUCKET
+from parallel.zero.state_bytes import Weight, ZeroShape, fullest
 
 EFFICIENCY, LINK_EFFICIENCY, FREE_SHARE = 0.4, 0.7, 0.08
 ASSUMPTIONS = (
@@ -76,7 +76,7 @@ class Work:
 
 
 @dataclass
-class Outlook:
+class LayoutEstimate:
     """What a layout will cost on its fullest GPU and its slowest stage; `refused` says why it cannot be."""
 
     layout: Layout
@@ -101,15 +101,15 @@ class Outlook:
         return sum(self.memory.values())
 
 
-def outlook(
+def estimate_layout(
     counted: Counted, layout: Layout, data_size: int, micro_steps: int, work: Work, machine: Machine
-) -> Outlook:
+) -> LayoutEstimate:
     """Work out one layout that is not refused otherwise; UserError where it has more stages than layers."""
     bounds = stage_bounds([cost.flops for cost in counted.costs], layout.pipeline)
     shape = counted.zero_shape(layout, data_size, work.half)
     stages = [_Stage(counted, a, b) for a, b in itertools.pairwise(bounds)]
     memories = [_memory(stage, number, len(stages), micro_steps, shape) for number, stage in enumerate(stages)]
-    found = Outlook(layout, data_size, None, bounds, micro_steps)
+    found = LayoutEstimate(layout, data_size, None, bounds, micro_steps)
     found.memory = max(memories, key=lambda memory: sum(memory.values()))
     found.bubble = (layout.pipeline - 1) / (micro_steps + layout.pipeline - 1)
     found.padding = 1 - work.global_batch / (micro_steps * work.micro_batch * data_size)
@@ -165,7 +165,7 @@ def _traffic(stages: list[_Stage], layout: Layout, shape: ZeroShape, micro_steps
     }
 
 
-def _seconds(stages: list[_Stage], found: Outlook, work: Work, machine: Machine) -> dict[str, float]:
+def _seconds(stages: list[_Stage], found: LayoutEstimate, work: Work, machine: Machine) -> dict[str, float]:
     """Seconds of a step by what they go to; the slowest stage sets the pace of a pipeline."""
     layout, peak = found.layout, machine.half_flops_per_s if work.half else machine.single_flops_per_s
     node, network = (LINK_EFFICIENCY * rate for rate in (machine.node_bytes_per_s, machine.network_bytes_per_s))

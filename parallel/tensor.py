@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.boxes import TensorCut
+from parallel.checkpoint.boxes import TensorCut
 
 Group = dist.ProcessGroup
 
@@ -50,7 +50,7 @@ class ModulePlan:
 Plan = Mapping[type[nn.Module], ModulePlan]
 
 
-def cut(model: nn.Module, holders: Iterable[nn.Module], plan: Plan, group: Group) -> None:
+def apply_tensor_parallel(model: nn.Module, holders: Iterable[nn.Module], plan: Plan, group: Group) -> None:
     """Cut `model` over the ranks of `group`, in place; `holders` are other modules that refer to its parts.
 
     Weights must be there already, the same on every rank. Raises ValueError, naming the module, for a size that
@@ -197,7 +197,7 @@ def _vocabulary(embedding: Any, parts: int, group: Group) -> nn.Module:
 # -- products --------------------------------------------------------------------------------------
 
 
-def _unrounded(a: Tensor, b: Tensor) -> Tensor:
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     """Matrices (N, I) and (I, O) to their product (N, O) in fp32, which is how a GPU adds up bf16 anyway."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -221,7 +221,7 @@ class _Column(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows, grad_x, waiting = grad.flatten(0, -2), None, None
         if ctx.needs_input_grad[0]:
-            grad_x = _unrounded(rows, weight.flatten(1))
+            grad_x = matmul_fp32(rows, weight.flatten(1))
             waiting = dist.all_reduce(grad_x, group=ctx.group, async_op=True)  # behind the product below
         of_parameters = _of_parameters(ctx, rows, x, weight)
         if waiting is not None:
@@ -236,7 +236,7 @@ class _Row(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        part = _unrounded(x.flatten(0, -2), weight.flatten(1).t())
+        part = matmul_fp32(x.flatten(0, -2), weight.flatten(1).t())
         dist.all_reduce(part, group=group)
         if not x.is_contiguous():  # to the output of such an input torch's linear adds the bias after rounding
             part = part.to(x.dtype)

@@ -7,8 +7,8 @@ from pathlib import Path
 from tiny_parts import parts_of
 
 from parallel import checkpoint
-from parallel.boxes import Fragment
-from spar_scale.recipe import load_recipe
+from parallel.checkpoint.boxes import Fragment
+from spar_scale.config.recipe import load_recipe
 from spar_scale.stages import build
 
 

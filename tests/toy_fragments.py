@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from parallel.boxes import Fragment, TensorCut
+from parallel.checkpoint.boxes import Fragment, TensorCut
 
 KINDS = ("model", "exp_avg", "exp_avg_sq", "ema")
 SHAPES: dict[str, tuple[int, ...]] = {

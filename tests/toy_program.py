@@ -159,8 +159,8 @@ def plain_torch(
 def engine_for(model: Any, zero: int, pipeline: int, clip: float, optimizer: str = "adamw", groups: Any = None) -> Any:
     from parallel.launch import start
     from parallel.topology import Layout, Topology
-    from parallel.zero import Engine, name_parameters
-    from parallel.zero_config import EngineSettings
+    from parallel.zero.config import EngineSettings
+    from parallel.zero.engine import Engine, name_parameters
 
     launch, topology = start(), Topology(Layout(pipeline=pipeline, zero=zero))
     name_parameters(model)

@@ -19,11 +19,11 @@ from pathlib import Path
 from types import FrameType
 
 from parallel.errors import UserError
-from parallel.exit_codes import DEFECT, DONE, REFUSED, STOPPED
 from parallel.files import write_file
+from parallel.launch.exit_codes import DEFECT, DONE, REFUSED, STOPPED
 from spar_scale.cluster import slurm
 from spar_scale.cluster.slurm import Job
-from spar_scale.recipe import Recipe, load_recipe
+from spar_scale.config.recipe import Recipe, load_recipe
 
 FRUITLESS = 3
 """Attempts that may end one after another without a new checkpoint."""
@@ -109,7 +109,7 @@ def _preflight(recipe: Recipe, job: Job, words: Sequence[str], signals: Signals)
 
     Where none is fit the nodes are not the cause, and the recipe is refused.
     """
-    from spar_scale.cluster.preflight import bad_nodes, forget
+    from spar_scale.doctor.preflight import bad_nodes, forget
 
     forget(recipe.run_dir)
     code = _step(job, ["doctor", *words], signals, PREFLIGHT_S)

@@ -15,10 +15,10 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from parallel.environment import rank_environment, rendezvous
 from parallel.errors import UserError, nearest
-from parallel.exit_codes import REFUSED, SIGNALLED, STOPPED
-from spar_scale.children import end_with_parent
+from parallel.launch.children import end_with_parent
+from parallel.launch.environment import rank_environment, rendezvous
+from parallel.launch.exit_codes import REFUSED, SIGNALLED, STOPPED
 
 DEVICES = ("cuda", "cpu")
 GRACE_S = 60.0

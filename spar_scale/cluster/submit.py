@@ -11,8 +11,8 @@ from pathlib import Path
 
 from parallel.errors import UserError
 from spar_scale.cluster import slurm
+from spar_scale.config.recipe import load_recipe
 from spar_scale.phases import SIZES, parents_of, phase_names, phase_of, shards_in
-from spar_scale.recipe import load_recipe
 
 WORLD, WORLD_SCRIPT, SCORES, SCORES_SCRIPT = "world", "stage0_world.sh", "evaluate", "evaluate.sh"
 

@@ -24,7 +24,7 @@ from spar_scale.data.tar_index import (
     write_index,
 )
 from spar_scale.data.tasks import READ_EXTENSIONS
-from spar_scale.outputs import check_picture, write_picture
+from spar_scale.files.outputs import check_picture, write_picture
 
 LISTED = 10  # extensions that a line names
 COLUMNS, CELL, CAPTION = 8, 128, 28  # a contact sheet: images a row, pixels a side, pixels for the text

@@ -32,10 +32,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from parallel.errors import UserError
-from spar_scale.children import end_with_parent
+from parallel.launch.children import end_with_parent
 from spar_scale.data.encoded import Encoded, EncodedShard
 from spar_scale.data.images import BadSample
-from spar_scale.data.order import PADDING, Blocks, Layout, Order, SourceShape, draw_generator
+from spar_scale.data.order import PADDING, BatchLayout, Blocks, Order, SourceShape, draw_generator
 from spar_scale.data.spec import Draw, SampleSpec
 from spar_scale.data.storage import ShardReader, expand_shards
 from spar_scale.data.tar_index import ShardIndex, check_fresh, digest, read_header, read_index
@@ -97,7 +97,7 @@ class Loader:
             SourceShape(source.name, source.weight, tuple(read_header(shard).samples for shard in group))
             for source, group in zip(sources, shards, strict=True)
         ]
-        layout = Layout(Blocks(global_batch, task_block), micro_batch, dp_size)
+        layout = BatchLayout(Blocks(global_batch, task_block), micro_batch, dp_size)
         if not 0 <= dp_rank < dp_size:
             raise UserError(f"dp_rank is {dp_rank} of {dp_size}; it must be at least 0 and less than dp_size")
         self.order = Order(seed, shapes, global_batch, task_block)
@@ -237,7 +237,7 @@ class _MicroBatches(Dataset):
     def __init__(
         self,
         order: Order,
-        layout: Layout,
+        layout: BatchLayout,
         shards: list[list[str]],
         spec: SampleSpec,
         seed: int,

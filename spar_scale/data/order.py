@@ -168,7 +168,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """How data-parallel ranks share the blocks: each is cut in micro-steps of micro_batch x dp_size slots."""
 
     blocks: Blocks
@@ -205,7 +205,7 @@ class Layout:
 
 def micro_steps(global_batch: int, task_block: int, micro_batch: int, dp_size: int) -> int:
     """Return the micro-steps (gradient accumulation) of one global step."""
-    return Layout(Blocks(global_batch, task_block), micro_batch, dp_size).per_step
+    return BatchLayout(Blocks(global_batch, task_block), micro_batch, dp_size).per_step
 
 
 @lru_cache(maxsize=256)

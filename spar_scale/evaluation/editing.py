@@ -13,13 +13,13 @@ import torch
 
 from spar_scale.evaluation.detector import detect
 from spar_scale.evaluation.judge import shows_looks, shows_scene
-from spar_scale.evaluation.reconstruction import psnr
 from spar_scale.evaluation.scenes import HeldOutEdit
 from spar_scale.evaluation.sections import Scores, Section, mean
 from spar_scale.inference.drawing import edit
 from spar_scale.inference.sampler import seeded_noise
 from spar_scale.models.shapes import SamplingShape
 from spar_scale.models.unified import LatentDiffusion
+from spar_scale.objectives.quality import psnr
 
 BATCH = 64
 

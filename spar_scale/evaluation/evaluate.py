@@ -28,19 +28,19 @@ from spar_scale.evaluation.editing import edit_and_judge
 from spar_scale.evaluation.generation import draw_and_judge
 from spar_scale.evaluation.held_out import held_out_terms
 from spar_scale.evaluation.judge import shows_looks
-from spar_scale.evaluation.reconstruction import psnr, ssim
 from spar_scale.evaluation.report.sources import read_scores, root_of
 from spar_scale.evaluation.requests import UNSEEN_KINDS, requests
 from spar_scale.evaluation.scenes import edits_of, scenes_of, world_of
 from spar_scale.evaluation.sections import Scores, Section, mean
 from spar_scale.evaluation.understanding import answers, by_type, held_out_questions, right
+from spar_scale.files.outputs import check_files, make_directory
 from spar_scale.inference.pipeline import reconstruct
 from spar_scale.inference.routes import route
 from spar_scale.models.mllm import own_features
 from spar_scale.models.presets import PRESETS
 from spar_scale.models.shapes import SamplingShape
 from spar_scale.models.unified import SPAR
-from spar_scale.outputs import check_files, make_directory
+from spar_scale.objectives.quality import psnr, ssim
 from spar_scale.phases import with_role
 from spar_scale.stages.parts import preset_of
 from spar_scale.training.export import recipe_of, trained_model

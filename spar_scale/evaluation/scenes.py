@@ -15,7 +15,7 @@ from spar_scale.data.shapes_world import Object, World
 from spar_scale.data.shards import SETTINGS
 from spar_scale.data.storage import expand_shards, read_member
 from spar_scale.data.tar_index import read_index
-from spar_scale.evaluation.reconstruction import to_tensor
+from spar_scale.inference.pictures import to_tensor
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from parallel.files import write_file
-from spar_scale.evaluation.reconstruction import to_image
+from spar_scale.inference.pictures import to_image
 
 Scores = dict[str, float]
 

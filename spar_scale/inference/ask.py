@@ -11,8 +11,7 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration, Qwen2Model
 
 from spar_scale.data.prompts import EOS, IMAGE, TOKENS, answering_prompt, decode, encode
-from spar_scale.evaluation.reconstruction import to_tensor
-from spar_scale.inference.pictures import open_image
+from spar_scale.inference.pictures import open_image, to_tensor
 from spar_scale.inference.runs import fit_recipe, load_run
 from spar_scale.inference.words import check_length, spaced
 from spar_scale.models.mllm import greedy, merge, own_features

@@ -11,25 +11,24 @@ from torch import Tensor
 
 from parallel.errors import UserError
 from spar_scale.data.prompts import Prompt, editing_prompt, encode, generation_prompt
-from spar_scale.evaluation.reconstruction import image_psnr, to_image
+from spar_scale.files.outputs import check_picture, write_picture
 from spar_scale.inference import drawing
-from spar_scale.inference.pictures import middle_square, open_image, sheet
+from spar_scale.inference.pictures import image_psnr, middle_square, open_image, sheet, to_image
 from spar_scale.inference.pipeline import reconstruct_image
 from spar_scale.inference.routes import route, routes_picture, routes_table
 from spar_scale.inference.runs import TrainedRun, fit_recipe, load_run
 from spar_scale.inference.sampler import seeded_noise
-from spar_scale.inference.words import check_length, told
+from spar_scale.inference.words import check_length, normalize_prompt
 from spar_scale.models.presets import Preset
 from spar_scale.models.shapes import SamplingShape
 from spar_scale.models.unified import SPAR, LatentDiffusion
 from spar_scale.objectives.flow_matching import NUM_TIMESTEPS
-from spar_scale.outputs import check_picture, write_picture
 from spar_scale.phases import Command
 from spar_scale.stages.parts import preset_of
 
 
 @dataclass(frozen=True)
-class Wishes:
+class SamplingOptions:
     """How to draw: pictures of the seeds seed, seed + 1, ...; None stands for the preset's own value."""
 
     seed: int = 0
@@ -38,7 +37,7 @@ class Wishes:
     guidance: float | None = None
 
     def sampling(self, preset: Preset) -> SamplingShape:
-        """The preset's way of sampling with the wishes laid over it. UserError for more steps than there are."""
+        """The preset's way of sampling with the options laid over it. UserError for more steps than there are."""
         wanted = {"steps": self.steps, "guidance": self.guidance}
         sampling = replace(preset.sampling, **{name: value for name, value in wanted.items() if value is not None})
         if sampling.steps > NUM_TIMESTEPS:
@@ -46,19 +45,19 @@ class Wishes:
         return sampling
 
 
-def generate(run_dir: Path, prompt: str, out: Path, wishes: Wishes) -> str:
+def generate(run_dir: Path, prompt: str, out: Path, options: SamplingOptions) -> str:
     """Draw a prompt, write the picture, return what was done."""
     preset = preset_of(fit_recipe(run_dir, "generate"))
     words = _known(prompt, generation_prompt, preset)
     check_picture(out)
 
     def pictures(model: LatentDiffusion, noise: Tensor, sampling: SamplingShape) -> Tensor:
-        return drawing.generate(model, [words] * wishes.number, noise, sampling)
+        return drawing.generate(model, [words] * options.number, noise, sampling)
 
-    return _drawn(run_dir, "generate", pictures, f"draw : {words}", out, wishes)
+    return _drawn(run_dir, "generate", pictures, f"draw : {words}", out, options)
 
 
-def edit(run_dir: Path, image: Path, instruction: str, out: Path, wishes: Wishes) -> str:
+def edit(run_dir: Path, image: Path, instruction: str, out: Path, options: SamplingOptions) -> str:
     """Edit the middle square of a picture of any size, write one of the model's size, return what was done."""
     preset = preset_of(fit_recipe(run_dir, "edit"))
     words = _known(instruction, lambda said: editing_prompt(said, preset.vision.tokens), preset)
@@ -66,10 +65,10 @@ def edit(run_dir: Path, image: Path, instruction: str, out: Path, wishes: Wishes
     check_picture(out, image)
 
     def pictures(model: LatentDiffusion, noise: Tensor, sampling: SamplingShape) -> Tensor:
-        return drawing.edit(model, source.expand(wishes.number, -1, -1, -1), [words] * wishes.number, noise, sampling)
+        return drawing.edit(model, source.expand(options.number, -1, -1, -1), [words] * options.number, noise, sampling)
 
     said = f"{image}, its middle square at {preset.image_size} pixels; edit : {words}"
-    return _drawn(run_dir, "edit", pictures, said, out, wishes)
+    return _drawn(run_dir, "edit", pictures, said, out, options)
 
 
 def routes(run_dir: Path, prompt: str, out: Path, image: Path | None = None) -> str:
@@ -103,7 +102,7 @@ def reconstruct(run_dir: Path, image: Path, out: Path) -> str:
 
 def _known(text: str, prompt: Callable[[str], Prompt], preset: Preset) -> str:
     """The words as the tokenizer reads them; UserError for unknown ones and for too many."""
-    words = told(text)
+    words = normalize_prompt(text)
     encode(words)
     check_length(len(prompt(words).tokens), preset.conditioning.num_queries, preset)
     return words
@@ -115,12 +114,12 @@ def _drawn(
     pictures: Callable[[LatentDiffusion, Tensor, SamplingShape], Tensor],
     said: str,
     out: Path,
-    wishes: Wishes,
+    options: SamplingOptions,
 ) -> str:
     """Load the run, draw from the noise of the seeds, write the pictures side by side."""
-    sampling = wishes.sampling(preset_of(fit_recipe(run_dir, use)))
+    sampling = options.sampling(preset_of(fit_recipe(run_dir, use)))
     run: TrainedRun = load_run(run_dir, use)
-    model, seeds = cast(LatentDiffusion, run.model), range(wishes.seed, wishes.seed + wishes.number)
+    model, seeds = cast(LatentDiffusion, run.model), range(options.seed, options.seed + options.number)
     images = pictures(model, seeded_noise(model.latent_shape, seeds), sampling)
     write_picture(sheet([to_image(image) for image in images]), out)
     named = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"

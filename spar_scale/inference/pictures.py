@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from parallel.errors import UserError
 from spar_scale.data.images import MODES, BadSample, describe, square, to_upright_rgb
+from spar_scale.objectives.quality import psnr
 
 _GAP, _COLUMNS = 2, 8  # pixels, pictures in a row
 
@@ -53,3 +55,21 @@ def sheet(pictures: Sequence[Image.Image]) -> Image.Image:
     for place, picture in enumerate(pictures):
         canvas.paste(picture, (place % _COLUMNS * width, place // _COLUMNS * height))
     return canvas
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A picture to (3, H, W) in [0, 1], fp32."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def to_image(tensor: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] to a picture; values outside are clamped, rounded to 8 bits."""
+    pixels = (tensor.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def image_psnr(prediction: Image.Image, target: Image.Image) -> float:
+    """Return the PSNR in dB of two pictures of the same size. Raises ValueError for different sizes."""
+    if prediction.size != target.size:
+        raise ValueError(f"pictures of different sizes: {prediction.size} and {target.size}")
+    return psnr(to_tensor(prediction)[None], to_tensor(target)[None]).item()

@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from PIL import Image
 from torch import Tensor
 
-from spar_scale.evaluation.reconstruction import to_image, to_tensor
+from spar_scale.inference.pictures import to_image, to_tensor
 from spar_scale.models.autoencoder import decode_latents, encode_images
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from parallel.errors import UserError
+from spar_scale.config.recipe import Recipe
 from spar_scale.models.presets import Preset
 from spar_scale.phases import Command, accepted_by, either, phase_of
-from spar_scale.recipe import Recipe
 from spar_scale.stages.parts import preset_of
 from spar_scale.training.export import recipe_of, trained_model
 

@@ -17,7 +17,7 @@ def spaced(question: str) -> str:
     return " ".join(words if words[-1] == "?" else [*words, "?"])
 
 
-def told(prompt: str) -> str:
+def normalize_prompt(prompt: str) -> str:
     """A caption or an instruction: no mark at its end. UserError for an empty one."""
     words = _apart(prompt, "prompt")
     while words and words[-1] in _END:

@@ -66,7 +66,7 @@ class QueryEmbeddings(nn.Module):
         nn.init.normal_(self.weight)
 
 
-def sequence_keep(prefix_keep: Tensor, num_queries: int) -> Tensor:
+def extend_padding_mask(prefix_keep: Tensor, num_queries: int) -> Tensor:
     """Extend the prefix's padding mask (B, P), nonzero where a token is real, by the queries: (B, P + Q)."""
     return torch.cat([prefix_keep, prefix_keep.new_ones(prefix_keep.shape[0], num_queries)], dim=1)
 
@@ -81,7 +81,7 @@ def causal_masks(prefix_keep: Tensor, num_queries: int) -> tuple[Tensor, Tensor]
 
     Padding is attended by itself alone, so that its softmax stays finite.
     """
-    keep = sequence_keep(prefix_keep, num_queries).bool()
+    keep = extend_padding_mask(prefix_keep, num_queries).bool()
     num_prefix, num_tokens = prefix_keep.shape[1], keep.shape[1]
     causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=keep.device).tril()
     itself = torch.eye(num_tokens, dtype=torch.bool, device=keep.device)
@@ -164,7 +164,7 @@ def _pass_prefix(layer: Any, rotary: Rotary, prefix: Tensor, prefix_keep: Tensor
 
 def _pass_queries(layer: Any, rotary: Rotary, queries: Tensor, prefix_keep: Tensor, cache: DynamicCache) -> Tensor:
     num_queries = queries.shape[1]
-    places = positions(sequence_keep(prefix_keep, num_queries))
+    places = positions(extend_padding_mask(prefix_keep, num_queries))
     return layer(
         queries,
         attention_mask=causal_masks(prefix_keep, num_queries)[1],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration, Qwen2Model
 
 from spar_scale.models.autoencoder import decode_latents, encode_images, resize
-from spar_scale.models.conditioning import QueryEmbeddings, sampled_hidden_states, sequence_keep
+from spar_scale.models.conditioning import QueryEmbeddings, extend_padding_mask, sampled_hidden_states
 from spar_scale.models.connector import Connector
 from spar_scale.models.diffusion import AlignmentHead, Diffusion
 from spar_scale.models.layers import Composition
@@ -127,7 +127,7 @@ class SPAR(LatentDiffusion):
         """Return captions (B, P + Q, C) and which of them are real (B, P + Q), for `velocity`."""
         states, embedded = self.hidden_states(tokens, keep, references)
         routed = keep_references(self.routing(states), embedded, tokens == self.image_token_id)
-        whole = sequence_keep(keep, states.shape[2] - keep.shape[1])
+        whole = extend_padding_mask(keep, states.shape[2] - keep.shape[1])
         return self.connector(routed, whole), whole
 
 

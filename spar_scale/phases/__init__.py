@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from parallel.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from spar_scale.recipe import Recipe
+    from spar_scale.config.recipe import Recipe
     from spar_scale.stages import Stage
 
 Command = Literal["generate", "edit", "routes", "ask", "reconstruct"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from spar_scale.phases import Phase
 
 if TYPE_CHECKING:
-    from spar_scale.recipe import Recipe
+    from spar_scale.config.recipe import Recipe
     from spar_scale.stages import Stage
 
 PHASE = Phase(

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from parallel.program import Layer
+    from spar_scale.config.recipe import Recipe
     from spar_scale.data.spec import SampleSpec
-    from spar_scale.recipe import Recipe
     from spar_scale.stages.companions import Companion
 
 

@@ -24,7 +24,7 @@ from spar_scale.stages.parts import preset_of
 
 if TYPE_CHECKING:
     from parallel.topology import Topology
-    from spar_scale.recipe import Recipe
+    from spar_scale.config.recipe import Recipe
 
 DISCRIMINATOR = "discriminator"
 

@@ -34,7 +34,7 @@ from spar_scale.stages.diffusion_layers import Alignment
 from spar_scale.stages.parts import copy_weights, load_diffusion, load_mllm, load_vision
 
 if TYPE_CHECKING:
-    from spar_scale.recipe import Recipe
+    from spar_scale.config.recipe import Recipe
 
 CONDITIONING = ("queries", "routing", "connector")
 

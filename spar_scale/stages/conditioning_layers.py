@@ -20,10 +20,10 @@ from parallel.program import Layer
 from spar_scale.models.conditioning import (
     Rotary,
     conditioned_layer,
+    extend_padding_mask,
     final_state,
     prefix_layer,
     query_layer,
-    sequence_keep,
 )
 from spar_scale.models.connector import Connector, connector_layer
 from spar_scale.models.mllm import merge
@@ -166,7 +166,9 @@ class ConnectorLayer(Layer):
 
     def forward(self, captions: Tensor, keep: Tensor) -> dict[str, Tensor]:
         """Run the layer."""
-        return {"captions": connector_layer(self.layer, self.rotary, captions, sequence_keep(keep, self.num_queries))}
+        return {
+            "captions": connector_layer(self.layer, self.rotary, captions, extend_padding_mask(keep, self.num_queries))
+        }
 
 
 class ProjectCaptions(Layer):

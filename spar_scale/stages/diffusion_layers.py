@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from parallel.program import Layer
 from spar_scale.models.autoencoder import encode_images
-from spar_scale.models.conditioning import sequence_keep
+from spar_scale.models.conditioning import extend_padding_mask
 from spar_scale.models.diffusion import Diffusion, DiffusionInput, DiffusionOutput, run_block
 from spar_scale.models.unified import PixelTokenizer
 from spar_scale.objectives.flow_matching import noisy_latents, timesteps, velocity_error
@@ -80,7 +80,7 @@ class DiffusionBlock(Layer):
 
     def forward(self, image_tokens: Tensor, captions: Tensor, keep: Tensor, modulation: Tensor) -> dict[str, Tensor]:
         """Run the block."""
-        real = sequence_keep(keep, self.num_queries)
+        real = extend_padding_mask(keep, self.num_queries)
         return {"image_tokens": run_block(self.block, image_tokens, captions, real, modulation, self.grid)}
 
 

@@ -24,13 +24,13 @@ from transformers import InternVLForConditionalGeneration, InternVLVisionConfig,
 from transformers.utils import logging as transformers_log
 
 from parallel.errors import UserError, nearest
+from spar_scale.config.recipe import Recipe, behind_link, beside
 from spar_scale.models.autoencoder import build_autoencoder
 from spar_scale.models.diffusion import Diffusion
 from spar_scale.models.mllm import build_mllm, mllm_config
 from spar_scale.models.presets import PRESETS, Preset
 from spar_scale.models.vision import vision_config
 from spar_scale.phases import phase_of
-from spar_scale.recipe import Recipe, behind_link, beside
 
 _log = logging.getLogger(__name__)
 for _library in (diffusers_log, transformers_log):

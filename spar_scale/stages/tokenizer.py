@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from parallel.program import Layer
+from spar_scale.config.recipe import ModelConfig, ObjectiveConfig, Recipe, Section
 from spar_scale.data.spec import Draw, SampleSpec
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import Preset
 from spar_scale.models.tokenizer import Streams, UnifiedTokenizer
-from spar_scale.recipe import ModelConfig, ObjectiveConfig, Recipe, Section
 from spar_scale.stages import Export, Stage
 from spar_scale.stages.bootstrap import ReconstructionLoss
 from spar_scale.stages.parts import (

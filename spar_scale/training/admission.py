@@ -17,17 +17,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from parallel.checkpoint.manifest import list_checkpoints, read_manifest
 from parallel.errors import UserError
-from parallel.manifest import list_checkpoints, read_manifest
-from parallel.run_lock import LOCK_FILE
+from parallel.launch.run_lock import LOCK_FILE
 from parallel.topology import Layout
+from spar_scale.config.recipe import Recipe, behind_link, beside
 from spar_scale.data import encoded
 from spar_scale.data.storage import expand_shards
 from spar_scale.data.tar_index import digest
 from spar_scale.data.tasks import source_task
 from spar_scale.models.presets import Preset
 from spar_scale.phases import phase_of
-from spar_scale.recipe import Recipe, behind_link, beside
 from spar_scale.stages import Stage, meta_stage
 from spar_scale.stages.parts import (
     load_autoencoder,
@@ -54,7 +54,7 @@ _LOADERS: dict[str, Callable[[Path, Preset], nn.Module]] = {
 
 def check_layout(recipe: Recipe, world: int) -> None:
     """Raise UserError where the preset, the phase or the batch cannot be spread over `world` processes so."""
-    from spar_scale.plans.tensor import check_tensor
+    from spar_scale.sharding.cuts import check_tensor
 
     layout = Layout(recipe.parallel.tensor, recipe.parallel.pipeline, recipe.parallel.zero)
     check_tensor(preset_of(recipe), layout.tensor)

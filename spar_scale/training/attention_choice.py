@@ -9,8 +9,8 @@ import torch
 
 from parallel.errors import UserError
 from parallel.launch import device_type
+from spar_scale.config.recipe import Recipe
 from spar_scale.ops.attention import BackendRefused, use_backend
-from spar_scale.recipe import Recipe
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -28,6 +28,7 @@ from parallel.files import write_file
 from parallel.launch import device_type
 from parallel.program import Layer, live_slots, run_layer
 from spar_scale import stages
+from spar_scale.config.recipe import Recipe, beside
 from spar_scale.data.encoded import (
     MANIFEST,
     VERSION,
@@ -45,7 +46,6 @@ from spar_scale.data.spec import SampleSpec
 from spar_scale.data.storage import ShardReader, expand_shards
 from spar_scale.data.tar_index import check_fresh, digest, read_index
 from spar_scale.data.tasks import Conditioned, Members, source_task
-from spar_scale.recipe import Recipe, beside
 from spar_scale.stages import Encoding, Stage
 from spar_scale.training.attention_choice import attention_of
 

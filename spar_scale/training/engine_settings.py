@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from parallel.zero_config import EngineSettings
+from parallel.zero.config import EngineSettings
+from spar_scale.config.recipe import Recipe
 from spar_scale.data.order import micro_steps
-from spar_scale.recipe import Recipe
 
 
 def engine_settings(recipe: Recipe, data_size: int) -> EngineSettings:

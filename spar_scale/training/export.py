@@ -11,9 +11,9 @@ from torch import nn
 from parallel import checkpoint
 from parallel.errors import UserError
 from spar_scale import stages
+from spar_scale.config.recipe import Recipe, load_recipe
 from spar_scale.data.loader import Loader, Source
 from spar_scale.data.spec import SampleSpec
-from spar_scale.recipe import Recipe, load_recipe
 from spar_scale.training.parent import overwrite, started_stage
 
 CALIBRATION = 256

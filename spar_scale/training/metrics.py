@@ -15,8 +15,8 @@ import torch
 
 from parallel.optimizers import OPTIMIZERS
 from parallel.topology import Topology
-from parallel.zero import StepRecord
-from spar_scale.recipe import Recipe
+from parallel.zero.engine import StepRecord
+from spar_scale.config.recipe import Recipe
 from spar_scale.training.guards import BadSampleGuard
 from spar_scale.training.tracking import RunLog
 

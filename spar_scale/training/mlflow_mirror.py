@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from spar_scale.recipe import TrackingConfig
+from spar_scale.config.recipe import TrackingConfig
 from spar_scale.training.mlflow_store import Target, TrackedRun, load_mlflow
 
 EVERY_S = 10.0  # between two looks at the file, and two samples of the machine

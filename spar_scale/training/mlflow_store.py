@@ -28,7 +28,7 @@ from typing import Any
 from urllib.parse import quote
 
 from parallel.errors import UserError
-from spar_scale.recipe import Recipe, TrackingConfig, flatten, load_recipe
+from spar_scale.config.recipe import Recipe, TrackingConfig, flatten, load_recipe
 from spar_scale.training.tracking import run_id
 
 OUR_ID = "spar_scale.id"

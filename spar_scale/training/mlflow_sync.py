@@ -16,9 +16,9 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from parallel.errors import UserError
-from parallel.run_lock import RunLock
-from spar_scale.json_files import read_json, validated
-from spar_scale.recipe import load_recipe
+from parallel.launch.run_lock import RunLock
+from spar_scale.config.recipe import load_recipe
+from spar_scale.files.json_files import read_json, validated
 from spar_scale.training.mlflow_store import Store, Target, TrackedRun, load_mlflow
 from spar_scale.training.tracking import note_artifacts, noted_artifacts, read_lines
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from parallel.errors import UserError, nearest
 from parallel.optimizers import OPTIMIZERS, WHOLE_MATRICES
-from spar_scale.recipe import OptimizerConfig
+from spar_scale.config.recipe import OptimizerConfig
 from spar_scale.stages import Stage
 
 

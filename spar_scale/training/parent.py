@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel import checkpoint
-from parallel.agreement import first
+from parallel.checkpoint.manifest import read_manifest
 from parallel.errors import UserError, nearest
 from parallel.files import write_file
-from parallel.manifest import read_manifest
+from parallel.launch.agreement import run_on_first_rank
 from spar_scale import stages
-from spar_scale.recipe import Recipe, behind_link, beside
+from spar_scale.config.recipe import Recipe, behind_link, beside
 from spar_scale.stages import Stage
 from spar_scale.training.run_directory import has_trained
 
@@ -41,7 +41,7 @@ def choose_parent(recipe: Recipe, group: dist.ProcessGroup | None) -> None:
     """
     if recipe.init_from is None:
         return
-    record = first(group, lambda: _recorded(recipe.run_dir) if has_trained(recipe.run_dir) else None)
+    record = run_on_first_rank(group, lambda: _recorded(recipe.run_dir) if has_trained(recipe.run_dir) else None)
     if record is not None:
         if record["run"] != recipe.init_from:
             raise UserError(f"init_from: found {recipe.init_from}, but this run started from {record['run']}")
@@ -51,7 +51,7 @@ def choose_parent(recipe: Recipe, group: dist.ProcessGroup | None) -> None:
     if found is None:
         link = behind_link(recipe.run_dir, recipe.init_from)
         raise UserError(f"init_from: {root} holds no checkpoint; train that phase first{link}")
-    first(group, lambda: _record(recipe, found))
+    run_on_first_rank(group, lambda: _record(recipe, found))
 
 
 def started_stage(recipe: Recipe) -> Stage:

@@ -18,7 +18,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from parallel.exit_codes import LOST
+from parallel.launch.exit_codes import LOST
 from parallel.topology import Topology
 
 GRACE_S = 20.0

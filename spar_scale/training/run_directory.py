@@ -11,12 +11,12 @@ from pathlib import Path
 from types import TracebackType
 
 from parallel import checkpoint
-from parallel.agreement import first
+from parallel.checkpoint.manifest import list_checkpoints
 from parallel.errors import UserError
-from parallel.manifest import list_checkpoints
-from parallel.run_lock import RunLock
+from parallel.launch.agreement import run_on_first_rank
+from parallel.launch.run_lock import RunLock
 from parallel.topology import Topology
-from spar_scale.recipe import Recipe, differences, load_recipe, may_change_at_resume
+from spar_scale.config.recipe import Recipe, differences, load_recipe, may_change_at_resume
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class RunDirectory:
 
     def __enter__(self) -> RunDirectory:
         try:
-            first(self._topology.agreement_group, self._open)
+            run_on_first_rank(self._topology.agreement_group, self._open)
         except BaseException:
             self._release()
             raise

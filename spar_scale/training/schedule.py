@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from spar_scale.recipe import OptimizerConfig
+from spar_scale.config.recipe import OptimizerConfig
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 
 from parallel import checkpoint
-from parallel.agreement import first, together
-from parallel.environment import read_environment
 from parallel.errors import UserError
-from parallel.exit_codes import STOPPED
-from parallel.heartbeat import WAITING, Heartbeat
 from parallel.launch import Launch, start
+from parallel.launch.agreement import run_on_all_ranks, run_on_first_rank
+from parallel.launch.environment import read_environment
+from parallel.launch.exit_codes import STOPPED
+from parallel.launch.heartbeat import WAITING, Heartbeat
 from parallel.optimizers import OPTIMIZERS
-from parallel.tensor import cut
+from parallel.tensor import apply_tensor_parallel
 from parallel.topology import Layout, Topology
-from parallel.zero import Engine, name_parameters
+from parallel.zero.engine import Engine, name_parameters
+from spar_scale.config.recipe import Recipe
 from spar_scale.data.loader import Loader, Source
-from spar_scale.plans.costs import pipeline_costs
-from spar_scale.plans.tensor import PLAN
-from spar_scale.recipe import Recipe
+from spar_scale.sharding.costs import pipeline_costs
+from spar_scale.sharding.cuts import PLAN
 from spar_scale.training.admission import check_layout
 from spar_scale.training.attention_choice import attention_of
 from spar_scale.training.encode import frozen_digests, open_encoded
@@ -95,8 +95,8 @@ class Trainer:
         if self.encoded is not None:
             self.stage = self.stage.encoded()
         self.frozen = frozen_digests(self.stage.model)
-        costs = first(topology.agreement_group, lambda: pipeline_costs(recipe, self.stage))
-        cut(self.stage.model, self.stage.layers, PLAN, topology.tensor_group)
+        costs = run_on_first_rank(topology.agreement_group, lambda: pipeline_costs(recipe, self.stage))
+        apply_tensor_parallel(self.stage.model, self.stage.layers, PLAN, topology.tensor_group)
         name_parameters(self.stage.model)
         groups = parameter_groups(self.stage, recipe.optimizer)
         self.multipliers = {group["name"]: group.pop("multiplier") for group in groups}
@@ -124,7 +124,7 @@ class Trainer:
         if shards not in (None, self.loader.digest):
             raise UserError("data.sources: the shards are not those that this run was trained on; restore them")
         opened = lambda: RunLog(directory.path, self.step) if topology.rank == 0 else None  # noqa: E731
-        self.log = together(topology.agreement_group, opened)
+        self.log = run_on_all_ranks(topology.agreement_group, opened)
         mirrored = recipe.tracking.mirror and topology.rank == 0
         self.tracked = run_id(directory.path, self.tracked) if mirrored else self.tracked
         self.mirror = Mirror(directory.path, recipe.tracking) if mirrored else None
@@ -296,7 +296,7 @@ class Trainer:
             self.heartbeat.place = "the export"
             found = self.directory.newest_checkpoint()
             assert found is not None
-            first(self.topology.agreement_group, lambda: export(self.recipe, found, self.directory.path))
+            run_on_first_rank(self.topology.agreement_group, lambda: export(self.recipe, found, self.directory.path))
 
     # -- pieces of the constructor ----------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import pytest
 
 from parallel.errors import UserError
 from spar_scale.data import order as order_module
-from spar_scale.data.order import PADDING, Blocks, Layout, Order, SourceShape, draw_generator, micro_steps
+from spar_scale.data.order import PADDING, BatchLayout, Blocks, Order, SourceShape, draw_generator, micro_steps
 
 LAYOUTS = [(1, 64), (1, 5), (2, 8), (3, 4), (4, 3), (7, 2), (7, 16), (5, 1)]
 
@@ -26,7 +26,7 @@ def members(order: Order, numbers) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize(("global_batch", "task_block"), [(64, 16), (50, 16), (7, 7), (10, 64), (9, 1)])
 @pytest.mark.parametrize(("dp", "micro_batch"), LAYOUTS)
 def test_every_layout_takes_each_sample_of_a_step_once(global_batch, task_block, dp, micro_batch):
-    layout = Layout(Blocks(global_batch, task_block), micro_batch, dp)
+    layout = BatchLayout(Blocks(global_batch, task_block), micro_batch, dp)
     assert layout.per_step == micro_steps(global_batch, task_block, micro_batch, dp)
     for step in (0, 3):
         steps = range(step * layout.per_step, (step + 1) * layout.per_step)
@@ -37,14 +37,14 @@ def test_every_layout_takes_each_sample_of_a_step_once(global_batch, task_block,
 @pytest.mark.parametrize(("dp", "micro_batch"), LAYOUTS)
 def test_all_ranks_are_in_the_same_source_in_a_micro_step(dp, micro_batch):
     order = Order(0, sources(1, 1, 1), 50, 16)
-    layout = Layout(order.blocks, micro_batch, dp)
+    layout = BatchLayout(order.blocks, micro_batch, dp)
     for m in range(3 * layout.per_step):
         drawn = {order.locate(int(n)).source for rank in range(dp) for n in layout.samples(m, rank) if n >= 0}
         assert drawn == {order.source(layout.place(m)[0])}
 
 
 def test_slots_of_a_block_go_to_ranks_in_turn():
-    layout = Layout(Blocks(12, 10), 3, 2)
+    layout = BatchLayout(Blocks(12, 10), 3, 2)
     assert layout.samples(0, 0).tolist() == [0, 1, 2]
     assert layout.samples(0, 1).tolist() == [3, 4, 5]
     assert layout.samples(1, 1).tolist() == [9, -1, -1]

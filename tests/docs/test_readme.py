@@ -1,4 +1,4 @@
-"""What README shows is true: its commands run (made small), and its refusal reads as printed."""
+"""What README and docs/usage.md show is true: their commands run (made small), the refusal reads as printed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from launching import run_world
 from tiny_runs import metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```\w*\n(.*?)```", README, flags=re.S)
+PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/usage.md")]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```\w*\n(.*?)```", page, flags=re.S)]
 PROGRAMS = ("spar-scale ", "torchrun ", "mkdir ", "tar ")
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith(PROGRAMS)]
 LAUNCHES = {
@@ -102,6 +102,17 @@ def test_the_refusal_reads_as_printed() -> None:
     assert done.stderr == printed
 
 
-def test_the_map_of_the_house_names_what_is_there() -> None:
-    for name in re.findall(r"^\| `([^`]+)`", README, flags=re.M):
-        assert (ROOT / name).exists(), name
+def test_the_table_of_folders_names_what_is_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `([^`]+)/` \|", page, flags=re.M)
+    assert {path.name for path in (ROOT / "spar_scale").iterdir() if (path / "__init__.py").exists()} <= {
+        name.removeprefix("spar_scale/") for name in named
+    }
+    assert [name for name in named if not (ROOT / name).is_dir()] == []
+
+
+def test_every_link_between_the_pages_leads_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "cluster" / "README.md"]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())]
+    assert links
+    assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []

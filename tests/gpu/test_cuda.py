@@ -9,7 +9,7 @@ import torch
 from launching import run_world
 from tiny_runs import make_autoencoder, make_data, recipe_values, train_all
 
-from spar_scale.curves import curve, distance
+from spar_scale.runs.curves import curve, distance
 
 pytestmark = [
     pytest.mark.gpu,

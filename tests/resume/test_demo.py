@@ -13,15 +13,15 @@ from launching import preload, start_process
 from nano import NANO
 from tiny_runs import metrics
 
-preload("spar_scale.demo", "deepspeed.pipe", "torch._dynamo", "torch._inductor.compile_fx", "nano")
+preload("spar_scale.runs.demo", "deepspeed.pipe", "torch._dynamo", "torch._inductor.compile_fx", "nano")
 
 STEPS, LAST = 40, "bootstrap_mllm"
 
 
 def write_recipes(folder: Path) -> None:
     """Recipes of size smoke on the nano preset; the language model's take long enough to be caught."""
-    from spar_scale.chain import RECIPES
     from spar_scale.phases import phase_names
+    from spar_scale.runs.chain import RECIPES
 
     (folder / "smoke").mkdir(parents=True)
     for name in (*phase_names(), "world"):
@@ -35,7 +35,7 @@ def write_recipes(folder: Path) -> None:
 
 def begin(folder: str) -> None:
     """The demo's steps up to the phase that is caught."""
-    from spar_scale import chain, demo, processes
+    from spar_scale.runs import chain, demo, processes
 
     chain.RECIPES = Path(folder) / "recipes"
     steps = demo.steps_of(chain.Chain(Path(folder) / "out", "smoke", 3), "smoke")
@@ -45,7 +45,8 @@ def begin(folder: str) -> None:
 
 def command(folder: str) -> None:
     """The demo as the command line starts it, with what it says in a file."""
-    from spar_scale import chain, cli
+    from spar_scale import cli
+    from spar_scale.runs import chain
 
     chain.RECIPES = Path(folder) / "recipes"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits none
@@ -104,7 +105,7 @@ def test_ctrl_c_says_how_to_go_on_and_ends_every_process(tmp_path: Path) -> None
 
 
 def _spent(folder: Path) -> Any:
-    from spar_scale.spending import spent
+    from spar_scale.runs.spending import spent
 
     return spent(folder)
 
@@ -116,7 +117,7 @@ def _finished(folder: Path) -> bool:
 def _until_ended(run_dir: Path, wait_s: float = 20.0) -> None:
     """Take the lock that the run's process held: it is free when that process has ended."""
     from parallel.errors import UserError
-    from parallel.run_lock import RunLock
+    from parallel.launch.run_lock import RunLock
 
     until = time.monotonic() + wait_s
     while True:

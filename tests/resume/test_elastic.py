@@ -9,8 +9,8 @@ import pytest
 from launching import WorldError, run_world
 from tiny_runs import consumed, make_autoencoder, make_data, recipe_values, train_all
 
-from parallel.manifest import read_manifest
-from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
+from parallel.checkpoint.manifest import read_manifest
+from spar_scale.runs.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 
 CASES = {2: ("from-z2-to-z3", 3), 3: ("from-z2-to-z1", 1)}
 

@@ -20,7 +20,7 @@ from nano import NANO
 from tiny_parts import make_parts
 from tiny_runs import consumed, make_data, phase_values, train_all
 
-from spar_scale.curves import curve
+from spar_scale.runs.curves import curve
 
 KILLS = int(os.environ.get("SPAR_KILLS", "3"))
 STEPS_BETWEEN, DELAY_S, EVERY = 3, 0.2, 4

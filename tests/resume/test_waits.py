@@ -20,9 +20,9 @@ from tiny_runs import consumed, make_data, metrics, phase_values, train_all
 from webdataset.writer import TarWriter
 
 from parallel.errors import UserError
-from parallel.exit_codes import STOPPED
-from spar_scale.curves import curve
+from parallel.launch.exit_codes import STOPPED
 from spar_scale.data.tar_index import index_shard, write_index
+from spar_scale.runs.curves import curve
 
 SHORT: dict[str, Any] = {
     "train": {"steps": 6, "log_every": 1},

@@ -19,8 +19,8 @@ import pytest
 from slurm.cluster import Cluster
 from tiny_runs import consumed, make_data
 
-from parallel.exit_codes import REFUSED, STOPPED
-from spar_scale.curves import curve, distance
+from parallel.launch.exit_codes import REFUSED, STOPPED
+from spar_scale.runs.curves import curve, distance
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE, SCRIPT = "recipes/smoke/bootstrap_autoencoder.yaml", "cluster/stage0_bootstrap.sh"
@@ -74,7 +74,7 @@ def jobs(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(jobs: Jobs) -> Path:
+def signals_blocked(jobs: Jobs) -> Path:
     """The same recipe, trained by one process without any SLURM."""
     line = [sys.executable, "-m", "spar_scale.cli", "train", RECIPE, *jobs.values, f"run_dir={jobs.run_dir('alone')}"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
@@ -82,11 +82,11 @@ def undisturbed(jobs: Jobs) -> Path:
     return jobs.run_dir("alone")
 
 
-def check_lineage(jobs: Jobs, name: str, undisturbed: Path, steps: int = STEPS) -> None:
+def check_lineage(jobs: Jobs, name: str, signals_blocked: Path, steps: int = STEPS) -> None:
     found = curve(jobs.run_dir(name))
     assert len(found) >= steps
     assert consumed(jobs.run_dir(name)) == list(range(BATCH * len(found)))
-    loss, _ = distance(found[:steps], curve(undisturbed)[:steps])
+    loss, _ = distance(found[:steps], curve(signals_blocked)[:steps])
     print(f"{name}: loss within {loss:.1e} of one process over {steps} steps")
     assert loss < DRIFT
 
@@ -100,7 +100,7 @@ def timed(jobs: Jobs) -> Iterator[str]:
     jobs.slurm.run("scancel", job)
 
 
-def test_a_warning_saves_requeues_and_goes_on_as_the_same_run(jobs: Jobs, timed: str, undisturbed: Path) -> None:
+def test_a_warning_saves_requeues_and_goes_on_as_the_same_run(jobs: Jobs, timed: str, signals_blocked: Path) -> None:
     gres = [f"--gres=gpu:{jobs.slurm.gpus}"] if jobs.slurm.gpus else []
     job = jobs.submit("warned", "--nodes=2", "--exclude=node4", *gres, changes=("tracking.mirror=true",))
     assert not gres or jobs.slurm.job(job)["TresPerNode"] == "gres:gpu:8"
@@ -115,10 +115,10 @@ def test_a_warning_saves_requeues_and_goes_on_as_the_same_run(jobs: Jobs, timed:
     assert f"goes on from step {attempts[0]['step']} when nodes are free" in jobs.said("warned")
     assert "gpu        its checks are skipped on request" in jobs.said("warned")
     assert (jobs.run_dir("warned") / "tracking.json").read_text() == known
-    check_lineage(jobs, "warned", undisturbed)
+    check_lineage(jobs, "warned", signals_blocked)
 
 
-def test_a_time_limit_saves_requeues_and_goes_on(jobs: Jobs, timed: str, undisturbed: Path) -> None:
+def test_a_time_limit_saves_requeues_and_goes_on(jobs: Jobs, timed: str, signals_blocked: Path) -> None:
     jobs.restarted(timed)
     jobs.until("timed", "goes on from")
     saved = json.loads((jobs.run_dir("timed") / "attempts.json").read_text())[0]
@@ -126,10 +126,10 @@ def test_a_time_limit_saves_requeues_and_goes_on(jobs: Jobs, timed: str, undistu
     jobs.until_step("timed", saved["step"] + EARLY)
     jobs.slurm.run("scancel", timed)
     jobs.slurm.wait(timed, "CANCELLED")
-    check_lineage(jobs, "timed", undisturbed, steps=min(STEPS, jobs.steps("timed")))
+    check_lineage(jobs, "timed", signals_blocked, steps=min(STEPS, jobs.steps("timed")))
 
 
-def test_a_lost_node_leaves_the_run_to_the_others(jobs: Jobs, undisturbed: Path) -> None:
+def test_a_lost_node_leaves_the_run_to_the_others(jobs: Jobs, signals_blocked: Path) -> None:
     size = ("--nodes=2-3", "--exclude=node4")
     job = jobs.submit("lost", *size, changes=("checkpoint.every=20",))
     jobs.until_step("lost", 2 * 20 + 1)
@@ -142,10 +142,10 @@ def test_a_lost_node_leaves_the_run_to_the_others(jobs: Jobs, undisturbed: Path)
         assert "attempt 2 on 2 node(s), from step" in jobs.said("lost")
     finally:
         jobs.slurm.boot("node3")
-    check_lineage(jobs, "lost", undisturbed)
+    check_lineage(jobs, "lost", signals_blocked)
 
 
-def test_a_job_of_higher_rank_preempts_and_the_run_goes_on_after_it(jobs: Jobs, undisturbed: Path) -> None:
+def test_a_job_of_higher_rank_preempts_and_the_run_goes_on_after_it(jobs: Jobs, signals_blocked: Path) -> None:
     job = jobs.submit("preempted", "--partition=low", "--nodes=2", "--nodelist=node[1-2]")
     jobs.until_step("preempted", EARLY)
     high = jobs.slurm.sbatch("--nodes=2", "--nodelist=node[1-2]", "--exclusive", "--wrap", "sleep 3")
@@ -153,7 +153,7 @@ def test_a_job_of_higher_rank_preempts_and_the_run_goes_on_after_it(jobs: Jobs, 
     jobs.slurm.wait(high, "COMPLETED")
     jobs.slurm.wait(job, "COMPLETED")
     assert "was asked to stop by SIGUSR1 after step" in jobs.said("preempted")
-    check_lineage(jobs, "preempted", undisturbed)
+    check_lineage(jobs, "preempted", signals_blocked)
 
 
 def test_a_refused_stage_cancels_what_waits_for_it(jobs: Jobs) -> None:

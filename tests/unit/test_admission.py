@@ -13,11 +13,11 @@ from nano import NANO
 from tiny_parts import make_parts
 from tiny_runs import make_data, phase_values
 
-from parallel.environment import read_environment
-from parallel.exit_codes import DEFECT, DONE, REFUSED
-from parallel.run_lock import RunLock
-from spar_scale.cluster.preflight import preflight, sample_bytes, shared_memory
-from spar_scale.recipe import Recipe
+from parallel.launch.environment import read_environment
+from parallel.launch.exit_codes import DEFECT, DONE, REFUSED
+from parallel.launch.run_lock import RunLock
+from spar_scale.config.recipe import Recipe
+from spar_scale.doctor.preflight import preflight, sample_bytes, shared_memory
 from spar_scale.stages import meta_stage
 
 PHASES = ("bootstrap/mllm", "bootstrap/diffusion", "tokenizer/init", "align/connector", "align/joint")

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from parallel.errors import UserError
 from parallel.program import Program
+from spar_scale.config.recipe import Recipe
 from spar_scale.data.prompts import TOKENS, editing_prompt, generation_prompt
 from spar_scale.models.presets import PRESETS
 from spar_scale.models.tokenizer import InitialEncoder, UnifiedTokenizer
 from spar_scale.models.unified import SPAR
-from spar_scale.recipe import Recipe
 from spar_scale.stages import Stage, build
 from spar_scale.stages.conditioning_layers import RouteTokens
 from spar_scale.stages.diffusion_layers import Alignment

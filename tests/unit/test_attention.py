@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
 from parallel.errors import UserError
+from spar_scale.config.recipe import Recipe, load_recipe, may_change_at_resume
 from spar_scale.ops.attention import BACKENDS, BackendRefused, _say_once, attention, resolve, use_backend
 from spar_scale.ops.packing import Packing
 from spar_scale.ops.transformers_attention import IMPLEMENTATION
-from spar_scale.recipe import Recipe, load_recipe, may_change_at_resume
 from spar_scale.training.attention_choice import attention_of
 from spar_scale.training.trainer import train
 

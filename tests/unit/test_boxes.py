@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from toy_fragments import KINDS, SHAPES, full, toy_fragments
 
-from parallel.boxes import BoxSavePlanner, Fragment, GlobalTensor, TensorCut, boxes, leaves
+from parallel.checkpoint.boxes import BoxSavePlanner, Fragment, GlobalTensor, TensorCut, boxes, leaves
 
 _SMALL_SHAPES = [(), (1,), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4), (3, 1, 2, 2)]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from parallel.errors import UserError
-from spar_scale import demo
-from spar_scale.ablation import CURVE, ROWS, ablate, acts, curve, table, verdict
-from spar_scale.chain import Chain
 from spar_scale.phases import phase_names
+from spar_scale.runs import demo
+from spar_scale.runs.ablation import CURVE, ROWS, ablate, acts, curve, table, verdict
+from spar_scale.runs.chain import Chain
 
 PHASES = phase_names()
 

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from toy_fragments import KINDS, full, toy_fragments, wrong_elements
 
 from parallel import checkpoint
-from parallel.boxes import Fragment
+from parallel.checkpoint.boxes import Fragment
+from parallel.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_manifest, references, sha256_of
 from parallel.errors import UserError
-from parallel.manifest import MANIFEST, FileRecord, Manifest, read_manifest, references, sha256_of
 
 DATA = "__0_0.distcp"
 

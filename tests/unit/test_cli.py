@@ -167,7 +167,7 @@ def test_doctor_finds_this_environment_fit():
 def test_doctor_names_another_package_called_parallel(tmp_path: Path):
     (tmp_path / "parallel.py").write_text("")
     code = (
-        "import sys, spar_scale.doctor as doctor\n"
+        "import sys, spar_scale.doctor.machine as doctor\n"
         "for name in [n for n in sys.modules if n.split('.')[0] == 'parallel']: del sys.modules[name]\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         "print(doctor.our_parallel())"

@@ -16,13 +16,13 @@ import pytest
 from tiny_runs import make_data, phase_values
 
 from parallel.errors import UserError
-from parallel.exit_codes import DEFECT, LOST, REFUSED, STOPPED
+from parallel.launch.exit_codes import DEFECT, LOST, REFUSED, STOPPED
 from spar_scale.cluster.job import FRUITLESS, Attempts
 from spar_scale.cluster.node import joint_code, rank_environments
-from spar_scale.cluster.preflight import FOLDER, bad_nodes, forget, preflight
 from spar_scale.cluster.slurm import Job
 from spar_scale.cluster.submit import submissions, submit
-from spar_scale.recipe import Recipe
+from spar_scale.config.recipe import Recipe
+from spar_scale.doctor.preflight import FOLDER, bad_nodes, forget, preflight
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = {

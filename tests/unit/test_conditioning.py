@@ -13,12 +13,12 @@ from spar_scale.models.conditioning import (
     Rotary,
     causal_masks,
     conditioned_layer,
+    extend_padding_mask,
     final_state,
     positions,
     prefix_layer,
     query_layer,
     sampled_hidden_states,
-    sequence_keep,
 )
 from spar_scale.models.initialise import initialise
 
@@ -95,7 +95,7 @@ def test_the_library_batched_and_padded_says_the_same_of_prefix_and_queries(mode
     keep = keep_of(side)
     prefix, queries = embeddings()
     states = torch.cat(sampled_hidden_states(model, prefix, queries, keep, (2, LAYERS)), dim=2)
-    whole = sequence_keep(keep, QUERIES)
+    whole = extend_padding_mask(keep, QUERIES)
     batched = library(
         inputs_embeds=torch.cat([prefix, queries], dim=1), attention_mask=whole, position_ids=positions(whole),
         output_hidden_states=True, use_cache=False,

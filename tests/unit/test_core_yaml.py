@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from parallel.errors import UserError
-from spar_scale.core_yaml import dump, hint, parse
+from spar_scale.config.core_yaml import dump, hint, parse
 
 TEXTS = (
     "010", "008", "-010", "00", "1:30", "1:30:00", "1_000", "1_0.5", "0b11", "0o18", "0x", "yes", "No", "on", "OFF",

@@ -21,10 +21,10 @@ from parallel.costs import activation_bytes, balanced_cut, layer_costs
 from parallel.errors import UserError
 from parallel.pipeline import describe, stage_bounds
 from parallel.program import Layer, Program
+from spar_scale.config.recipe import Recipe
 from spar_scale.models.layers import TransformerLayer
 from spar_scale.models.presets import Preset
-from spar_scale.plans.costs import micro_batch, pipeline_costs
-from spar_scale.recipe import Recipe
+from spar_scale.sharding.costs import micro_batch, pipeline_costs
 from spar_scale.stages import Stage, build
 
 BATCH = 3

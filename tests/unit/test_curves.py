@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spar_scale.curves import LOSS_FLOOR, curve, distance
+from spar_scale.runs.curves import LOSS_FLOOR, curve, distance
 
 
 def write(folder: Path, *steps: int) -> Path:

@@ -21,11 +21,11 @@ from tiny_runs import consumed, make_data, phase_values, train_all
 
 from parallel.errors import UserError
 from spar_scale.cli import main
-from spar_scale.curves import curve
+from spar_scale.config.recipe import Recipe
 from spar_scale.data.encoded import Encoded
 from spar_scale.data.loader import Loader, Source
 from spar_scale.data.tar_index import read_index
-from spar_scale.recipe import Recipe
+from spar_scale.runs.curves import curve
 from spar_scale.stages import Stage, build
 from spar_scale.training.encode import encode, made_of_stage, open_encoded
 

@@ -15,17 +15,17 @@ from ready_runs import make_run
 from tiny_parts import make_parts
 
 from parallel.errors import UserError
-from spar_scale import ablation, demo, parity
 from spar_scale.cli import main
 from spar_scale.data.shapes_language import captions
 from spar_scale.data.shapes_render import render
 from spar_scale.data.shapes_world import World, is_unseen, sample_scene
 from spar_scale.data.shards import make_world
 from spar_scale.evaluation import editing, evaluate, generation
-from spar_scale.evaluation.reconstruction import ssim
 from spar_scale.evaluation.requests import KINDS, UNSEEN_KINDS, requests
 from spar_scale.evaluation.scenes import edits_of, scenes_of
-from spar_scale.processes import Step
+from spar_scale.objectives.quality import ssim
+from spar_scale.runs import ablation, demo, parity
+from spar_scale.runs.processes import Step
 
 WORLD = World(seed=4, scenes=0, heldout=40, edits=0, heldout_edits=24, unseen=0.3)
 TRAINED = [sample_scene(WORLD, "scenes", number) for number in range(1500)]

@@ -9,8 +9,8 @@ from typing import Any, cast
 import pytest
 from launching import start_process
 
-from parallel.exit_codes import LOST
-from parallel.heartbeat import PATIENCE_S, WAITING, Beat, Heartbeat, Seen, judge
+from parallel.launch.exit_codes import LOST
+from parallel.launch.heartbeat import PATIENCE_S, WAITING, Beat, Heartbeat, Seen, judge
 
 TIMEOUT_S = 30.0
 NOW_S = 100.0

@@ -16,9 +16,9 @@ from torch import Tensor
 from parallel import checkpoint
 from parallel.errors import UserError
 from parallel.program import Program
+from spar_scale.config.recipe import Recipe
 from spar_scale.data.loader import Loader, Source
 from spar_scale.evaluation.held_out import difference, held_out_terms, stage_terms
-from spar_scale.recipe import Recipe
 from spar_scale.stages import build
 from spar_scale.training.export import recipe_of
 from spar_scale.training.parent import overwrite, started_stage

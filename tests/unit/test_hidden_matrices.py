@@ -11,7 +11,7 @@ import pytest
 from tiny_parts import make_parts
 from tiny_runs import phase_values
 
-from spar_scale.recipe import OptimizerConfig, Recipe
+from spar_scale.config.recipe import OptimizerConfig, Recipe
 from spar_scale.stages import Stage, build
 from spar_scale.training.optimizers import parameter_groups
 

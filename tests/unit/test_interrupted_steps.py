@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from parallel.exit_codes import INTERRUPTED
-from spar_scale import demo
+from parallel.launch.exit_codes import INTERRUPTED
 from spar_scale.cli import main
-from spar_scale.processes import Step, run_steps
+from spar_scale.runs import demo
+from spar_scale.runs.processes import Step, run_steps
 
 
 def steps_of(folder: Path, number: signal.Signals, stopping: signal.Signals | None = None) -> list[Step]:
@@ -21,7 +21,8 @@ def steps_of(folder: Path, number: signal.Signals, stopping: signal.Signals | No
         (folder / "pid").write_text(str(os.getpid()))
         try:
             os.kill(os.getppid(), number)
-            signal.pause()
+            while True:  # signal.pause() would miss a signal that comes just before it
+                signal.sigtimedwait([], 0.05)
         finally:
             if stopping is not None:
                 os.kill(os.getppid(), stopping)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from spar_scale.evaluation.reconstruction import image_psnr, psnr
+from spar_scale.inference.pictures import image_psnr
 from spar_scale.inference.pipeline import reconstruct_image
+from spar_scale.objectives.quality import psnr
 
 
 class Identity:

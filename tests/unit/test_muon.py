@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parallel.muon import muon_step
+from parallel.optimizers.muon import muon_step
 
 CPU = torch.device("cpu")
 

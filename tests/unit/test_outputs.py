@@ -12,7 +12,7 @@ from parallel.errors import UserError
 from spar_scale.data.commands import show
 from spar_scale.data.shapes_world import World
 from spar_scale.data.shards import make_world
-from spar_scale.outputs import make_directory, write_picture
+from spar_scale.files.outputs import make_directory, write_picture
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,15 @@ from tiny_runs import make_data, metrics, phase_values, train_all
 
 from parallel import checkpoint
 from parallel.errors import UserError
-from spar_scale import chain, phases
-from spar_scale.arguments import build_parser
+from spar_scale import phases
 from spar_scale.cli import main
+from spar_scale.cli.arguments import build_parser
 from spar_scale.cluster.submit import submit
-from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
+from spar_scale.config.recipe import Recipe, flatten, load_recipe
 from spar_scale.inference.runs import LACKS, fit_recipe
-from spar_scale.planning import count
-from spar_scale.recipe import Recipe, flatten, load_recipe
+from spar_scale.planning.plan import count
+from spar_scale.runs import chain
+from spar_scale.runs.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 from spar_scale.stages import build
 from spar_scale.training.optimizers import parameter_groups
 

@@ -13,15 +13,16 @@ from nano import NANO
 from tiny_runs import phase_values
 
 from parallel.errors import UserError
-from parallel.planner import FREE_SHARE, Counted, Work, outlook
+from parallel.planner import FREE_SHARE, Counted, Work, estimate_layout
 from parallel.rehearsal import fake_world
 from parallel.topology import Layout
-from spar_scale import planning, rehearsal
-from spar_scale.planning import Plan, count, plan
-from spar_scale.plans.gpus import GPUS
-from spar_scale.plans.parts import part_of
-from spar_scale.recipe import Recipe
-from spar_scale.rehearsal import rehearse
+from spar_scale.config.recipe import Recipe
+from spar_scale.planning import plan as planning
+from spar_scale.planning import rehearsal
+from spar_scale.planning.gpus import GPUS
+from spar_scale.planning.plan import Plan, count, plan
+from spar_scale.planning.rehearsal import rehearse
+from spar_scale.sharding.parts import part_of
 
 NOWHERE = {part: f"nowhere/{part}" for part in ("mllm", "tokenizer", "diffusion")}
 
@@ -45,13 +46,13 @@ def counted() -> Counted:
 
 def test_every_layout_of_the_gpus_is_there_once_the_best_first(eight: Plan):
     sizes = [
-        (found.layout.tensor, found.layout.pipeline, found.data_size, found.layout.zero) for found in eight.outlooks
+        (found.layout.tensor, found.layout.pipeline, found.data_size, found.layout.zero) for found in eight.estimates
     ]
     assert len(sizes) == len(set(sizes)) == 30
     assert all(tensor * pipeline * data == 8 for tensor, pipeline, data, _ in sizes)
-    good = [found for found in eight.outlooks if found.refused is None]
+    good = [found for found in eight.estimates if found.refused is None]
     assert [found.step_s for found in good] == sorted(found.step_s for found in good)
-    assert all(found.refused for found in eight.outlooks[len(good) :])
+    assert all(found.refused for found in eight.estimates[len(good) :])
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_every_layout_of_the_gpus_is_there_once_the_best_first(eight: Plan):
     ],
 )
 def test_what_cannot_be_says_why(eight: Plan, layout: Layout, reason: str):
-    (found,) = [found for found in eight.outlooks if found.layout == layout]
+    (found,) = [found for found in eight.estimates if found.layout == layout]
     assert found.refused is not None and re.search(reason, found.refused)
     assert re.search(reason, eight.text())
 
@@ -72,9 +73,9 @@ def test_the_table_marks_the_recipes_own_layout_and_json_holds_everything(eight:
     assert "the recipe's own layout, tp1-pp1-dp8-z1: 8 data ranks" in eight.text()
     told = json.loads(eight.json())
     assert len(told["layouts"]) == 30 and told["assumptions"] and told["flops"].keys() >= {"diffusion", "language"}
-    own = Plan(recipe(parallel={"micro_batch": 2, "pipeline": 4}), eight.machine, 8, eight.outlooks, eight.flops)
+    own = Plan(recipe(parallel={"micro_batch": 2, "pipeline": 4}), eight.machine, 8, eight.estimates, eight.flops)
     assert re.search(r"^\*      1        4    2    1 ", own.text(), re.MULTILINE)
-    odd = Plan(recipe(parallel={"micro_batch": 2, "pipeline": 3}), eight.machine, 8, eight.outlooks, eight.flops)
+    odd = Plan(recipe(parallel={"micro_batch": 2, "pipeline": 3}), eight.machine, 8, eight.estimates, eight.flops)
     assert "the recipe's own layout does not divide 8 GPUs" in odd.text()
 
 
@@ -85,20 +86,20 @@ def test_muon_is_refused_with_tensor_or_pipeline():
 
 def test_a_gpu_that_is_too_small_is_told_with_what_takes_most(counted: Counted):
     work, small = Work(24, 2, half=False), replace(GPUS["h200"], memory_bytes=2**27)
-    found = outlook(counted, Layout(), 4, 6, work, small)
+    found = estimate_layout(counted, Layout(), 4, 6, work, small)
     room = 2**27 * (1 - FREE_SHARE) / 2**30
     assert found.refused is not None
     assert re.fullmatch(rf"does not fit: 0\.2 of {room:.1f} GiB, most of it buckets", found.refused)
-    assert outlook(counted, Layout(), 4, 6, work, GPUS["h200"]).refused is None
+    assert estimate_layout(counted, Layout(), 4, 6, work, GPUS["h200"]).refused is None
 
 
 def test_a_pipeline_waits_and_a_data_group_pays_for_the_network(counted: Counted):
     work, machine = Work(24, 2, half=False), GPUS["h200"]
-    one, four = (outlook(counted, Layout(pipeline=p), 4, 6, work, machine) for p in (1, 4))
+    one, four = (estimate_layout(counted, Layout(pipeline=p), 4, 6, work, machine) for p in (1, 4))
     assert (one.bubble, four.bubble) == (0, 3 / 9)
     assert one.seconds["bubble"] == 0 < four.seconds["bubble"]
     assert one.traffic["pipeline"] == 0 < four.traffic["pipeline"]
-    within, across = (outlook(counted, Layout(), size, 6, work, machine) for size in (8, 16))
+    within, across = (estimate_layout(counted, Layout(), size, 6, work, machine) for size in (8, 16))
     trained = sum(w.numel for w in counted.stage_weights(0, len(counted.costs)) if w.group is not None)
     assert within.traffic["data"] == int(8 * trained * 7 / 8)
     assert across.seconds["data"] > 8 * within.seconds["data"]

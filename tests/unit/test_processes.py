@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from parallel.errors import UserError
-from spar_scale.board import clock
-from spar_scale.processes import Forecast, Step, run_steps
-from spar_scale.spending import Spending, core_seconds, spent
+from spar_scale.runs.board import clock
+from spar_scale.runs.processes import Forecast, Step, run_steps
+from spar_scale.runs.spending import Spending, core_seconds, spent
 from spar_scale.training.progress import Progress
 
 

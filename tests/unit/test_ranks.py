@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import UserError
-from parallel.heartbeat import Heartbeat
 from parallel.launch import start
+from parallel.launch.heartbeat import Heartbeat
 from parallel.topology import Layout, Topology
-from spar_scale import ranks
-from spar_scale.processes import Step, run_steps
-from spar_scale.spending import spent
+from spar_scale.runs import ranks
+from spar_scale.runs.processes import Step, run_steps
+from spar_scale.runs.spending import spent
 
 
 def rank() -> int:

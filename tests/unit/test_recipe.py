@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from parallel.errors import UserError
+from spar_scale.config.recipe import Recipe, behind_link, beside, differences, load_recipe, may_change_at_resume
+from spar_scale.config.settings import load
 from spar_scale.phases import phase_names
-from spar_scale.recipe import Recipe, behind_link, beside, differences, load_recipe, may_change_at_resume
-from spar_scale.settings import load
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.name not in ("base.yaml", "world.yaml"))

@@ -11,7 +11,7 @@ import pytest
 from launching import run_world
 
 from parallel.errors import UserError
-from parallel.run_lock import RunLock
+from parallel.launch.run_lock import RunLock
 
 
 def _try(rank: int, size: int, run_dir: str) -> str:

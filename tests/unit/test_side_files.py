@@ -16,11 +16,12 @@ import pytest
 import torch
 from tiny_runs import recipe_values
 
-from parallel import checkpoint, manifest
-from parallel.boxes import Fragment
+from parallel import checkpoint
+from parallel.checkpoint import manifest
+from parallel.checkpoint.boxes import Fragment
 from parallel.errors import UserError
-from parallel.run_lock import RunLock
-from spar_scale.recipe import Recipe, load_recipe
+from parallel.launch.run_lock import RunLock
+from spar_scale.config.recipe import Recipe, load_recipe
 from spar_scale.training.parent import choose_parent
 from spar_scale.training.run_directory import refuse_another
 from spar_scale.training.tracking import FILES, RunLog, noted_artifacts, read_lines, run_id

@@ -20,7 +20,7 @@ from tiny_runs import recipe_values
 
 from parallel.errors import UserError
 from spar_scale.cli import main
-from spar_scale.recipe import Recipe, TrackingConfig
+from spar_scale.config.recipe import Recipe, TrackingConfig
 from spar_scale.training import mlflow_mirror
 from spar_scale.training.mlflow_mirror import Mirror
 from spar_scale.training.mlflow_store import public_params, without_credentials

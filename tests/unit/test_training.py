@@ -11,8 +11,8 @@ from torch import nn
 
 from parallel.errors import UserError
 from parallel.optimizers import OPTIMIZERS
+from spar_scale.config.recipe import OptimizerConfig
 from spar_scale.data.spec import SampleSpec
-from spar_scale.recipe import OptimizerConfig
 from spar_scale.stages import Stage
 from spar_scale.training.guards import BadSampleGuard, NonFiniteGuard
 from spar_scale.training.optimizers import parameter_groups

@@ -11,7 +11,7 @@ from nano import NANO
 from tiny_parts import make_parts
 from tiny_runs import make_data, metrics, phase_values, train_all
 
-from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
+from spar_scale.runs.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 
 LAYOUTS = [(world, zero, 1, 1) for world in (1, 2, 4) for zero in (1, 2, 3)] + [(2, 1, 2, 1)]
 LAYOUTS += [(2, 1, 1, 2), (4, 3, 1, 2), (4, 1, 2, 2)]
@@ -98,7 +98,7 @@ def test_a_resume_at_another_layout_keeps_the_discriminator(runs: Path, name: st
 
 def test_the_phase_began_with_the_averaged_weights_of_its_parent(runs: Path) -> None:
     from parallel import checkpoint
-    from parallel.manifest import references
+    from parallel.checkpoint.manifest import references
     from spar_scale.training.export import recipe_of
     from spar_scale.training.parent import started_stage
 

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_fragments import KINDS, SHAPES, full, toy_fragments, wrong_elements
 
 from parallel import checkpoint
-from parallel.boxes import Fragment
+from parallel.checkpoint.boxes import Fragment
+from parallel.checkpoint.manifest import manifest_hash, read_manifest
 from parallel.errors import UserError
-from parallel.manifest import manifest_hash, read_manifest
 
 pytestmark = pytest.mark.world
 

@@ -38,8 +38,8 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 def plain_training(values: dict) -> dict[str, torch.Tensor]:
     """An ordinary loop; returns the averaged weights."""
     from parallel.program import Program
+    from spar_scale.config.recipe import Recipe
     from spar_scale.data.loader import Loader, Source
-    from spar_scale.recipe import Recipe
     from spar_scale.stages import build
     from spar_scale.training.optimizers import parameter_groups
     from spar_scale.training.schedule import learning_rate
@@ -76,8 +76,8 @@ def plain_training(values: dict) -> dict[str, torch.Tensor]:
 
 def compare(rank: int, world: int, folder: str, values: dict) -> tuple[float, float]:
     """Held-out losses: the engine's run, the plain loop."""
+    from spar_scale.config.recipe import Recipe
     from spar_scale.evaluation.held_out import held_out_terms, stage_terms
-    from spar_scale.recipe import Recipe
     from spar_scale.stages import build
     from spar_scale.training.parent import overwrite
 

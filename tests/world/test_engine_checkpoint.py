@@ -32,10 +32,10 @@ class LargestAllocation(TorchDispatchMode):
 def save_real(rank: int, world: int, recipes: list[dict[str, Any]], saves: list[str]) -> list[dict[str, Any]]:
     """Build the engine of each recipe as the trainer does, save it, and say what this rank wrote."""
     from parallel import checkpoint
-    from parallel.heartbeat import Heartbeat
     from parallel.launch import start
+    from parallel.launch.heartbeat import Heartbeat
     from parallel.topology import Layout, Topology
-    from spar_scale.recipe import Recipe
+    from spar_scale.config.recipe import Recipe
     from spar_scale.training.run_directory import RunDirectory
     from spar_scale.training.trainer import Trainer
 

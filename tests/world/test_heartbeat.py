@@ -21,9 +21,9 @@ import yaml
 from launching import start_process
 from tiny_runs import make_data, metrics, phase_values
 
-from parallel.exit_codes import LOST
-from parallel.heartbeat import PATIENCE_S
 from parallel.launch import MARGIN_S
+from parallel.launch.exit_codes import LOST
+from parallel.launch.heartbeat import PATIENCE_S
 
 TIMEOUT_S, FEW_S = 8, 20
 
@@ -63,7 +63,7 @@ def train_rank(rank: int, case: Case, port: int, folder: Path) -> None:
     errors = os.open(folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(errors, 2)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    from parallel.zero import Engine
+    from parallel.zero.engine import Engine
     from spar_scale.cli import main
 
     step, steps = Engine.step, itertools.count(1)

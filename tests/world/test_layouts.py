@@ -10,7 +10,7 @@ from nano import NANO
 from tiny_parts import make_parts
 from tiny_runs import consumed, make_data, recipe_values, train_all
 
-from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
+from spar_scale.runs.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 
 LAYOUTS = [(world, zero, 1) for world in (1, 2, 4) for zero in (1, 2, 3)] + [(2, 1, 2), (4, 1, 2)]
 """(processes, ZeRO stage, pipeline stages)"""

@@ -15,10 +15,21 @@ from tiny_parts import make_parts
 from tiny_runs import make_data, metrics, phase_values
 
 from parallel.errors import UserError
-from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve
-from spar_scale.parity import RESUMED, SERIAL, SPREADS, USUAL, Parity, Row, Runs, Spread, parity, parse_layouts
+from spar_scale.runs.curves import LOSS_RELATIVE, NORM_RELATIVE, curve
+from spar_scale.runs.parity import (
+    PARITY_LAYOUTS,
+    RESUMED,
+    SERIAL,
+    USUAL,
+    Parity,
+    ParityLayout,
+    Row,
+    Runs,
+    parity,
+    parse_layouts,
+)
 
-preload("spar_scale.parity", "nano")
+preload("spar_scale.runs.parity", "nano")
 
 BOUNDS = LOSS_RELATIVE, NORM_RELATIVE
 
@@ -43,7 +54,7 @@ def say(folder: str, seed: int | None, words: list[str]) -> None:
 
     whole = Parity.recipe
 
-    def other(self: Parity, spread: Spread, name: str):
+    def other(self: Parity, spread: ParityLayout, name: str):
         return whole(self, spread, name).model_copy(update={"seed": seed} if spread.data > 1 else {})
 
     if seed is not None:
@@ -114,12 +125,12 @@ def test_what_training_refuses_is_told_with_the_layout_and_leaves_nothing(recipe
 
 
 def test_names_are_read_back_and_no_two_layouts_share_one() -> None:
-    assert set(SPREADS) >= {"dp2-z1", "dp4-z3", "tp2", "pp2", "tp2-pp2", "tp2-dp2-z3", "tp2-pp2-dp2", *RESUMED}
-    assert len(set(SPREADS.values())) == len(SPREADS)
-    assert all(spread.name == name and spread.processes <= 8 for name, spread in SPREADS.items())
-    assert SPREADS["tp2-dp2-z3"] == Spread(tensor=2, data=2, zero=3)
-    assert {SPREADS[name].processes for name in USUAL} == {1, 2, 4}
-    assert parse_layouts("tp2,dp1-z1,tp2", USUAL) == [SPREADS["tp2"], SERIAL]
+    assert set(PARITY_LAYOUTS) >= {"dp2-z1", "dp4-z3", "tp2", "pp2", "tp2-pp2", "tp2-dp2-z3", "tp2-pp2-dp2", *RESUMED}
+    assert len(set(PARITY_LAYOUTS.values())) == len(PARITY_LAYOUTS)
+    assert all(spread.name == name and spread.processes <= 8 for name, spread in PARITY_LAYOUTS.items())
+    assert PARITY_LAYOUTS["tp2-dp2-z3"] == ParityLayout(tensor=2, data=2, zero=3)
+    assert {PARITY_LAYOUTS[name].processes for name in USUAL} == {1, 2, 4}
+    assert parse_layouts("tp2,dp1-z1,tp2", USUAL) == [PARITY_LAYOUTS["tp2"], SERIAL]
 
 
 @pytest.mark.parametrize(
@@ -141,8 +152,8 @@ def test_what_the_recipe_cannot_have_is_refused_by_name_and_left_out_of_all(
     with pytest.raises(UserError, match=r"parallel\.tensor: found 2 with optimizer\.name muon"):
         parity(recipe, [], "tp2", Runs(optimizer="muon"))
     assert not list(recipe.parent.glob("run-parity-*"))
-    allowed = Parity(recipe, [], tmp_path, Runs()).allowed([SPREADS["tp4"], SPREADS["tp2"]])
-    assert allowed == [SPREADS["tp2"]]
+    allowed = Parity(recipe, [], tmp_path, Runs()).allowed([PARITY_LAYOUTS["tp4"], PARITY_LAYOUTS["tp2"]])
+    assert allowed == [PARITY_LAYOUTS["tp2"]]
     assert capsys.readouterr().out.startswith("without tp4: parallel.tensor: found 4")
 
 
@@ -153,8 +164,8 @@ def test_a_directory_that_holds_something_is_refused(recipe: Path, tmp_path: Pat
 
 
 def test_a_recipe_is_made_for_its_layout(recipe: Path, tmp_path: Path) -> None:
-    one = Parity(recipe, [], tmp_path / "deep" / "er", Runs()).recipe(SPREADS["tp2-dp2-z3"], "x")
+    one = Parity(recipe, [], tmp_path / "deep" / "er", Runs()).recipe(PARITY_LAYOUTS["tp2-dp2-z3"], "x")
     assert (one.parallel.tensor, one.parallel.zero, one.parallel.micro_batch) == (2, 3, 2)
     assert (one.run_dir / one.model.pretrained["mllm"]).resolve() == (recipe.parent / "parts" / "mllm").resolve()
-    muon = Parity(recipe, [], tmp_path, Runs(optimizer="muon")).recipe(SPREADS["dp2-z2"], "x")
+    muon = Parity(recipe, [], tmp_path, Runs(optimizer="muon")).recipe(PARITY_LAYOUTS["dp2-z2"], "x")
     assert (muon.optimizer.name, muon.optimizer.clip, muon.precision) == ("muon", 0, "fp32")

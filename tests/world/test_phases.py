@@ -15,7 +15,7 @@ from tiny_parts import make_parts
 from tiny_runs import make_data, metrics, phase_values, train_all
 from torch import Tensor
 
-from spar_scale.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
+from spar_scale.runs.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 
 JOINT = [(world, zero, 1, 1) for world in (1, 2, 4) for zero in (1, 2, 3)] + [(2, 1, 2, 1)]
 JOINT += [(2, 1, 1, 2), *((4, zero, 1, 2) for zero in (1, 2, 3)), (4, 1, 2, 2), (4, 1, 4, 1)]

@@ -14,10 +14,10 @@ from tiny_parts import make_parts
 from tiny_runs import make_data, phase_values
 
 from parallel.pipeline import stage_bounds
-from parallel.state_bytes import state_bytes
 from parallel.topology import Layout
-from spar_scale.planning import count
-from spar_scale.recipe import Recipe
+from parallel.zero.state_bytes import state_bytes
+from spar_scale.config.recipe import Recipe
+from spar_scale.planning.plan import count
 
 MUON = {"optimizer__name": "muon", "optimizer__clip": 0}
 CASES: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
@@ -84,10 +84,10 @@ def measure_all(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[di
 
 def measure(recipe: Recipe) -> dict[str, Any]:
     """One step of a trainer of the recipe; bytes by kind after it, gradients as they were before their reduction."""
-    from parallel.heartbeat import Heartbeat
-    from parallel.kept_bytes import kept_bytes
     from parallel.launch import start
+    from parallel.launch.heartbeat import Heartbeat
     from parallel.topology import Layout, Topology
+    from parallel.zero.kept_bytes import kept_bytes
     from spar_scale.training.run_directory import RunDirectory
     from spar_scale.training.trainer import Trainer
 

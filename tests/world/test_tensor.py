@@ -13,11 +13,11 @@ from nano import NANO
 from torch import Tensor, nn
 
 from parallel.errors import UserError
-from parallel.tensor import ModulePlan, Plan, Split, cut
+from parallel.tensor import ModulePlan, Plan, Split, apply_tensor_parallel
 from spar_scale.models.layers import TransformerLayer
-from spar_scale.plans.tensor import PLAN, check_tensor
+from spar_scale.sharding.cuts import PLAN, check_tensor
 
-preload("spar_scale.plans.tensor", "megatron.core.tensor_parallel.layers")
+preload("spar_scale.sharding.cuts", "megatron.core.tensor_parallel.layers")
 
 
 class Speech(nn.Module):
@@ -64,7 +64,7 @@ def compare(rank: int, world: int, name: str) -> tuple[float, dict[str, float]]:
     module, given = CASES[name]()
     whole, group = copy.deepcopy(module), everyone()
     holder = nn.ModuleList(module.children())  # as a list of layers refers to the parts of a model
-    cut(module, [holder], {**PLAN, **SPEECH}, group)
+    apply_tensor_parallel(module, [holder], {**PLAN, **SPEECH}, group)
     assert list(map(id, holder)) == list(map(id, module.children()))
     expected, found = gradients(whole, given), gradients(module, given)
     parameters, worst, shares = dict(module.named_parameters()), 0.0, {}
@@ -121,7 +121,7 @@ def agreement(rank: int, world: int, name: str) -> dict[str, float]:
     module = module.bfloat16()
     given = given.bfloat16() if given.is_floating_point() else given
     whole = copy.deepcopy(module)
-    cut(module, [], {**PLAN, **SPEECH}, everyone())
+    apply_tensor_parallel(module, [], {**PLAN, **SPEECH}, everyone())
     exact = exact_weight_gradients(whole)
     expected, found = gradients(whole, given) | exact, gradients(module, given)
     parameters = dict(module.named_parameters())
@@ -145,7 +145,7 @@ def refuse(rank: int, world: int) -> str:
     with pytest.raises(ValueError, match=r"^attention\.query: ") as error:
         plan = {**PLAN, TransformerLayer: ModulePlan({})}
         layer = TransformerLayer(15, 3)
-        cut(layer, [], plan, group)
+        apply_tensor_parallel(layer, [], plan, group)
     return str(error.value)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from launching import run_world
 from tiny_runs import make_autoencoder, make_data, recipe_values
 
-from spar_scale.curves import curve
+from spar_scale.runs.curves import curve
 
 
 def train_and_go_on(rank: int, world: int, values: dict[str, Any], losses: list[int]) -> list[Any]:
@@ -20,9 +20,9 @@ def train_and_go_on(rank: int, world: int, values: dict[str, Any], losses: list[
     """
     from mlflow.tracking import MlflowClient
 
+    from parallel.checkpoint.manifest import read_manifest
     from parallel.launch import stop
-    from parallel.manifest import read_manifest
-    from spar_scale.recipe import Recipe
+    from spar_scale.config.recipe import Recipe
     from spar_scale.training.trainer import train
 
     run_dir, found = Path(values["run_dir"]), []

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from parallel.files import write_file
 from spar_scale.evaluation.report import ablation, limits, phases, pictures, routing, scores
 from spar_scale.evaluation.report.sources import Found, read, root_of
-from spar_scale.outputs import check_files
+from spar_scale.files.outputs import check_files
 
 REPORT = "report.html"
 

@@ -1,6 +1,6 @@
 """The ablation table: what each switch changes against the full system of its phase, sign and spread.
 
-Its shape is that of `spar_scale.ablation`: rows of metrics with one value a seed, a full system before its
+Its shape is that of `spar_scale.runs.ablation`: rows of metrics with one value a seed, a full system before its
 variants. A difference counts where it has one sign over all seeds and its mean exceeds the spread (highest
 minus lowest) of the full system.
 """

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from parallel.errors import UserError
 from spar_scale.evaluation.report import forms
-from spar_scale.json_files import read_json, read_text, validated
+from spar_scale.files.json_files import read_json, read_text, validated
 from spar_scale.phases import declared, find
 
 

@@ -1,0 +1,78 @@
+"""Doing something that may fail on some ranks so that every rank learns of it: no rank hangs, all say the same.
+
+Every function works without torch.distributed too (`group` None and nothing initialised: a world of one).
+The success path costs one all-reduce of a number; texts travel only when something failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from parallel.errors import UserError
+
+T = TypeVar("T")
+
+
+def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Rank and number of ranks in the group; (0, 1) without torch.distributed."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def run_on_all_ranks(group: dist.ProcessGroup | None, function: Callable[[], T]) -> T:
+    """Run `function` on every rank; if it fails anywhere, raise the same UserError everywhere.
+
+    UserError and OSError become the message (of all failed ranks, each cause once). Any other exception is a
+    defect: it is raised as it is where it happened, and as RuntimeError on the other ranks.
+    """
+    result, failure = None, None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    problems = gather_if_any(group, None if failure is None else (isinstance(failure, UserError | OSError), failure))
+    if not problems:
+        return result  # type: ignore[return-value]
+    texts = list(dict.fromkeys(str(error) for meant, error in problems.values() if meant))
+    if len(texts) == len(dict.fromkeys(str(error) for _, error in problems.values())):
+        more = f" (and {len(texts) - 3} more)" if len(texts) > 3 else ""
+        raise UserError("; ".join(texts[:3]) + more, everywhere=True) from failure
+    if failure is not None:
+        raise failure
+    raise RuntimeError("; ".join(f"rank {rank}: {error!r}" for rank, (_, error) in problems.items()))
+
+
+def run_on_first_rank(group: dist.ProcessGroup | None, function: Callable[[], T]) -> T:
+    """Run `function` on the group's first rank and return its (picklable) result on all; failures as `together`."""
+    rank, size = rank_and_size(group)
+    result = run_on_all_ranks(group, function if rank == 0 else lambda: None)
+    if size == 1:
+        return result  # type: ignore[return-value]
+    box = [result]
+    dist.broadcast_object_list(box, src=dist.get_global_rank(_real(group), 0), group=group)
+    return box[0]  # type: ignore[return-value]
+
+
+def gather_if_any(group: dist.ProcessGroup | None, value: Any) -> dict[int, Any]:
+    """Return {rank: value} of the ranks whose (picklable) value is not None, on every rank."""
+    rank, size = rank_and_size(group)
+    if size == 1:
+        return {} if value is None else {rank: value}
+    count = torch.tensor(int(value is not None))
+    dist.all_reduce(count, group=group)
+    if not count:
+        return {}
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value, group=group)
+    return {rank: value for rank, value in enumerate(values) if value is not None}
+
+
+def _real(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    found = dist.group.WORLD if group is None else group
+    assert found is not None
+    return found

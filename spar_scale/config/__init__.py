@@ -1,0 +1,1 @@
+"""The recipe: its schema, its reading, the rules between its keys."""

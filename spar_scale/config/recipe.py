@@ -1,0 +1,365 @@
+"""The schema of a recipe: everything that defines a training run, and nothing that does not.
+
+Every key is declared here, with its unit and range; an unknown key, a value of another type and two
+keys that contradict each other are refused before anything is built (`spar_scale.config.settings` says how).
+There is no key for dropout: a run is the same under every layout only without it. Keys under
+`parallel` say how the run is spread and change nothing of what is computed.
+
+This module imports nothing heavy, so that a command can refuse a recipe within a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+
+from parallel.errors import nearest
+from parallel.files import write_file
+from parallel.optimizers import OPTIMIZERS
+from spar_scale.config.core_yaml import dump
+from spar_scale.config.rules import RULES
+from spar_scale.config.settings import CONTRADICTIONS_FOLLOW, Contradiction, Lookup, load, show
+from spar_scale.phases import find, phases_by_stage, readers
+
+RESUME_MAY_CHANGE = (
+    "parallel",
+    "data.workers",
+    "data.encoded",
+    "checkpoint",
+    "tracking",
+    "train.log_every",
+    "guards",
+    "attention",
+)
+"""Keys (with all below them) that may differ between a run and its continuation."""
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _text(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("must be a text of one or more characters, none of them NUL")
+    return text
+
+
+def _expanded(path: str) -> str:
+    """Replace `~` and `~user` at the beginning by the home directory."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise ValueError(f"must be a path, and this machine has no user {user[1:]} (a name with ~ is written ./~)")
+    return expanded
+
+
+def _own_directory(path: Path) -> Path:
+    if os.path.basename(os.path.normpath(path)) in ("", ".", ".."):
+        raise ValueError("must end in the name of the run's own directory, as in runs/NAME")
+    return Path(_expanded(_text(str(path))))
+
+
+Text = Annotated[str, AfterValidator(_text)]
+PathText = Annotated[str, AfterValidator(_text), AfterValidator(_expanded)]
+
+
+class Section(BaseModel):
+    """One mapping of a recipe: unknown keys are refused, and so are NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The shapes, the pretrained parts, and the switches that the ablations turn."""
+
+    preset: Text
+    """Named shapes, e.g. `tiny`."""
+    pretrained: dict[str, PathText] = {}
+    """Part name -> directory of its published layout, relative to the run directory."""
+    routing: Literal["dynamic", "last_layer", "uniform"] = "dynamic"
+    """How the hidden states of the language model's layers are mixed."""
+    alignment: Literal["self", "none", "external"] = "self"
+    """The teacher of the diffusion transformer's features."""
+    streams: Literal["dual", "semantic", "pixel"] = "dual"
+    """The streams of the unified tokenizer."""
+    encoder: Literal["trained", "frozen"] = "trained"
+    """Whether the vision encoder ever trains (in the phases that would train it)."""
+    semantic_distillation: bool = True
+    """L_s: hold the encoder's features to those that it started with."""
+    pixel_alignment: bool = True
+    """L_p: hold the pixel stream to the frozen pixel encoder's latent."""
+
+
+def _known_optimizer(name: str) -> str:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"must be {', '.join(map(repr, OPTIMIZERS))}{nearest(name, OPTIMIZERS)}")
+    return name
+
+
+def _known_stage(name: str) -> str:
+    stages = phases_by_stage()
+    if name not in stages:
+        raise ValueError(f"must be {', '.join(map(repr, stages))}{nearest(name, stages)}")
+    return name
+
+
+class TrainConfig(Section):
+    """How long the run is."""
+
+    steps: Count
+    """Optimizer steps of the whole run; the schedule ends there."""
+    log_every: Count = 10
+    """Steps between two writes of the metrics (every step's values are kept)."""
+
+
+class OptimizerConfig(Section):
+    """The update rule, its schedule and the moving average of the weights."""
+
+    name: Annotated[str, AfterValidator(_known_optimizer)] = "adamw"
+    """`adamw` (torch's, fused), `nadam`, `radam`, `muon` (DeepSpeed's, with AdamW for what is no hidden matrix),
+    `apex_adam` or `deepspeed_adam`."""
+    lr: Positive
+    """Peak learning rate of AdamW."""
+    min_lr: NotNegative = 0.0
+    """Learning rate at the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear rise from 0 to `lr`."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """The way from `lr` down to `min_lr` after the warm-up (`constant` stays at `lr`)."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    eps: Positive = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay."""
+    clip: NotNegative = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    groups: dict[str, NotNegative] = {}
+    """Learning-rate multiplier by group of the stage, e.g. `{encoder: 0.1}`; 1 where not named."""
+    ema_decay: BelowOne = 0.999
+    """Decay of the moving average of the weights, which the next phase starts from."""
+    muon_lr: Positive = 0.015
+    """Peak learning rate of Muon's matrices; follows the same schedule as `lr`."""
+    muon_momentum: BelowOne = 0.95
+    """Momentum of Muon."""
+
+
+class ObjectiveConfig(Section):
+    """Weights and settings of the losses; each is read by the stages that have such a loss."""
+
+    perceptual_weight: NotNegative = 0.0
+    """Coefficient of the perceptual loss beside the mean squared error."""
+    pixel_alignment_weight: NotNegative = 1.0
+    """lambda_p, the coefficient of L_p."""
+    semantic_distillation_weight: NotNegative = 1.0
+    """lambda_s, the coefficient of L_s (in the phase that trains the encoder)."""
+    adversarial_weight: NotNegative = 0.0
+    """lambda_GAN, the coefficient of the generator's loss; 0 trains without a discriminator."""
+    adversarial_start: Annotated[int, Field(ge=0)] = 0
+    """Step from which the discriminator takes part."""
+    lecam_weight: NotNegative = 0.001
+    """Coefficient of the LeCam regulariser in the discriminator's loss."""
+    latent_noise: NotNegative = 0.0
+    """Standard deviation of the noise on the latent that the pixel decoder reads while it trains."""
+    latent_power_weight: NotNegative = 0.0
+    """Coefficient of the penalty on the latent's mean square above 1, which keeps it from growing."""
+    align_weight: NotNegative = 0.5
+    """lambda_a, the coefficient of the alignment of the diffusion transformer."""
+    align_block: Count = 6
+    """Block of the diffusion transformer whose features are aligned, counted from 1."""
+    timestep_shift: Annotated[float, Field(ge=1)] = 1.0
+    """Shift s of the training's times towards noise, sigma -> s sigma / (1 + (s - 1) sigma); 1 is the published."""
+    caption_dropout: Share = 0.1
+    """Share of samples trained without their caption."""
+
+
+class SourceConfig(Section):
+    """One set of shards."""
+
+    name: Text
+    """The task that these samples are for."""
+    shards: PathText
+    """Glob or URL of webdataset tar shards."""
+    weight: Positive = 1.0
+    """Share of this source, relative to the other sources."""
+
+
+class DataConfig(Section):
+    """What is trained on, and in which portions."""
+
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    """The sources that are mixed."""
+    task_block: Count
+    """Consecutive samples of a global batch that share one task."""
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Loader processes per rank; 0 loads in the training process."""
+    encoded: PathText | None = None
+    """Directory, relative to the run directory, of what `spar-scale data encode` stored; null computes it anew."""
+
+
+class CheckpointConfig(Section):
+    """When the run is saved."""
+
+    every: Count
+    """Steps between two checkpoints; the last step always gets one."""
+    keep: Count = 3
+    """How many checkpoints stay; the oldest go first."""
+
+
+class GuardsConfig(Section):
+    """When a run that goes wrong stops."""
+
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps in a row with a non-finite loss or gradient that are skipped before the run stops."""
+    max_bad_fraction: Share = 0.01
+    """Largest share of samples that may turn out unreadable."""
+    timeout_s: Annotated[float, Field(ge=5)] = 600
+    """Seconds that a rank may wait for another, or be silent, before the run ends and names it. Above what ranks spend
+    unequally: the publishing of weights, which the first does alone, or a slow disk of one node."""
+
+
+class TrackingConfig(Section):
+    """Where the metrics are mirrored to, beside metrics.jsonl."""
+
+    mirror: bool = True
+    """Whether the run is shown in MLflow at all."""
+    uri: Text | None = None
+    """Address of the MLflow server; null keeps a database in the directory that holds the run's."""
+    experiment: Text = "spar"
+    """Name that the runs of one study share."""
+
+
+class ParallelConfig(Section):
+    """How the run is spread. The data-parallel size is what is left of the world."""
+
+    tensor: Count = 1
+    """Ranks that share each matrix."""
+    pipeline: Count = 1
+    """Ranks that share the list of layers."""
+    zero: Literal[1, 2, 3] = 1
+    """What data ranks share: 1 optimizer state, 2 and gradients, 3 and weights."""
+    micro_batch: Count = 16
+    """Samples that one rank computes at a time."""
+    recompute: Literal["none", "blocks"] = "none"
+    """`blocks` keeps only each layer's inputs for the backward pass and computes the rest again."""
+
+
+class Recipe(Section):
+    """One training run."""
+
+    stage: Annotated[str, AfterValidator(_known_stage)]
+    """The training stage: the part of SPAR that trains."""
+    phase: str
+    """The phase of that stage."""
+    model: ModelConfig
+    init_from: PathText | None = None
+    """Run directory of the phase before, relative to `run_dir`; its moving average is taken."""
+    run_dir: Annotated[Path, AfterValidator(_own_directory)]
+    """Where everything of this run is written, relative to the working directory."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """The one seed: initial weights, order of the data and every draw follow from it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: weights and activations in bf16, master weights, sums and losses in fp32."""
+    attention: Literal["auto", "math", "sdpa", "flash", "flash_attn_2", "flash_attn_3", "flash_attn_4"] = "auto"
+    """Who computes softmax attention; what is named and not there is refused (`spar-scale doctor` lists them)."""
+    global_batch: Count
+    """Samples per optimizer step, over all ranks."""
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig
+    checkpoint: CheckpointConfig
+    guards: GuardsConfig = GuardsConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    @classmethod
+    def contradictions(cls, value: Lookup) -> Iterator[Contradiction]:
+        """Yield (dotted key, what was found and the rule) for keys that do not go together."""
+        for rule in (*RULES, _read_by_this_stage):
+            with contextlib.suppress(KeyError):  # a key of this rule is itself broken, and already reported
+                yield from rule(value)
+
+    @model_validator(mode="after")
+    def _consistent(self, info: ValidationInfo) -> Recipe:
+        if info.context == CONTRADICTIONS_FOLLOW:
+            return self
+        values = dict(flatten(self.model_dump()))
+        broken = [f"{key}: {rule}" for key, rule in Recipe.contradictions(values.__getitem__)]
+        if broken:
+            raise ValueError("; ".join(broken))
+        return self
+
+    def save(self, path: Path) -> None:
+        """Write every key with its value to `path`; a reader sees the old file or the whole new one."""
+        write_file(path, dump(self.model_dump(mode="json")))
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe with its parents, apply `a.b=c` overrides and validate; UserError names every fault."""
+    return load(path, Recipe, overrides)
+
+
+def beside(run_dir: Path, reference: str) -> Path:
+    """Return, absolute, a path that a recipe gives relative to its run directory.
+
+    `..` is taken off the path as it is written: `../init` of a run directory `runs/a` is `runs/init`, even where
+    `runs/a` is a symbolic link to another disk.
+    """
+    return Path(os.path.abspath(run_dir / reference))
+
+
+def behind_link(run_dir: Path, reference: str) -> str:
+    """Return a hint for a refusal: that the path exists beside what `run_dir` links to, where it is not looked for."""
+    behind = Path(os.path.realpath(run_dir / reference))
+    if beside(run_dir, reference).exists() or not behind.exists():
+        return ""
+    return f"; {run_dir} is behind a symbolic link, whose target has {behind}: name it by its absolute path to use it"
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Return the dotted keys whose values differ, sorted."""
+    before, after = (dict(flatten(recipe.model_dump(mode="json"))) for recipe in (old, new))
+    absent = object()
+    return sorted(key for key in before.keys() | after.keys() if before.get(key, absent) != after.get(key, absent))
+
+
+def may_change_at_resume(key: str) -> bool:
+    """Tell whether a run may go on with another value of this dotted key (RESUME_MAY_CHANGE)."""
+    return any(key == free or key.startswith(f"{free}.") for free in RESUME_MAY_CHANGE)
+
+
+def flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of nested mappings; a list is one value."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _read_by_this_stage(value: Lookup) -> Iterator[Contradiction]:
+    stage, phase = value("stage"), value("phase")
+    declared = find(stage, phase)
+    if declared is None:  # another rule reports it
+        return
+    for key, those in readers().items():
+        with contextlib.suppress(KeyError):
+            if key not in declared.optional_keys and value(key) != _default(key):
+                only = f"only {' and '.join(those)} would"
+                some = any(reader.startswith(f"{stage}/") for reader in those)
+                reader = f"{stage}/{phase}" if some else f"stage {stage}"
+                yield key, f"found {show(value(key))}, but {reader} does not read it ({only})"
+
+
+def _default(key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    holder: Any = Recipe.model_fields[section].annotation if section else Recipe
+    return holder.model_fields[name].default

@@ -1,0 +1,68 @@
+"""The rules between the keys of a recipe: which values do not go together, and why.
+
+A rule looks values up by dotted key and yields a contradiction for each key that breaks it. Looking
+a key up that is itself broken raises KeyError, which ends the rule: its error is already reported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+from parallel.errors import nearest
+from parallel.optimizers import OPTIMIZERS
+from spar_scale.config.settings import Contradiction, Lookup, show
+from spar_scale.phases import phases_by_stage
+
+
+def _phase_belongs_to_stage(value: Lookup) -> Iterator[Contradiction]:
+    stage, phase = value("stage"), value("phase")
+    allowed = phases_by_stage()[stage]
+    if phase not in allowed:
+        yield "phase", f"found {show(phase)}, stage {stage} has {', '.join(allowed)}{nearest(phase, allowed)}"
+
+
+def _pipeline_needs_zero_1(value: Lookup) -> Iterator[Contradiction]:
+    pipeline, zero = value("parallel.pipeline"), value("parallel.zero")
+    if pipeline > 1 and zero != 1:
+        fits = f"parallel.pipeline={pipeline} parallel.zero=1 or parallel.pipeline=1 parallel.zero={zero}"
+        found = f"found {zero} with parallel.pipeline {pipeline}"
+        yield "parallel.zero", f"{found}, a pipeline runs under zero 1 only; nearest that fit: {fits}"
+
+
+def _optimizer_demands(value: Lookup) -> Iterator[Contradiction]:
+    name = value("optimizer.name")
+    for demand in OPTIMIZERS[name].demands:
+        if (found := value(demand.key)) != demand.value:
+            fits = f"{demand.key}={demand.value} or optimizer.name=adamw {demand.key}={found}"
+            broken = f"found {show(found)} with optimizer.name {name}, {demand.reason}"
+            yield demand.key, f"{broken}; nearest that fit: {fits}"
+
+
+def _rate_falls(value: Lookup) -> Iterator[Contradiction]:
+    low, high = value("optimizer.min_lr"), value("optimizer.lr")
+    if low > high:
+        yield "optimizer.min_lr", f"found {show(low)}, must not be above optimizer.lr ({show(high)})"
+
+
+def _block_fits_batch(value: Lookup) -> Iterator[Contradiction]:
+    block, batch = value("data.task_block"), value("global_batch")
+    if block > batch:
+        yield "data.task_block", f"found {block}, must not be above global_batch ({batch})"
+
+
+def _tracking_uri_is_an_address(value: Lookup) -> Iterator[Contradiction]:
+    uri = value("tracking.uri")
+    if uri is not None and not re.match(r"https?://[^/]|(sqlite|postgresql|mysql|mssql)(\+\w+)?://", uri):
+        rule = "must be null, an MLflow server (http://host:5000) or its database (sqlite:///file, postgresql://...)"
+        yield "tracking.uri", f"found {show(uri)}, {rule}"
+
+
+RULES: tuple[Callable[[Lookup], Iterator[Contradiction]], ...] = (
+    _phase_belongs_to_stage,
+    _pipeline_needs_zero_1,
+    _optimizer_demands,
+    _rate_falls,
+    _block_fits_batch,
+    _tracking_uri_is_an_address,
+)

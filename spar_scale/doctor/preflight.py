@@ -1,0 +1,254 @@
+"""`spar-scale doctor RECIPE`: whether this machine and the others of its world can train a recipe now.
+
+Run by every rank before a job's training, in half a minute where a bad node would cost hours. Each rank looks at its
+GPU, the first of a node at disk, shards, shared memory and everything else for which `train` would refuse the recipe
+(`training/admission.py`); then all sum a tensor together. What a rank finds it writes into
+`run_dir/preflight`, a file each, as soon as it knows: so a node that dies or hangs here is known by what it lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from parallel.errors import UserError
+from parallel.files import write_file
+from parallel.launch.environment import read_environment
+from parallel.launch.exit_codes import DEFECT, DONE, REFUSED
+from parallel.launch.probes import probe_gpu, probe_world, why_no_gpu
+from spar_scale.config.recipe import Recipe
+from spar_scale.data.storage import expand_shards, read_member, shard_bytes
+from spar_scale.data.tar_index import check_fresh, read_index
+from spar_scale.doctor.machine import Finding
+
+if TYPE_CHECKING:
+    from spar_scale.stages import Stage
+
+FOLDER = "preflight"
+RECIPE, TOGETHER = "recipe", "all-reduce"
+STATE_BYTES = 16
+"""Of a trained weight in a checkpoint: fp32 master, two moments, average."""
+PROBE_BYTES = 1 << 20
+FLOAT_BYTES = 4
+PREFETCH = 4
+"""Micro-batches that a worker has ready, beside the one that it makes (the loader's default)."""
+
+
+def preflight(recipe: Recipe) -> int:
+    """Print and write what this rank finds; return 0 if it can train, 1 if its machine cannot, 2 if nobody can."""
+    rank, world, local_rank = read_environment()
+    findings: list[Finding] = []
+
+    def told(found: Iterable[Finding]) -> None:
+        for finding in found:
+            findings.append(finding)
+            if finding.state == "bad" or local_rank == 0:
+                print(f"{_host()}: {finding.state:>6}  {finding.subject:<10} {finding.text}", flush=True)
+        _write(recipe.run_dir, rank, findings)
+
+    if local_rank == 0:
+        stage, refused = _stage(recipe)
+        told(_disk(recipe, rank, stage))
+        told(_recipe(recipe, world, stage, refused))
+        told(_attention(recipe))
+    told(_gpu(local_rank))
+    if local_rank == 0:
+        told(_shards(recipe))
+        told(_shared_memory(recipe, stage))
+    if world > 1:
+        told([_probed(TOGETHER, probe_world)])
+    bad = {finding.subject for finding in findings if finding.state == "bad"}
+    return REFUSED if RECIPE in bad else DEFECT if bad else DONE
+
+
+def bad_nodes(run_dir: Path, hosts: Sequence[str]) -> dict[str, str]:
+    """What keeps each bad node from training, by its name; a node that has said nothing is bad.
+
+    That ranks could not sum together is held against nodes only where none has a fault of its own.
+    """
+    own, common = dict[str, list[str]](), dict[str, list[str]]()
+    for file in sorted((run_dir / FOLDER).glob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = [Finding(**finding) for finding in content["findings"]]
+        for faults, shared in ((own, False), (common, True)):
+            bad = [one for one in found if one.state == "bad" and (one.subject == TOGETHER) == shared]
+            faults.setdefault(content["host"], []).extend(f"{one.subject}: {one.text}" for one in bad)
+    for host in hosts:
+        own.setdefault(host, ["said nothing: it has died or hangs"])
+    faults = own if any(own.values()) else common
+    return {host: "; ".join(dict.fromkeys(faults[host])) for host in hosts if faults.get(host)}
+
+
+def forget(run_dir: Path) -> None:
+    """Remove what an earlier preflight has written."""
+    for file in (run_dir / FOLDER).glob("*.json"):
+        file.unlink()
+
+
+def _write(run_dir: Path, rank: int, findings: Sequence[Finding]) -> None:
+    content = {"host": _host(), "rank": rank, "findings": [asdict(finding) for finding in findings]}
+    try:
+        (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+        write_file(run_dir / FOLDER / f"rank-{rank}.json", json.dumps(content))
+    except (OSError, UserError):  # the disk's finding says so; who reads finds nothing of this rank
+        return
+
+
+def _host(environment: Mapping[str, str] = os.environ) -> str:
+    """The node's name, as SLURM has it."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _stage(recipe: Recipe) -> tuple[Stage | None, list[str]]:
+    """Return the stage's shapes, or None and why it cannot be built."""
+    from spar_scale.stages import meta_stage
+
+    try:
+        return meta_stage(recipe), []
+    except UserError as error:
+        return None, [str(error)]
+
+
+def _recipe(recipe: Recipe, world: int, stage: Stage | None, refused: list[str]) -> Iterator[Finding]:
+    """Everything for which `train` would refuse the recipe on any machine."""
+    from spar_scale.training.admission import refusals
+
+    refused = list(dict.fromkeys([*refused, *refusals(recipe, world, stage)]))
+    yield from (Finding("bad", RECIPE, text) for text in refused)
+    if not refused:
+        yield Finding("ok", RECIPE, f"{recipe.stage}/{recipe.phase}: layout, run_dir and all that it starts from")
+
+
+def _attention(recipe: Recipe) -> Iterator[Finding]:
+    """Whether this machine has the backend that the recipe names."""
+    from spar_scale.training.attention_choice import attention_of
+
+    try:
+        with attention_of(recipe):
+            yield Finding("ok", "attention", recipe.attention)
+    except UserError as error:
+        yield Finding("bad", "attention", str(error))
+
+
+def _shared_memory(recipe: Recipe, stage: Stage | None, environment: Mapping[str, str] = os.environ) -> list[Finding]:
+    """Whether /dev/shm holds what the loaders' workers of this node have ready at a time."""
+    from spar_scale.data.loader import SHARED_MEMORY
+
+    if stage is None or recipe.data.workers == 0:
+        return []
+    tasks = environment.get("LOCAL_WORLD_SIZE") or environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    ranks = re.match(r"\d+", tasks)  # SLURM writes 4(x2)
+    batches = int(ranks.group() if ranks else 1) * recipe.data.workers * (PREFETCH + 1)
+    needed = batches * recipe.parallel.micro_batch * sample_bytes(recipe, stage)
+    return [shared_memory(Path(SHARED_MEMORY), needed)]
+
+
+def sample_bytes(recipe: Recipe, stage: Stage) -> int:
+    """Bytes of the largest sample of a batch: its task's slots, its draws and what `data.encoded` stores for it."""
+    from spar_scale.data.tasks import source_task
+    from spar_scale.training.admission import stored_bytes
+
+    draws = sum(FLOAT_BYTES * math.prod(draw.shape) for draw in stage.sample.draws.values())
+    largest = 0
+    for source in recipe.data.sources:
+        try:
+            slots = source_task(stage.sample.task, source.name).slots(stage.sample)
+            stored = stored_bytes(recipe, source.name, stage.sample.num_tokens + stage.sample.image_tokens)
+        except UserError:  # reported with the recipe
+            continue
+        own = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in slots.values())
+        largest = max(largest, own + stored)
+    return largest + draws
+
+
+def shared_memory(folder: Path, needed: int) -> Finding:
+    """Judge the room of a folder of shared memory for `needed` bytes."""
+    try:
+        stats = os.statvfs(folder)
+    except OSError as error:
+        return Finding("absent", "memory", f"{folder}: {error.strerror}; the loader's workers use another place")
+    size, free = stats.f_blocks * stats.f_frsize, stats.f_bavail * stats.f_frsize
+    text = f"{folder}: {free / 1e9:.3f} of {size / 1e9:.3f} GB free, the loader's workers need {needed / 1e9:.3f} GB"
+    if free >= needed:
+        return Finding("ok", "memory", text)
+    more = f"docker run --shm-size={-(-(size - free + needed) // 2**30)}g"
+    return Finding("bad", "memory", f"{text}; give the container more ({more}), or set data.workers=0")
+
+
+def _disk(recipe: Recipe, rank: int, stage: Stage | None) -> Iterator[Finding]:
+    """Whether the run's directory can be written, and on the first rank whether it holds one checkpoint more."""
+    probe = recipe.run_dir / FOLDER / f".probe-{rank}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as stream:
+            stream.write(os.urandom(PROBE_BYTES))
+            stream.flush()
+            os.fsync(stream.fileno())
+        probe.unlink()
+        stats = os.statvfs(recipe.run_dir)
+    except OSError as error:
+        yield Finding("bad", "disk", f"{error.filename or recipe.run_dir}: {error.strerror}; run_dir must be writable")
+        return
+    free = stats.f_bavail * stats.f_frsize
+    if rank != 0:
+        yield Finding("ok", "disk", f"{recipe.run_dir} can be written")
+        return
+    needed = _checkpoint_bytes(recipe, stage)
+    if needed is None:
+        yield Finding("ok", "disk", f"{recipe.run_dir}: {free / 1e9:.1f} GB free")
+        return
+    text = f"{recipe.run_dir}: {free / 1e9:.1f} GB free, the next checkpoint takes {needed / 1e9:.2f} GB"
+    yield Finding("ok" if free > needed else "bad", "disk", text)
+
+
+def _checkpoint_bytes(recipe: Recipe, stage: Stage | None) -> int | None:
+    """Bytes of the newest checkpoint; before the first those of the trained weights, None where no stage is."""
+    if kept := sorted((recipe.run_dir / "checkpoints").glob("step-*")):
+        return sum(file.stat().st_size for file in kept[-1].iterdir())
+    if stage is None:
+        return None
+    return STATE_BYTES * sum(parameter.numel() for parameter in stage.model.parameters() if parameter.requires_grad)
+
+
+def _shards(recipe: Recipe) -> Iterator[Finding]:
+    """Whether every source's first and last shard have an index that fits, and give their last sample."""
+    for source in recipe.data.sources:
+        try:
+            shards = expand_shards(source.shards)
+            for shard in dict.fromkeys((shards[0], shards[-1])):
+                index = read_index(shard)
+                check_fresh(shard, index.tar_bytes, shard_bytes(shard))
+                for member in index.members(len(index) - 1).values():
+                    read_member(shard, *member)
+        except (UserError, OSError) as error:
+            yield Finding("bad", "shards", str(error))
+        else:
+            yield Finding("ok", "shards", f"{source.name}: {len(shards)}, the first and the last can be read")
+
+
+def _gpu(local_rank: int) -> Iterator[Finding]:
+    """Whether this rank's GPU is there, torch can use it, and it multiplies at a plausible speed."""
+    device = os.environ.get("SPAR_DEVICE")
+    if device == "cpu":
+        yield Finding("absent", "gpu", "its checks are skipped on request (SPAR_DEVICE=cpu)")
+    elif why := why_no_gpu():
+        asked = device == "cuda" or "CUDA_VISIBLE_DEVICES" in os.environ
+        yield Finding("bad" if asked else "absent", "gpu", why)
+    else:
+        yield _probed("gpu", lambda: probe_gpu(local_rank))
+
+
+def _probed(subject: str, probe: Callable[[], str]) -> Finding:
+    try:
+        return Finding("ok", subject, probe())
+    except UserError as error:
+        return Finding("bad", subject, str(error).splitlines()[0])

@@ -1,0 +1,1 @@
+"""Files of a person: what commands write, and JSON that they read."""

@@ -1,0 +1,1 @@
+"""What each layout of a recipe costs."""

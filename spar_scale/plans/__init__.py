@@ -1,1 +1,0 @@
-"""Tables that join the models to `parallel`: which module is cut how."""

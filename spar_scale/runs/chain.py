@@ -1,0 +1,180 @@
+"""The phases of SPAR, each starting from what those before it wrote.
+
+Which phase starts from which stands in the recipes (`init_from`, `model.pretrained`), so asking for one
+phase trains whatever it needs. Switches (dotted key -> value) reach the phases that read them; a run
+directory is named after the switches that had an effect on it, so two studies share what they have in
+common, and a run that is there and finished is not trained again. `steps` and `needed` hand the phases out to be
+run side by side (`processes.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+
+from parallel import checkpoint
+from parallel.errors import UserError
+from spar_scale.config.recipe import Recipe, load_recipe
+from spar_scale.data.commands import make
+from spar_scale.data.shapes_world import World
+from spar_scale.phases import SIZES, named, parents_of, phase_names, phase_of, readers, shards_in
+from spar_scale.runs.processes import Step
+from spar_scale.training.encode import encode
+from spar_scale.training.run_directory import refuse_another
+from spar_scale.training.trainer import train
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+SCENES_PER_S = 1500
+START_S, ENCODING_S = 3.0, 80.0  # of a phase before its first step; of storing what frozen parts make
+STORED = "encoded"
+TEACHER, ENCODER_RATE = "model.pretrained.teacher", "optimizer.groups.encoder"
+_READ_AS = {TEACHER: "model.alignment", ENCODER_RATE: "model.encoder"}  # read where that key is
+Switches = Mapping[str, object]
+NONE: Switches = {}
+COMPARED: tuple[str, Switches] = ("tokenizer_encoder", {"model.encoder": "frozen"})
+"""Phase and switches: what training the vision tower in the tokenizer's last phase is worth."""
+
+
+class Chain:
+    """The phases of one size and seed, under `out`; shards are read from `out/data`.
+
+    Stage 0 is the same for all seeds where `shared` names a directory above for it. `overrides`
+    (`a.b=c`) are laid over the recipes of the later stages. Raises UserError for a size without recipes.
+    """
+
+    def __init__(self, out: Path, size: str, seed: int, shared: Path | None = None, overrides: Sequence[str] = ()):
+        self.folder = RECIPES / SIZES[size]
+        if not (self.folder / "world.yaml").exists():
+            there = [name for name, folder in SIZES.items() if (RECIPES / folder / "world.yaml").exists()]
+            rule = f"there are recipes of size {', '.join(there)}" if there else "it needs a checkout of the project"
+            raise UserError(f"--size {size}: {self.folder} does not exist; {rule}")
+        self.out, self.seed, self.shared = out, seed, shared or out
+        self.phases = [phase for phase in phase_names() if (self.folder / f"{phase}.yaml").exists()]
+        self.overrides = tuple(overrides)
+
+    def is_trained(self, phase: str, switches: Switches = NONE) -> bool:
+        """Whether the run of a phase is there and finished; one of another recipe is refused."""
+        recipe = self.recipe(phase, switches)
+        refuse_another(recipe.run_dir / "recipe.yaml", recipe)
+        return _finished(recipe.run_dir, recipe.train.steps)
+
+    def steps(self) -> list[Step]:
+        """All phases as steps for `processes.run_steps`; the shards are made by a step `data`.
+
+        A step `encoded` stores what the frozen parts of the last phases, which take most of the time, make of
+        the samples; one more, `COMPARED`, is a phase under a switch, to be compared with the one without.
+        """
+        steps = [self._step(phase) for phase in self.phases]
+        stored = [phase for phase in self.phases if named(phase).reads_stored_values_in_chain]
+        first = self.phases.index(stored[0]) if stored else len(steps)
+        encoding = [self._encoding(phase) for phase in stored[:1]]
+        return [*steps[:first], *encoding, self._step(*COMPARED), *steps[first:]]
+
+    def _encoding(self, phase: str) -> Step:
+        recipe = self._on_stored(self.recipe(phase))
+        frozen = self._plain(phase).model_copy(update={"init_from": None})  # the parent's weights train: not stored
+        after = ("data", *parents_of(frozen))
+        return Step(STORED, self.out / STORED, functools.partial(encode, recipe), after, seconds=ENCODING_S)
+
+    def _on_stored(self, recipe: Recipe) -> Recipe:
+        data = recipe.data.model_copy(update={"encoded": os.path.relpath(self.out / STORED, recipe.run_dir)})
+        return recipe.model_copy(update={"data": data})
+
+    def needed(self, phase: str, switches: Switches = NONE) -> list[Step]:
+        """A phase under switches as the last step, before it all that it starts from; nothing is stored for it."""
+        before = {step.name: step for parent in self.parents(phase) for step in self.needed(parent, switches)}
+        return [*before.values(), self._step(phase, switches, stored=False)]
+
+    def _step(self, phase: str, switches: Switches = NONE, stored: bool = True) -> Step:
+        recipe = self.recipe(phase, switches)
+        after = ["data", *(self._name(parent, switches) for parent in self.parents(phase))]
+        if stored and named(phase).reads_stored_values_in_chain:
+            recipe = self._on_stored(recipe)
+            after.append(STORED)
+        return Step(
+            self._name(phase, switches),
+            recipe.run_dir,
+            work=functools.partial(train, recipe),
+            after=tuple(after),
+            seconds=START_S + recipe.train.steps * recipe.global_batch / named(phase).samples_per_s,
+            finished=functools.partial(self.is_trained, phase, switches),
+        )
+
+    def _name(self, phase: str, switches: Switches) -> str:
+        return str(self.run_dir(phase, switches).relative_to(self.shared))
+
+    def run_dir(self, phase: str, switches: Switches = NONE) -> Path:
+        """The run directory of a phase under switches."""
+        effective = sorted(self._effective(phase, switches))
+        marks = [f"{key.rpartition('.')[2]}={str(value).strip('./').replace('/', '+')}" for key, value in effective]
+        root = self.shared if named(phase).is_stand_in else self.out
+        return root / ",".join([phase, *marks])
+
+    def parents(self, phase: str) -> list[str]:
+        """The phases that one starts from."""
+        return parents_of(self._plain(phase))
+
+    def recipe(self, phase: str, switches: Switches = NONE) -> Recipe:
+        """The recipe of a phase under switches: its run directory, shards, and what it starts from in their places."""
+        plain, run_dir = self._plain(phase), self.run_dir(phase, switches)
+
+        def beside(reference: str) -> str:
+            parent, *inside = PurePath(reference).parts[1:]
+            return os.path.join(os.path.relpath(self.run_dir(parent, switches), run_dir), *inside)
+
+        changes = [] if named(phase).is_stand_in else [*self.overrides]
+        for key, value in sorted(_own(plain, switches)):
+            placed = beside(str(value)) if key == TEACHER else json.dumps(value)
+            changes.append(f"{key}={placed}")
+        changes.append(f"run_dir={run_dir}")
+        if self.shared == self.out or not named(phase).is_stand_in:
+            changes.append(f"seed={self.seed}")
+        if plain.init_from:
+            changes.append(f"init_from={beside(plain.init_from)}")
+        changes += [f"model.pretrained.{part}={beside(where)}" for part, where in plain.model.pretrained.items()]
+        changes += shards_in(plain, self.shared / "data")
+        return load_recipe(self.folder / f"{phase}.yaml", changes)
+
+    def _plain(self, phase: str) -> Recipe:
+        return _load(self.folder / f"{phase}.yaml")
+
+    def _effective(self, phase: str, switches: Switches) -> set[tuple[str, object]]:
+        """The switches that this phase reads, or one that it starts from."""
+        inherited = (self._effective(parent, switches) for parent in self.parents(phase))
+        return _own(self._plain(phase), switches).union(*inherited)
+
+
+def data_step(world: World, out: Path) -> Step:
+    """The step `data`: a world's shards in `out/data`."""
+    samples = world.scenes + world.heldout + world.edits
+    return Step("data", out / "data", functools.partial(make, world, out / "data"), seconds=1 + samples / SCENES_PER_S)
+
+
+@functools.cache
+def _load(path: Path) -> Recipe:
+    return load_recipe(path)
+
+
+def _own(recipe: Recipe, switches: Switches) -> set[tuple[str, object]]:
+    """The switches that the phase of a recipe reads; a phase that stands in for published weights has none."""
+    phase, optional = phase_of(recipe), readers()
+    if phase.is_stand_in:
+        return set()
+
+    def is_read(key: str) -> bool:
+        return key not in optional or key in phase.optional_keys
+
+    return {(key, value) for key, value in switches.items() if is_read(_READ_AS.get(key, key))}
+
+
+def _finished(run_dir: Path, steps: int) -> bool:
+    """Whether a run has its last checkpoint, and what it publishes, which is written after it."""
+    root = run_dir / "checkpoints"
+    found = checkpoint.find(root) if root.is_dir() else None
+    publishes = named(run_dir.name.partition(",")[0]).publishes is not None
+    return (
+        found is not None and found.name == f"step-{steps:08d}" and (not publishes or (run_dir / "pretrained").is_dir())
+    )

@@ -1,0 +1,1 @@
+"""How the models are cut over tensor ranks, and what their layers cost."""
