@@ -1,4 +1,4 @@
-"""Directions of imports, read from the source: recipes -> spar_scale -> parallel, one order of folders, light starts."""
+"""Directions of imports, read from the source: spar_scale -> parallel, one order of folders, light starts."""
 
 import ast
 from pathlib import Path

@@ -285,7 +285,7 @@ def test_the_table_in_the_readme_is_that_of_the_declarations():
 def test_a_recipe_is_checked_without_a_model_library():
     heavy = ("torch", "numpy", "diffusers", "transformers", "deepspeed")
     program = (
-        "import sys; from spar_scale import phases, recipe\n"
+        "import sys; from spar_scale import phases; from spar_scale.config import recipe\n"
         "recipe.load_recipe('recipes/tiny/instruct.yaml')\n"
         f"print(*phases.phase_names(), *(name for name in {heavy!r} if name in sys.modules))"
     )
