@@ -102,7 +102,7 @@ class Topology:
         return self.stage == self.layout.pipeline - 1
 
     @property
-    def speaks(self) -> bool:
+    def reports_metrics(self) -> bool:
         """Whether this rank's metrics count: last pipeline stage, first tensor rank."""
         return self.is_last_stage and self.tensor_rank == 0
 

@@ -182,7 +182,7 @@ def train(engine: Any, first: int, steps: int, poisoned: tuple[int, ...] = (), l
     for step in range(first, first + steps):
         batches = micro_batches(step, topology.data_rank, topology.data_size, MICRO_BATCH, step in poisoned)
         record = engine.step(batches, lr)
-        terms = topology.sum(record.terms if topology.speaks else torch.zeros_like(record.terms))
+        terms = topology.sum(record.terms if topology.reports_metrics else torch.zeros_like(record.terms))
         loss = sum(c * float(t) for c, t in zip(TERMS.values(), terms, strict=True))
         records.append((loss, float(record.grad_norm), record.skipped))
     return records

@@ -87,5 +87,5 @@ def killed(code: int) -> str:
     """What to say of a process whose exit code is a signal's, negative."""
     return (
         f"its process was ended by {signal.Signals(-code).name}; where memory has run out,"
-        " --jobs 1 needs half of it. The same command goes on from here"
+        " --jobs 1 needs half of it. The same command resumes from here"
     )

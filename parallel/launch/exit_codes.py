@@ -6,9 +6,9 @@ DEFECT = 1
 REFUSED = 2
 """The recipe, the data or the disk must be mended first: the same command would be refused again."""
 LOST = 75
-"""Ended for another rank's sake (EX_TEMPFAIL of sysexits.h): the same command goes on from the newest checkpoint."""
+"""Ended for another rank's sake (EX_TEMPFAIL of sysexits.h): the same command resumes from the newest checkpoint."""
 STOPPED = 85
-"""Asked to stop, and has saved (Linux's ERESTART): the same command goes on from there."""
+"""Asked to stop, and has saved (Linux's ERESTART): the same command resumes from there."""
 INTERRUPTED = 130
 SIGNALLED = 128
 """To this shells add the number of the signal that ended a process."""

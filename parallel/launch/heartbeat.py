@@ -106,12 +106,14 @@ class Heartbeat:
             ours: Any = distributed_c10d._get_default_store()
             self._store = ours.clone()  # a connection of its own: the run's may stand in a wait
             self._store.set_timeout(datetime.timedelta(seconds=self._timeout_s))
-            self._store.set(f"{self._key}/{self._rank}", self._say(0))
+            self._store.set(f"{self._key}/{self._rank}", self._encode_beat(0))
             if self._rank == 0:
                 self._store.set(f"{self._key}/verdict", "{}")
             mine = f"rank {self._rank} (host {socket.gethostname()}, pid {os.getpid()})"
             self._names: list[str] = self._topology.gather(mine)  # and now the store has a word of every rank
-            self._threads += [threading.Thread(target=body, daemon=True) for body in (self._talk, self._watch)]
+            self._threads += [
+                threading.Thread(target=body, daemon=True) for body in (self._exchange_beats, self._watch)
+            ]
         for thread in self._threads:
             thread.start()
         return self
@@ -128,17 +130,17 @@ class Heartbeat:
 
     # -- talking ----------------------------------------------------------------------------------
 
-    def _say(self, number: int) -> str:
-        beat = Beat(self.place, _begun(), self._left, self._follows)
+    def _encode_beat(self, number: int) -> str:
+        beat = Beat(self.place, _collectives_begun(), self._left, self._follows)
         return json.dumps([number, dataclasses.asdict(beat)])
 
-    def _talk(self) -> None:
+    def _exchange_beats(self) -> None:
         """Say and read; a store that is gone is left to the watcher, who hears nothing any more."""
         keys = [f"{self._key}/{who}" for who in (*self._watched, "verdict")]
         with contextlib.suppress(RuntimeError):
             for number in itertools.count(1):
                 last = self._stop.is_set()
-                self._store.set(f"{self._key}/{self._rank}", self._say(number))
+                self._store.set(f"{self._key}/{self._rank}", self._encode_beat(number))
                 if self._rank == 0 and self._verdict:
                     self._store.set(keys[-1], json.dumps(self._verdict))
                 if last:
@@ -161,7 +163,7 @@ class Heartbeat:
             places = self._places
             if waited_s > self._timeout_s + PATIENCE_S:
                 where = f"rank {self._rank} (host {socket.gethostname()}, pid {os.getpid()})"
-                ends = "This run ends; the same command goes on from its newest checkpoint"
+                ends = "This run ends; the same command resumes from its newest checkpoint"
                 print(f"{where} is at {self._place}, for {waited_s:.0f} s. {ends}", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(file=2, all_threads=True)
                 os._exit(LOST)
@@ -178,7 +180,7 @@ class Heartbeat:
             heard = {rank: text for rank, text in self._words.items() if text != words.get(rank)}
             words = self._words
             if self._rank == 0 or self._left:
-                heard[self._rank] = self._say(0)
+                heard[self._rank] = self._encode_beat(0)
             for rank, text in heard.items():
                 beat = Beat(**json.loads(text)[1])
                 moved = rank not in seen or seen[rank].beat != beat
@@ -186,7 +188,7 @@ class Heartbeat:
             unanswered_s = now_s - answered_s
             if unanswered_s > (self._timeout_s if self._left is None else PATIENCE_S):
                 store = "as was the store where the ranks meet, which it or its launcher holds"
-                self._verdict = self._verdict or {0: f"was last heard of {unanswered_s:.0f} s ago, {store}"}
+                self._verdict = self._verdict or {0: f"sent its last heartbeat {unanswered_s:.0f} s ago, {store}"}
             self._verdict = self._verdict or judge(seen, now_s, self._timeout_s, knows_all=self._rank == 0)
             if self._verdict:
                 self._end(self._verdict)
@@ -196,7 +198,7 @@ class Heartbeat:
         """Say who is to blame, and end the process, unless it is ending by itself."""
         leaving = self._left is not None
         told = "; ".join(f"{self._names[rank]} {text}" for rank, text in sorted(verdict.items()))
-        ends = "This run ends; the same command goes on from its newest checkpoint"
+        ends = "This run ends; the same command resumes from its newest checkpoint"
         print(f"rank {self._rank}: {told}. {ends}", file=sys.stderr, flush=True)
         if self._rank in verdict and not leaving:
             faulthandler.dump_traceback(file=2, all_threads=True)
@@ -216,7 +218,9 @@ def judge(seen: Mapping[int, Seen], now_s: float, timeout_s: float, knows_all: b
     running = {rank: one for rank, one in seen.items() if one.beat.left is None}
     limit_s = PATIENCE_S if failed else timeout_s
     if silent := {rank: one for rank, one in running.items() if now_s - one.heard_s > limit_s}:
-        return {r: f"was last heard of {now_s - s.heard_s:.0f} s ago at {s.beat.place}" for r, s in silent.items()}
+        return {
+            r: f"sent its last heartbeat {now_s - s.heard_s:.0f} s ago at {s.beat.place}" for r, s in silent.items()
+        }
     late = set(_late(running, now_s, timeout_s)) if knows_all else set()
     if not late and any(now_s - one.moved_s > limit_s for one in failed.values()):
         origins = {rank: one.beat for rank, one in failed.items() if not one.beat.follows}
@@ -224,7 +228,7 @@ def judge(seen: Mapping[int, Seen], now_s: float, timeout_s: float, knows_all: b
             return {rank: f"failed at {beat.place}: {beat.left}" for rank, beat in origins.items()}
         late = set(running) if knows_all else set()
     return {
-        rank: f"is alive but has stood at {running[rank].beat.place} for {now_s - running[rank].moved_s:.0f} s"
+        rank: f"is alive but has been at {running[rank].beat.place} for {now_s - running[rank].moved_s:.0f} s"
         for rank in late
     }
 
@@ -240,7 +244,7 @@ def _late(running: Mapping[int, Seen], now_s: float, timeout_s: float) -> set[in
     return behind - ahead if waits else set()
 
 
-def _begun() -> dict[str, int]:
+def _collectives_begun() -> dict[str, int]:
     """Collectives that this rank has begun, by group; not in the default one, where a pipeline sends unequally much."""
     groups: list[Any] = [group for group in list(distributed_c10d._world.pg_map) if group is not dist.group.WORLD]
     return {distributed_c10d._world.pg_names[group]: group._get_sequence_number_for_group() for group in groups}

@@ -12,7 +12,7 @@ from spar_scale.cli import commands as do
 
 Command = Callable[[argparse.Namespace], int]
 _OVERRIDE = (
-    "value laid over the file's: as it stands where the key has a text (quotes around it are taken off), else YAML"
+    "value that replaces the file's: as it stands where the key has a text (quotes around it are taken off), else YAML"
 )
 
 
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_argument("recipe", type=Path, help="recipe file (YAML) with data.encoded, the directory to write")
     _overrides(encode)
 
-    checkpoint = commands.add_parser("checkpoint", help="look at and check checkpoints").add_subparsers(
+    checkpoint = commands.add_parser("checkpoint", help="inspect and verify checkpoints").add_subparsers(
         metavar="COMMAND", required=True
     )
     inspect = _command(checkpoint, "inspect", do.inspect)
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify = _command(checkpoint, "verify", do.verify)
     verify.add_argument("path", type=Path, help="checkpoint or run directory")
 
-    track = commands.add_parser("track", help="what MLflow is told").add_subparsers(metavar="COMMAND", required=True)
+    track = commands.add_parser("track", help="send metrics to MLflow").add_subparsers(metavar="COMMAND", required=True)
     sent = _command(track, "sync", do.track_sync)
     sent.add_argument("path", type=Path, help="run directory, or the directory that holds them")
     sent.add_argument("--uri", help="server or database to send it to (default: the recipe's tracking.uri)")

@@ -44,9 +44,9 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.rehearse_rank is not None:
         from spar_scale.planning.rehearsal import rehearse
 
-        return _say(rehearse(recipe, arguments.gpus, arguments.rehearse_rank))
+        return _print_text(rehearse(recipe, arguments.gpus, arguments.rehearse_rank))
     found = plan(recipe, arguments.gpus, arguments.gpu)
-    return _say(found.json() if arguments.json else found.text())
+    return _print_text(found.json() if arguments.json else found.text())
 
 
 def make(arguments: argparse.Namespace) -> int:
@@ -71,7 +71,7 @@ def import_data(arguments: argparse.Namespace) -> int:
     """Write pictures and captions of your own as shards."""
     from spar_scale.data.importing import import_folder
 
-    return _say(import_folder(arguments.folder, arguments.out, arguments.size, arguments.check_words))
+    return _print_text(import_folder(arguments.folder, arguments.out, arguments.size, arguments.check_words))
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -89,28 +89,28 @@ def encode(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from spar_scale.training.encode import encode
 
-    return _say(encode(recipe))
+    return _print_text(encode(recipe))
 
 
 def inspect(arguments: argparse.Namespace) -> int:
     """Print what a checkpoint holds."""
     from parallel.checkpoint import inspect
 
-    return _say(inspect(arguments.path))
+    return _print_text(inspect(arguments.path))
 
 
 def verify(arguments: argparse.Namespace) -> int:
     """Compare every file with the manifest."""
     from parallel.checkpoint import verify
 
-    return _say(verify(arguments.path))
+    return _print_text(verify(arguments.path))
 
 
 def track_sync(arguments: argparse.Namespace) -> int:
     """Send MLflow what it lacks of a run, or of all runs of a directory."""
     from spar_scale.training.mlflow_sync import sync
 
-    return _say(sync(arguments.path, arguments.uri))
+    return _print_text(sync(arguments.path, arguments.uri))
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -145,7 +145,7 @@ def cluster_submit(arguments: argparse.Namespace) -> int:
     """Submit every phase of a folder of recipes, each as a job that waits for those it starts from."""
     from spar_scale.cluster.submit import submit
 
-    return _say(submit(arguments.folder, arguments.root, arguments.options, arguments.dry_run))
+    return _print_text(submit(arguments.folder, arguments.root, arguments.options, arguments.dry_run))
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -155,7 +155,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
         run(arguments.out, arguments.size, arguments.seed, arguments.jobs)
     except KeyboardInterrupt:
-        print("stopped; the same command again goes on from here", file=sys.stderr)
+        print("stopped; the same command again resumes from here", file=sys.stderr)
         raise
     return 0
 
@@ -165,7 +165,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from spar_scale.evaluation.evaluate import QUICK, Counts, evaluate
 
     scores = evaluate(arguments.run_dir, QUICK if arguments.quick else Counts())
-    return _say("\n".join(f"{name:42} {value:g}" for name, value in scores.items()))
+    return _print_text("\n".join(f"{name:42} {value:g}" for name, value in scores.items()))
 
 
 def ablate(arguments: argparse.Namespace) -> int:
@@ -173,31 +173,35 @@ def ablate(arguments: argparse.Namespace) -> int:
     from spar_scale.runs.ablation import ablate
 
     seeds = range(arguments.seeds)
-    return _say(ablate(arguments.out, arguments.size, seeds, arguments.rows, arguments.overrides, arguments.jobs))
+    return _print_text(
+        ablate(arguments.out, arguments.size, seeds, arguments.rows, arguments.overrides, arguments.jobs)
+    )
 
 
 def report(arguments: argparse.Namespace) -> int:
     """Write the report of a trained chain, one HTML file."""
     from spar_scale.evaluation.report import write_report
 
-    return _say(str(write_report(arguments.run_dir)))
+    return _print_text(str(write_report(arguments.run_dir)))
 
 
 def generate(arguments: argparse.Namespace) -> int:
     """Draw a picture from words."""
     from spar_scale.inference.commands import generate
 
-    return _say(generate(arguments.run_dir, arguments.prompt, arguments.out, _wishes(arguments)))
+    return _print_text(generate(arguments.run_dir, arguments.prompt, arguments.out, _sampling_options(arguments)))
 
 
 def edit(arguments: argparse.Namespace) -> int:
     """Change a picture as an instruction says."""
     from spar_scale.inference.commands import edit
 
-    return _say(edit(arguments.run_dir, arguments.image, arguments.instruction, arguments.out, _wishes(arguments)))
+    return _print_text(
+        edit(arguments.run_dir, arguments.image, arguments.instruction, arguments.out, _sampling_options(arguments))
+    )
 
 
-def _wishes(arguments: argparse.Namespace):
+def _sampling_options(arguments: argparse.Namespace):
     from spar_scale.inference.commands import SamplingOptions
 
     return SamplingOptions(arguments.seed, arguments.number, arguments.steps, arguments.guidance)
@@ -207,23 +211,23 @@ def routes(arguments: argparse.Namespace) -> int:
     """Show which layers of the language model each token takes."""
     from spar_scale.inference.commands import routes
 
-    return _say(routes(arguments.run_dir, arguments.prompt, arguments.out, arguments.image))
+    return _print_text(routes(arguments.run_dir, arguments.prompt, arguments.out, arguments.image))
 
 
 def reconstruct(arguments: argparse.Namespace) -> int:
     """Pass an image through a trained tokenizer."""
     from spar_scale.inference.commands import reconstruct
 
-    return _say(reconstruct(arguments.run_dir, arguments.image, arguments.out))
+    return _print_text(reconstruct(arguments.run_dir, arguments.image, arguments.out))
 
 
 def ask(arguments: argparse.Namespace) -> int:
     """Answer a question about an image."""
     from spar_scale.inference.ask import ask
 
-    return _say(ask(arguments.run_dir, arguments.image, arguments.question))
+    return _print_text(ask(arguments.run_dir, arguments.image, arguments.question))
 
 
-def _say(text: str) -> int:
+def _print_text(text: str) -> int:
     print(text)
     return 0

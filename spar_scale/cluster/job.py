@@ -85,7 +85,7 @@ def run_job(recipe_file: Path, overrides: Sequence[str]) -> int:
     """Train a recipe on the nodes of this job; return its exit code. Raises UserError for a recipe that is refused."""
     recipe, job, signals = load_recipe(recipe_file, list(overrides)), Job.of_environment(), Signals()
     attempts = Attempts(recipe.run_dir)
-    _say(f"job {job.id}, attempt {job.restarts + 1} on {job.nodes} node(s), from step {attempts.step()}")
+    _announce(f"job {job.id}, attempt {job.restarts + 1} on {job.nodes} node(s), from step {attempts.step()}")
     words = [str(recipe_file), *overrides]
     code, unfit = _preflight(recipe, job, words, signals)
     if code == DONE and not signals.warned:
@@ -118,7 +118,7 @@ def _preflight(recipe: Recipe, job: Job, words: Sequence[str], signals: Signals)
     hosts = slurm.ask("scontrol", "show", "hostnames").split()
     found = bad_nodes(recipe.run_dir, hosts)
     for host, text in found.items():
-        _say(f"{host} is not fit: {text}")
+        _announce(f"{host} is not fit: {text}")
     if found:
         job.note(f"not fit: {', '.join(found)}")
     return (REFUSED, []) if len(found) == len(hosts) else (DEFECT, list(found))
@@ -128,24 +128,24 @@ def _conclude(job: Job, attempts: Attempts, signals: Signals, code: int, unfit: 
     """What becomes of the job, by how its attempt ended."""
     step = attempts.step()
     if code == DONE:
-        _say(f"done, at step {step}")
+        _announce(f"done, at step {step}")
         return DONE
     if signals.ended or not job.is_running():
-        _say(f"ended by SLURM, which decides whether it goes on; the newest checkpoint is of step {step}")
+        _announce(f"ended by SLURM, which decides whether it is requeued; the newest checkpoint is of step {step}")
         return STOPPED
     if code == REFUSED:
-        _say("refused, for the reason above; the same job would be refused again")
+        _announce("refused, for the reason above; the same job would be refused again")
         return REFUSED
     if attempts.fruitless() >= FRUITLESS:
         told = f"{FRUITLESS} attempts have brought no new checkpoint"
-        _say(f"{told} (exit code {code}): mend what stands above, then submit it again; it stops here")
+        _announce(f"{told} (exit code {code}): correct what is reported above, then submit it again; the job ends here")
         return DEFECT
     without = f", without {', '.join(unfit)}" if unfit else ""
-    _say(f"ended with exit code {code}; goes on from step {step} when nodes are free{without}")
+    _announce(f"ended with exit code {code}; resumes from step {step} when nodes are free{without}")
     try:
         job.requeue(unfit)
     except UserError as error:
-        _say(f"cannot be queued anew: {error}; submit it again and it goes on from step {step}")
+        _announce(f"cannot be requeued: {error}; submit it again and it resumes from step {step}")
         return code
     until = time.monotonic() + ENDING_S
     while not signals.ended and time.monotonic() < until:
@@ -153,5 +153,5 @@ def _conclude(job: Job, attempts: Attempts, signals: Signals, code: int, unfit: 
     return code
 
 
-def _say(text: str) -> None:
+def _announce(text: str) -> None:
     print(f"spar-scale: {text}", flush=True)

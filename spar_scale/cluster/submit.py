@@ -86,10 +86,10 @@ def submit(folder: Path, root: Path, options: Sequence[str], dry_run: bool) -> s
             slurm.ask("scancel", *numbers.values())
             print(f"cancelled what was submitted before: {', '.join(numbers.values())}", file=sys.stderr)
         raise
-    return _told(numbers, root)
+    return _summary(numbers, root)
 
 
-def _told(numbers: Mapping[str, str], root: Path) -> str:
+def _summary(numbers: Mapping[str, str], root: Path) -> str:
     jobs = "\n".join(f"{number:>10}  {name}" for name, number in numbers.items())
     listed = ",".join(numbers.values())
     return (

@@ -108,7 +108,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != f"{_TAG}str":
                 raise yaml.MarkedYAMLError(None, None, "a key must be plain text", key_node.start_mark)
             if key_node.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"the key '{key_node.value}' stands twice", key_node.start_mark)
+                raise yaml.MarkedYAMLError(None, None, f"the key '{key_node.value}' appears twice", key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 

@@ -301,7 +301,7 @@ class _MicroBatches(Dataset):
                 values = task.fill(members, self.spec, draws)
             else:
                 assert isinstance(task, Conditioned)
-                values = task.said(members, self.spec, draws)
+                values = task.prompt_slots(members, self.spec, draws)
                 opened.encoded.fill(stored, slot, place.member, values["tokens"][values["keep"] > 0])
         except BadSample as error:
             source, key = self.order.sources[place.source].name, opened.index.keys[place.member]

@@ -267,7 +267,7 @@ def _check(index: ShardIndex, samples: int) -> None:
     if not len(index.keys) == len(set(index.keys)) == samples == len(first) - 1:
         raise ValueError(f"{len(set(index.keys))} keys and {len(first) - 1} rows for {samples} samples")
     if len(set(index.extensions)) != extensions:
-        raise ValueError("an extension stands twice")
+        raise ValueError("an extension appears twice")
     if not len(index.extension) == len(index.size) == len(index.header_crc) == members:
         raise ValueError("its columns differ in length")
     if first[0] != 0 or first[-1] != members or (first[1:] <= first[:-1]).any():
@@ -279,7 +279,7 @@ def _check(index: ShardIndex, samples: int) -> None:
         raise ValueError(f"a member lies outside of the {index.tar_bytes} bytes of the tar")
     places = np.repeat(np.arange(samples), np.diff(first)) * extensions + index.extension
     if len(np.unique(places)) != members:
-        raise ValueError("an extension of a sample stands twice")
+        raise ValueError("an extension of a sample appears twice")
 
 
 def _mend(shard: str) -> str:

@@ -99,7 +99,7 @@ def _add(shard: str, stream: IO[bytes], member: tarfile.TarInfo, found: Scan) ->
             f"{shard}: key '{_shown(key)}' comes back after another key; the members of a sample stand together"
         )
     if (other := found.latest.get(extension)) is not None:
-        raise UserError(f"{shard}: {_twice(other, member.name)}; each extension of a key stands once")
+        raise UserError(f"{shard}: {_twice(other, member.name)}; each extension of a key appears once")
     found.latest[extension] = member.name
     sample = found.keys.setdefault(key, len(found.keys))
     column = found.extensions.setdefault(extension, len(found.extensions))

@@ -120,8 +120,8 @@ def _language(
         return spec.task_tokens[name] + (0 if picture is None else spec.image_tokens)
 
     def fill(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
-        said = _said(members)
-        prompt = _worded(lambda: make(said, draws("words"), spec.image_tokens))
+        said = _json_record(members)
+        prompt = _as_bad_sample(lambda: make(said, draws("words"), spec.image_tokens))
         length, limit = len(prompt.tokens), longest(spec)
         if length > limit:
             raise BadSample(f"{length} tokens; at most {limit} are read")
@@ -131,7 +131,7 @@ def _language(
         arrays["patches"][:] = UNKNOWN
         if picture is not None:
             scene = said.get(f"{picture.replace('.', '_')}scene")
-            arrays["patches"] = _worded(lambda: shown_patches(scene, spec.image_size, spec.image_tokens))
+            arrays["patches"] = _as_bad_sample(lambda: shown_patches(scene, spec.image_size, spec.image_tokens))
             image = decode(members.first(f"{picture}{extension}" for extension in EXTENSIONS))
             arrays["images"] = square(image, spec.image_size, along=0.5, mirrored=False)
         return arrays
@@ -139,7 +139,7 @@ def _language(
     return Task(lambda spec: _language_slots(spec, longest(spec)), fill)
 
 
-def _worded(make: Callable[[], Value]) -> Value:
+def _as_bad_sample(make: Callable[[], Value]) -> Value:
     """What `make` words; whatever is wrong with what it reads is the sample's fault."""
     try:
         return make()
@@ -154,7 +154,7 @@ def _load_json(members: Members) -> Any:
         raise BadSample(f"its json cannot be read ({error})") from None
 
 
-def _said(members: Members) -> Mapping[str, Any]:
+def _json_record(members: Members) -> Mapping[str, Any]:
     said = _load_json(members)
     if not isinstance(said, dict):
         raise BadSample(f"its json holds {type(said).__name__}, not an object")
@@ -193,9 +193,9 @@ class Conditioned:
 
     def fill(self, members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
         """The prompt and the pictures."""
-        return {**self.said(members, spec, draws), "images": self.pictures(members, spec)}
+        return {**self.prompt_slots(members, spec, draws), "images": self.pictures(members, spec)}
 
-    def said(self, members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
+    def prompt_slots(self, members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
         """`tokens` and `keep` of the prompt that the draws choose; a dropped caption leaves the bare instruction."""
         texts, chosen = self.texts(members), draws("words").random()
         dropped = draws("caption_drop").random() < spec.caption_dropout
@@ -220,7 +220,7 @@ class Conditioned:
         return np.stack([square(decode(picture), spec.image_size, along=0.5, mirrored=False) for picture in data])
 
     def _tokens(self, text: str, spec: SampleSpec) -> np.ndarray:
-        tokens = _worded(lambda: self.prompt(text, spec)).tokens
+        tokens = _as_bad_sample(lambda: self.prompt(text, spec)).tokens
         if len(tokens) > self.length(spec):
             raise BadSample(f"{len(tokens)} tokens; at most {self.length(spec)} are read")
         return np.array(tokens, np.int64)

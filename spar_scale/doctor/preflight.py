@@ -83,7 +83,7 @@ def bad_nodes(run_dir: Path, hosts: Sequence[str]) -> dict[str, str]:
             bad = [one for one in found if one.state == "bad" and (one.subject == TOGETHER) == shared]
             faults.setdefault(content["host"], []).extend(f"{one.subject}: {one.text}" for one in bad)
     for host in hosts:
-        own.setdefault(host, ["said nothing: it has died or hangs"])
+        own.setdefault(host, ["wrote no findings: it died or hangs"])
     faults = own if any(own.values()) else common
     return {host: "; ".join(dict.fromkeys(faults[host])) for host in hosts if faults.get(host)}
 

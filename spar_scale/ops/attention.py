@@ -92,7 +92,7 @@ def resolve(
     if packed and not _takes_packed(backend, device):
         reason += f"; packed input is padded to a masked dense batch, since {backend} has no kernel for it on {device}"
     kind = ", masked" * masked + ", packed" * packed
-    _say_once(f"attention on {device} in {str(dtype).removeprefix('torch.')}{kind}: {backend} ({reason})")
+    _log_once(f"attention on {device} in {str(dtype).removeprefix('torch.')}{kind}: {backend} ({reason})")
     return backend, reason
 
 
@@ -194,7 +194,7 @@ def _varlen(
 
 
 @functools.cache
-def _say_once(line: str) -> None:
+def _log_once(line: str) -> None:
     _log.info(line)
 
 

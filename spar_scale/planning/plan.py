@@ -64,7 +64,7 @@ def plan(recipe: Recipe, gpus: int, gpu: str) -> Plan:
     """Work out all layouts of `gpus` GPUs; UserError for an unknown GPU or a recipe that no stage can be built of."""
     machine = find_gpu(gpu)
     counted = {1: count(recipe, 1)}
-    estimates = [_look(recipe, layout, gpus, machine, counted) for layout in layouts(gpus, machine)]
+    estimates = [_estimate(recipe, layout, gpus, machine, counted) for layout in layouts(gpus, machine)]
     estimates.sort(key=lambda found: (found.refused is not None, found.step_s, found.memory_bytes))
     return Plan(recipe, machine, gpus, estimates, _flops(recipe, counted[1], gpus))
 
@@ -113,7 +113,9 @@ def _laid_out(group: dict[str, Any]) -> list[Any]:
     return sorted(group["params"], key=lambda parameter: parameter.size(), reverse=True)
 
 
-def _look(recipe: Recipe, layout: Layout, gpus: int, machine: Machine, counted: dict[int, Counted]) -> LayoutEstimate:
+def _estimate(
+    recipe: Recipe, layout: Layout, gpus: int, machine: Machine, counted: dict[int, Counted]
+) -> LayoutEstimate:
     size = layout.tensor * layout.pipeline
     data_size, parallel = gpus // size, recipe.parallel
     try:

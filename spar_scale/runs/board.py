@@ -33,7 +33,7 @@ class Board:
         elif note:
             print(f"{name} step {done}/{steps}  {note}  [{self._whole}]", file=sys.stderr, flush=True)
 
-    def say(self, name: str, text: str) -> None:
+    def write_line(self, name: str, text: str) -> None:
         """A line of a step's own."""
         if self._bars is None:
             print(f"{name}: {text}", file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ from spar_scale.phases import phase_names
 from spar_scale.runs.board import clock
 from spar_scale.runs.chain import COMPARED, STORED, Chain, data_step
 from spar_scale.runs.processes import Step, available_cores, import_before_forks, run_steps, threads
-from spar_scale.runs.spending import Spending, spent
+from spar_scale.runs.spending import Spending, read_spending
 from spar_scale.training.mlflow_sync import log_artifacts
 
 PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "webdataset", "numpy", "pillow", "pydantic")
@@ -64,7 +64,7 @@ def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
         log_artifacts(out, [report, out / SCORES, *sorted((out / EVALUATION).glob("*.png"))])
     for name, value in read_scores(out).items():
         print(f"{name:42} {value}")
-    total, wall = _core_seconds(steps)["core_seconds.total"], clock(spent(out).wall_seconds)
+    total, wall = _core_seconds(steps)["core_seconds.total"], clock(read_spending(out).wall_seconds)
     print(f"{total:.0f} core-seconds of training; {wall} for all, with scores and report\n{report}")
 
 
@@ -74,7 +74,7 @@ def steps_of(chain: Chain, size: str) -> list[Step]:
     scored = out / "evaluation"
 
     def is_scored() -> bool:
-        return spent(scored).finished and (out / SCORES).exists()
+        return read_spending(scored).finished and (out / SCORES).exists()
 
     trained = chain.steps()
     after = tuple(step.name for step in trained)
@@ -102,14 +102,16 @@ def _account(chain: Chain, size: str, jobs: int, steps: Sequence[Step]) -> dict[
         "machine": f"{platform.system()} {platform.machine()}, {available_cores()} cores",
         "threads": threads(jobs),
         "versions": {"python": platform.python_version(), **_versions()},
-        "wall_seconds": spent(chain.out).wall_seconds,
-        "phases": {step.name: {"steps": trained.get(step.name, 0), **asdict(spent(step.folder))} for step in steps},
+        "wall_seconds": read_spending(chain.out).wall_seconds,
+        "phases": {
+            step.name: {"steps": trained.get(step.name, 0), **asdict(read_spending(step.folder))} for step in steps
+        },
     }
 
 
 def _core_seconds(steps: Sequence[Step]) -> dict[str, float]:
     """Core-seconds of each step and of everything that training needs: no score, nothing that is only compared with."""
-    costs = {step.name: spent(step.folder).core_seconds for step in steps if step.name != EVALUATION}
+    costs = {step.name: read_spending(step.folder).core_seconds for step in steps if step.name != EVALUATION}
     costs["total"] = round(sum(costs[name] for name in costs if name in ("data", STORED, *phase_names())), 2)
     return {f"core_seconds.{name}": value for name, value in costs.items()}
 

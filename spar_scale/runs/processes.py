@@ -35,9 +35,9 @@ from parallel.launch.children import (
     stop,
 )
 from spar_scale.runs.board import Board, clock
-from spar_scale.runs.spending import Spending, spent, unfinish
+from spar_scale.runs.spending import Spending, read_spending, unfinish
 from spar_scale.training.mlflow_store import load_mlflow
-from spar_scale.training.progress import told_to
+from spar_scale.training.progress import progress_sent_to
 
 BEFORE_FORKS = ("deepspeed.pipe", "torch._dynamo", "torch._inductor.compile_fx", "spar_scale.stages.align")
 GRACE_S = 10.0  # for a step that is told to stop: the end of what it computes
@@ -62,7 +62,7 @@ class Step:
 
     def is_finished(self) -> bool:
         """Whether its result is there."""
-        return self.finished() if self.finished is not None else spent(self.folder).finished
+        return self.finished() if self.finished is not None else read_spending(self.folder).finished
 
 
 @sigterm_interrupts()
@@ -83,7 +83,9 @@ def run_steps(steps: Sequence[Step], jobs: int, ended: Callable[[Step], None] = 
     try:
         for step in steps:
             if step.name not in todo:
-                board.say(step.name, f"finished before, with {spent(step.folder).core_seconds:.1f} core-seconds")
+                board.write_line(
+                    step.name, f"finished before, with {read_spending(step.folder).core_seconds:.1f} core-seconds"
+                )
         while todo:
             for step in todo.values():
                 if len(running) < jobs and step.name not in running and not any(name in todo for name in step.after):
@@ -98,8 +100,10 @@ def run_steps(steps: Sequence[Step], jobs: int, ended: Callable[[Step], None] = 
                 one.close()
                 one.check()
                 forecast.at(one.step.name, 1, 1)
-                total = spent(one.step.folder)
-                board.say(one.step.name, f"done, {total.core_seconds:.1f} core-seconds in {clock(total.wall_seconds)}")
+                total = read_spending(one.step.folder)
+                board.write_line(
+                    one.step.name, f"done, {total.core_seconds:.1f} core-seconds in {clock(total.wall_seconds)}"
+                )
                 ended(one.step)
     except KeyboardInterrupt:
         stop([one.process for one in running.values()], GRACE_S)
@@ -116,7 +120,7 @@ def _interrupted(steps: Sequence[Step], todo: Sequence[str], running: Sequence[s
     folder = os.path.commonpath([step.folder for step in steps])
     return (
         f"interrupted in {', '.join(running) or 'no step'}: {len(steps) - len(todo)} of {len(steps)} steps are "
-        f"finished; they and the checkpoints of the others stay in {folder}. The same command goes on from there"
+        f"finished; they and the checkpoints of the others stay in {folder}. The same command resumes from there"
     )
 
 
@@ -160,7 +164,7 @@ class Forecast:
         self._share = dict.fromkeys(todo, 0.0)
         self._began: dict[str, float] = {}  # the clock when a step started
         self._first: dict[str, tuple[float, float]] = {}  # the clock and the share done when it was first heard of
-        self._last: dict[str, float] = {}  # the clock when it was last heard of
+        self._last: dict[str, float] = {}  # the clock when it sent its last heartbeat
 
     def begin(self, name: str) -> None:
         """A step starts."""
@@ -262,7 +266,7 @@ class _Running:
         if code < 0:
             raise UserError(f"{name}: {killed(code)}")
         if code:
-            raise SystemExit(f"error: {name} failed; what it said stands above")
+            raise SystemExit(f"error: {name} failed; its output is above")
 
 
 def _listen(running: Mapping[str, _Running], board: Board, forecast: Forecast) -> None:
@@ -274,7 +278,7 @@ def _listen(running: Mapping[str, _Running], board: Board, forecast: Forecast) -
         if file == one.process.sentinel:
             one.process.join()
         for line in one.printed():
-            board.say(one.step.name, line)
+            board.write_line(one.step.name, line)
         for done, steps, note in one.heard():
             forecast.at(one.step.name, done, steps)
             board.tick(forecast.share(), forecast.seconds_left())
@@ -300,7 +304,7 @@ def _work(step: Step, num_threads: int, parent: int, events: Connection, output:
         events.send((done, steps, note))
 
     try:
-        with told_to(tell):
+        with progress_sent_to(tell):
             step.work()
         code = 0
     except (UserError, OSError) as error:

@@ -23,7 +23,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from parallel.errors import UserError
 from parallel.launch.children import FORK, install_child_signal_handlers, killed, signals_blocked, stop
 from parallel.launch.environment import rank_environment
-from spar_scale.training.progress import told_to
+from spar_scale.training.progress import progress_sent_to
 
 GRACE_S = 5.0  # for ranks that are told to stop; less than this process itself is given
 PATIENCE_S = 2.0  # from a defect, for the other ranks to fail too: theirs may be its cause
@@ -123,7 +123,7 @@ def _work(work: Callable[[], object], rank: int, num_ranks: int, parent: int, pi
     code = 1
     try:
         os.environ.update(_environment(rank, num_ranks, pipe.recv()))
-        with told_to(lambda *_: None):
+        with progress_sent_to(lambda *_: None):
             work()
         code = 0
     except (UserError, OSError) as error:

@@ -33,7 +33,7 @@ class Spending:
     """Adds what this process spends from here on to what earlier attempts in `folder` have spent."""
 
     def __init__(self, folder: Path):
-        self._folder, self._before = folder, spent(folder)
+        self._folder, self._before = folder, read_spending(folder)
         self._cores, self._clock = core_seconds(), time.monotonic()
 
     def record(self, finished: bool = False) -> Spent:
@@ -47,7 +47,7 @@ class Spending:
         return now
 
 
-def spent(folder: Path) -> Spent:
+def read_spending(folder: Path) -> Spent:
     """What attempts in `folder` have spent; nothing where none has said so."""
     try:
         return Spent(**json.loads((folder / FILE).read_text(encoding="utf-8")))
@@ -58,7 +58,7 @@ def spent(folder: Path) -> Spent:
 def unfinish(folder: Path) -> None:
     """Note that the work in `folder` is to be done again."""
     if (folder / FILE).exists():
-        _write(folder, Spent(**{**asdict(spent(folder)), "finished": False}))
+        _write(folder, Spent(**{**asdict(read_spending(folder)), "finished": False}))
 
 
 def core_seconds() -> float:

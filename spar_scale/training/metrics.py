@@ -60,7 +60,7 @@ class StepMetrics:
         if not self._pending:
             return {}
         local = torch.stack([step.record.terms for step in self._pending]).cpu()
-        terms = self._topology.sum(local if self._topology.speaks else torch.zeros_like(local))
+        terms = self._topology.sum(local if self._topology.reports_metrics else torch.zeros_like(local))
         norms = torch.stack([step.record.grad_norm for step in self._pending]).cpu()
         counts = self._topology.tensor_rank == 0 and self._topology.stage == 0
         everyone = self._topology.gather([(step.samples, step.bad) if counts else ([], []) for step in self._pending])

@@ -78,7 +78,7 @@ class StopRequest:
         if waited_s > GRACE_S:
             log.error(
                 "rank %d: was asked to stop by %s %.0f s ago, and is still at %s; it ends without saving. The same "
-                "command goes on from the newest checkpoint",
+                "command resumes from the newest checkpoint",
                 self._topology.rank, self._asked.name, waited_s, place,
             )  # fmt: skip
             raise SystemExit(LOST)

@@ -1,6 +1,6 @@
 """What a person sees while a run goes on: a bar on a terminal, one plain line per log step otherwise.
 
-Where the run is part of a larger one, which shows all its parts, `told_to` hands the same over to that.
+Where the run is part of a larger one, which shows all its parts, `progress_sent_to` hands the same over to that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _listener: Listener | None = None
 
 
 @contextmanager
-def told_to(listener: Listener) -> Iterator[None]:
+def progress_sent_to(listener: Listener) -> Iterator[None]:
     """Within it, runs of this process tell `listener` how far they are instead of showing it."""
     global _listener
     _listener = listener

@@ -117,7 +117,7 @@ def run_id(folder: Path, known: str | None = None) -> str:
             temporary.unlink(missing_ok=True)
     if "id" not in _tracking(file):
         origin = "the id in the checkpoint" if known else "a new id, so MLflow shows it as another run"
-        log.warning("warning: %s: is damaged (no JSON object with an id); it is made anew with %s", file, origin)
+        log.warning("warning: %s: is damaged (no JSON object with an id); it is written again with %s", file, origin)
         write_file(file, text)
     return _tracking(file)["id"]
 

@@ -223,7 +223,7 @@ class Trainer:
 
     def _stop(self, asked: str | None) -> None:
         """Save what is not saved yet."""
-        self._announce(f"was asked to stop by {asked} after step {self.step}; the same command goes on from there")
+        self._announce(f"was asked to stop by {asked} after step {self.step}; the same command resumes from there")
         if self.step > self.saved:
             self.metrics.write()
             self._save()
@@ -276,7 +276,7 @@ class Trainer:
         self.engine.state.restore(_optimizer_scalars_of(state))
         self.non_finite.load_state_dict(state["non_finite"])
         self.tracked = state.get("tracking")
-        self._announce(f"goes on from {found}, step {state['step']}")
+        self._announce(f"resumes from {found}, step {state['step']}")
         return state["step"], state["shards"]
 
     def _whole_tensors(self) -> dict[str, torch.Tensor]:

@@ -98,16 +98,16 @@ def test_ctrl_c_says_how_to_go_on_and_ends_every_process(tmp_path: Path) -> None
     process.join(180)
     assert (tmp_path / "code").read_text() == "130"
     said = (tmp_path / "said").read_text()
-    assert said.splitlines()[-1] == "stopped; the same command again goes on from here"
+    assert said.splitlines()[-1] == "stopped; the same command again resumes from here"
     assert "Traceback" not in said
     _until_ended(tmp_path / "out" / LAST, wait_s=0)
     assert len(metrics(tmp_path / "out" / LAST)) < STEPS
 
 
 def _spent(folder: Path) -> Any:
-    from spar_scale.runs.spending import spent
+    from spar_scale.runs.spending import read_spending
 
-    return spent(folder)
+    return read_spending(folder)
 
 
 def _finished(folder: Path) -> bool:

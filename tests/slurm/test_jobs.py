@@ -112,7 +112,7 @@ def test_a_warning_saves_requeues_and_goes_on_as_the_same_run(jobs: Jobs, timed:
     attempts = json.loads((jobs.run_dir("warned") / "attempts.json").read_text())
     assert [attempt["exit_code"] for attempt in attempts] == [STOPPED, 0]
     assert EARLY <= attempts[0]["step"] < attempts[1]["step"] == STEPS
-    assert f"goes on from step {attempts[0]['step']} when nodes are free" in jobs.said("warned")
+    assert f"resumes from step {attempts[0]['step']} when nodes are free" in jobs.said("warned")
     assert "gpu        its checks are skipped on request" in jobs.said("warned")
     assert (jobs.run_dir("warned") / "tracking.json").read_text() == known
     check_lineage(jobs, "warned", signals_blocked)
@@ -120,7 +120,7 @@ def test_a_warning_saves_requeues_and_goes_on_as_the_same_run(jobs: Jobs, timed:
 
 def test_a_time_limit_saves_requeues_and_goes_on(jobs: Jobs, timed: str, signals_blocked: Path) -> None:
     jobs.restarted(timed)
-    jobs.until("timed", "goes on from")
+    jobs.until("timed", "resumes from")
     saved = json.loads((jobs.run_dir("timed") / "attempts.json").read_text())[0]
     assert saved["exit_code"] == STOPPED and saved["step"] > 0
     jobs.until_step("timed", saved["step"] + EARLY)
@@ -206,7 +206,7 @@ def test_a_bad_node_is_named_and_the_job_goes_on_without_it(jobs: Jobs) -> None:
     record = jobs.slurm.wait(job, "COMPLETED")
     assert (record["NodeList"], record["ExcNodeList"]) == ("node1", "node[3-4],node2")
     assert record["Comment"] == "not fit: node2"
-    assert "node2 is not fit: said nothing: it has died or hangs" in jobs.said("unfit")
+    assert "node2 is not fit: wrote no findings: it died or hangs" in jobs.said("unfit")
 
 
 def test_a_run_that_gets_nowhere_stops(jobs: Jobs) -> None:

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from parallel.errors import UserError
 from spar_scale.config.recipe import Recipe, load_recipe, may_change_at_resume
-from spar_scale.ops.attention import BACKENDS, BackendRefused, _say_once, attention, resolve, use_backend
+from spar_scale.ops.attention import BACKENDS, BackendRefused, _log_once, attention, resolve, use_backend
 from spar_scale.ops.packing import Packing
 from spar_scale.ops.transformers_attention import IMPLEMENTATION
 from spar_scale.training.attention_choice import attention_of
@@ -36,7 +36,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """What is logged once is logged once in each test."""
-    for function in (resolve, _say_once):
+    for function in (resolve, _log_once):
         function.cache_clear()
     yield
     resolve.cache_clear()

@@ -215,7 +215,7 @@ def test_a_machine_that_can_train_is_fit(
     assert "the next checkpoint takes 0.0" in said and "the first and the last can be read" in said
     assert "gpu        its checks are skipped on request (SPAR_DEVICE=cpu)" in said
     assert bad_nodes(recipe.run_dir, [socket.gethostname()]) == {}
-    assert bad_nodes(recipe.run_dir, ["absent"]) == {"absent": "said nothing: it has died or hangs"}
+    assert bad_nodes(recipe.run_dir, ["absent"]) == {"absent": "wrote no findings: it died or hangs"}
     forget(recipe.run_dir)
     assert set(bad_nodes(recipe.run_dir, [socket.gethostname()])) == {socket.gethostname()}
 

@@ -54,7 +54,7 @@ REFUSED = {
     "own tag": ("!x {}", "found the tag !x"),
     "anchor": ("a: &x 1", "anchors .* are not read here"),
     "merge of an alias": ("<<: *x", "anchors"),
-    "doubled key": ("a: 1\n'a': 2", "line 2, column 1: the key 'a' stands twice"),
+    "doubled key": ("a: 1\n'a': 2", "line 2, column 1: the key 'a' appears twice"),
     "number as key": ("010: 1\n8: 1", "a key must be plain text"),
     "flag as key": ("true: 1", "a key must be plain text"),
     "tab": ("a:\n\tb: 1", r"line 2, column 1: found character '\\t'"),

@@ -31,7 +31,7 @@ def waiting(**begun: int) -> Seen:
     return seen(begun, stood_s=TIMEOUT_S + 1)
 
 
-SILENT, STANDS = "was last heard of 31 s ago at step 17", "is alive but has stood at step 17 for 31 s"
+SILENT, STANDS = "sent its last heartbeat 31 s ago at step 17", "is alive but has been at step 17 for 31 s"
 CASES = {
     "all well": ([seen(), seen()], {}),
     "silent below the timeout": ([seen(), seen(silent_s=29)], {}),
@@ -57,7 +57,7 @@ CASES = {
     ),
     "failed because another died": (
         [seen(stood_s=1, left="RuntimeError: gloo", follows=True), seen(silent_s=6)],
-        {1: "was last heard of 6 s ago at step 17"},
+        {1: "sent its last heartbeat 6 s ago at step 17"},
     ),
     "failed because another hangs": (
         [seen(stood_s=6, left="RuntimeError: gloo", follows=True), seen(stood_s=31)],

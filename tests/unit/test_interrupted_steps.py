@@ -49,7 +49,7 @@ def test_a_signal_stops_the_steps_and_tells_what_is_left(
         run_steps(steps_of(tmp_path, number, stopping), jobs=1)
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("interrupted in b: 1 of 2 steps are finished; ")
-    assert last.endswith(f"stay in {tmp_path}. The same command goes on from there")
+    assert last.endswith(f"stay in {tmp_path}. The same command resumes from there")
     assert (tmp_path / "saved").exists()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)

@@ -13,7 +13,7 @@ import pytest
 from parallel.errors import UserError
 from spar_scale.runs.board import clock
 from spar_scale.runs.processes import Forecast, Step, run_steps
-from spar_scale.runs.spending import Spending, core_seconds, spent
+from spar_scale.runs.spending import Spending, core_seconds, read_spending
 from spar_scale.training.progress import Progress
 
 
@@ -83,11 +83,11 @@ def test_a_refusal_is_told_with_the_name_of_its_step_and_ends_the_others(tmp_pat
         run_steps([step(tmp_path, "a", work=wait_for_the_end), step(tmp_path, "b", work=refuse)], jobs=2)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "number").read_text()), 0)
-    assert not (tmp_path / "order").exists() and not spent(tmp_path / "a").finished
+    assert not (tmp_path / "order").exists() and not read_spending(tmp_path / "a").finished
 
 
 def test_a_defect_keeps_its_traceback_under_the_name_of_its_step(tmp_path: Path, capfd):
-    with pytest.raises(SystemExit, match="error: a failed; what it said stands above"):
+    with pytest.raises(SystemExit, match="error: a failed; its output is above"):
         run_steps([step(tmp_path, "a", work=lambda: 1 // 0), step(tmp_path, "b", "a")], jobs=2)
     assert "a: ZeroDivisionError" in capfd.readouterr().err
     assert not (tmp_path / "order").exists()
@@ -139,7 +139,7 @@ def test_core_seconds_are_those_of_all_attempts_and_of_children_dead_and_alive(t
     again = Spending(tmp_path)
     burn(0.1)
     assert again.record(finished=True).core_seconds > first.core_seconds + 0.09
-    assert spent(tmp_path).finished and spent(tmp_path / "nowhere").core_seconds == 0
+    assert read_spending(tmp_path).finished and read_spending(tmp_path / "nowhere").core_seconds == 0
 
 
 def _has_burnt(pid: int, seconds: float) -> bool:

@@ -22,7 +22,7 @@ from parallel.launch.heartbeat import Heartbeat
 from parallel.topology import Layout, Topology
 from spar_scale.runs import ranks
 from spar_scale.runs.processes import Step, run_steps
-from spar_scale.runs.spending import spent
+from spar_scale.runs.spending import read_spending
 
 
 def rank() -> int:
@@ -56,7 +56,7 @@ def test_core_seconds_are_those_of_all_ranks(tmp_path: Path):
             pass
 
     run(tmp_path, burn)
-    assert 0.6 <= spent(tmp_path / "a").core_seconds < 1.2
+    assert 0.6 <= read_spending(tmp_path / "a").core_seconds < 1.2
 
 
 def test_a_refusal_of_any_rank_ends_the_step_with_its_message(tmp_path: Path, monkeypatch):
@@ -69,7 +69,7 @@ def test_a_refusal_of_any_rank_ends_the_step_with_its_message(tmp_path: Path, mo
 
     with pytest.raises(UserError, match=r"^a: train\.steps: found 0$"):
         run(tmp_path, work)
-    assert not spent(tmp_path / "a").finished
+    assert not read_spending(tmp_path / "a").finished
 
 
 def test_a_defect_of_any_rank_is_shown_and_not_what_followed_from_it(tmp_path: Path, capfd):
@@ -78,7 +78,7 @@ def test_a_defect_of_any_rank_is_shown_and_not_what_followed_from_it(tmp_path: P
         print(1 // (1 - rank()))
         dist.barrier()
 
-    with pytest.raises(SystemExit, match="error: a failed; what it said stands above"):
+    with pytest.raises(SystemExit, match="error: a failed; its output is above"):
         run(tmp_path, work)
     said = capfd.readouterr().err
     assert "a: ZeroDivisionError" in said and "RuntimeError" not in said and "SystemExit" not in said
@@ -114,7 +114,7 @@ def test_a_rank_that_hangs_is_named_by_the_first(tmp_path: Path, capfd):
 
     with pytest.raises(SystemExit, match="error: a failed"):
         run(tmp_path, work)
-    assert re.search(r"a: rank 0: rank 1 \(host .*\) is alive but has stood at its start", capfd.readouterr().err)
+    assert re.search(r"a: rank 0: rank 1 \(host .*\) is alive but has been at its start", capfd.readouterr().err)
 
 
 def test_all_ranks_end_with_their_step(tmp_path: Path):

@@ -41,11 +41,13 @@ class Case:
     parallel: dict[str, int] = field(default_factory=dict)
 
 
-SILENT, STANDS = r"was last heard of \d+ s ago at step \d+", r"is alive but has stood at step 4 for \d+ s"
+SILENT, STANDS = r"sent its last heartbeat \d+ s ago at step \d+", r"is alive but has been at step 4 for \d+ s"
 CASES = {
     "killed": Case(3, 0, SILENT, signal=signal.SIGKILL),
     "stopped": Case(2, 1, SILENT, signal=signal.SIGSTOP),
-    "store stopped": Case(2, 0, r"was last heard of \d+ s ago, as was the store", signal=signal.SIGSTOP, store=True),
+    "store stopped": Case(
+        2, 0, r"sent its last heartbeat \d+ s ago, as was the store", signal=signal.SIGSTOP, store=True
+    ),
     "hangs": Case(2, 1, STANDS, fault="hang", parallel={"zero": 2}),
     "hangs in a pipeline": Case(2, 1, STANDS, fault="hang", parallel={"pipeline": 2}),
     "fails": Case(2, 0, r"failed at step 4: ZeroDivisionError: ", fault="fail"),
