@@ -221,8 +221,9 @@ class GuardsConfig(Section):
     max_bad_fraction: Share = 0.01
     """Largest share of samples that may turn out unreadable."""
     timeout_s: Annotated[float, Field(ge=5)] = 600
-    """Seconds that a rank may wait for another, or be silent, before the run ends and names it. Above what ranks spend
-    unequally: the publishing of weights, which the first does alone, or a slow disk of one node."""
+    """Seconds that a rank may wait for another rank or for a batch, or be silent, before the run ends and names it.
+    It must be above what ranks spend unequally: the export of weights, which the first rank does alone, or a slow
+    disk of one node."""
 
 
 class TrackingConfig(Section):

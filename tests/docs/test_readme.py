@@ -14,6 +14,8 @@ from pathlib import Path
 from launching import run_world
 from tiny_runs import metrics
 
+from spar_scale.config.reference import page
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/usage.md")]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```\w*\n(.*?)```", page, flags=re.S)]
@@ -116,3 +118,9 @@ def test_every_link_between_the_pages_leads_somewhere() -> None:
     links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())]
     assert links
     assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_reference_of_recipes_is_that_of_the_schema() -> None:
+    written = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert written == page(), "run: python -m spar_scale.config.reference > docs/recipes.md"
+    assert "| `optimizer.lr` | number, above 0 | required |" in written
