@@ -74,6 +74,30 @@ class Program(nn.Module):
         return torch.stack([live[name].float() for name in self.terms], dim=1)
 
 
+class Subprogram:
+    """Those layers of a list that lead to the wanted slots, for uses of a forward that need no loss.
+
+    `inputs` are the slots that it reads. The parameters stay those of the list's layers.
+    """
+
+    def __init__(self, layers: Sequence[Layer], wanted: Sequence[str]):
+        live, needed = set(wanted), []
+        for layer in reversed(layers):
+            if live & set(layer.writes):
+                live = (live - set(layer.writes)) | set(layer.reads)
+                needed.append(layer)
+        self.layers: list[Layer] = needed[::-1]
+        self.inputs = tuple(sorted(live))
+        self._edges = live_slots(self.layers, self.inputs, wanted)
+
+    def __call__(self, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the layers on the slots named in `inputs`; return the wanted slots."""
+        live = {name: slots[name] for name in self._edges[0]}
+        for layer, keep in zip(self.layers, self._edges[1:], strict=True):
+            live = run_layer(layer, live, keep)
+        return live
+
+
 def run_layer(
     layer: nn.Module, live: Mapping[str, Tensor], keep: Sequence[str], recompute: bool = False
 ) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from parallel.errors import UserError, nearest
 from parallel.files import write_file
+from spar_scale.config.recipe import Recipe, beside
 from spar_scale.config.settings import load
 from spar_scale.data.shapes_world import World
 from spar_scale.evaluation.held_out import held_out_terms
@@ -255,10 +255,10 @@ def _chosen(names: Sequence[str] | None) -> list[str]:
 
 
 @torch.no_grad()
-def _measure_tokenizer(recipe: Any, run_dir: Path, out: Path, samples: int) -> dict[str, float]:
+def _measure_tokenizer(recipe: Recipe, run_dir: Path, out: Path, samples: int) -> dict[str, float]:
     model, preset = trained_model(run_dir)[0], preset_of(recipe)
     assert isinstance(model, UnifiedTokenizer)
-    pretrained = {part: (run_dir / where).resolve() for part, where in recipe.model.pretrained.items()}
+    pretrained = {part: beside(run_dir, where) for part, where in recipe.model.pretrained.items()}
     scenes = torch.stack([scene.image for scene in scenes_of(out / "data", samples)])
     made = torch.cat([model.reconstruct(part) for part in scenes.split(64)])
     mllm = load_mllm(pretrained["mllm"], preset)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from parallel.errors import UserError
 from parallel.files import write_file
 from parallel.launch import device_type
-from parallel.program import Layer, live_slots, run_layer
+from parallel.program import Subprogram
 from spar_scale import stages
 from spar_scale.config.recipe import Recipe, beside
 from spar_scale.data.encoded import (
@@ -193,8 +193,8 @@ class _Writer:
         """The pictures' slots of every sample and, where its prompts show a picture, the states of each of them."""
         encoding, illustrated = self.encoding, self.task.illustrated
         states = PromptStates(encoding.states) if illustrated else None
-        run = _Forward(encoding.layers, (*encoding.pictures, *(encoding.states if illustrated else ())))
-        again = _Forward(encoding.layers, encoding.states)
+        run = Subprogram(encoding.layers, (*encoding.pictures, *(encoding.states if illustrated else ())))
+        again = Subprogram(encoding.layers, encoding.states)
         pictures: dict[str, list[Tensor]] = {name: [] for name in encoding.pictures}
         bad: dict[str, str] = {}
         for batch in _batches(shard, micro_batch):
@@ -208,7 +208,7 @@ class _Writer:
                     bad[str(number)] = str(error)
             for turn in range(max(1, *map(len, prompts))):
                 said = {row: listed[turn] for row, listed in enumerate(prompts) if len(listed) > turn}
-                found = (run if turn == 0 else again)(self._said(slots, said))
+                found = (run if turn == 0 else again)(self._with_prompts(slots, said))
                 if states is not None:
                     states.add(found, said, numbers)
                 for name in pictures if turn == 0 else ():
@@ -223,11 +223,11 @@ class _Writer:
         for _, members in (sample for shard in self.shards for batch in _batches(shard, 1) for sample in batch):
             with contextlib.suppress(BadSample):
                 distinct |= {tokens.tobytes(): tokens for tokens in self.task.prompts(members, self.sample)}
-        run, states = _Forward(self.encoding.text, self.encoding.states), PromptStates(self.encoding.states)
+        run, states = Subprogram(self.encoding.text, self.encoding.states), PromptStates(self.encoding.states)
         listed = list(distinct.values())
         for first in range(0, len(listed), micro_batch):
             said = dict(enumerate(listed[first : first + micro_batch]))
-            states.add(run(self._said(self._empty(micro_batch), said)), said, None)
+            states.add(run(self._with_prompts(self._empty(micro_batch), said)), said, None)
         save(path, self.key, digest(self.shards), {}, states, {})
         _log.info("%s: %d prompts", path, len(listed))
 
@@ -235,32 +235,13 @@ class _Writer:
         arrays = {name: np.zeros((batch, *shape), kind) for name, (shape, kind) in self.slots.items()}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def _said(self, slots: dict[str, Tensor], said: Mapping[int, np.ndarray]) -> dict[str, Tensor]:
-        """The slots with these prompts in their rows, and none in the others."""
+    def _with_prompts(self, slots: dict[str, Tensor], prompts: Mapping[int, np.ndarray]) -> dict[str, Tensor]:
+        """Return the slots on the device, with the prompts (row -> tokens) in their rows and none in the others."""
         slots = {**slots, **{name: torch.zeros_like(slots[name]) for name in ("tokens", "keep")}}
-        for row, tokens in said.items():
+        for row, tokens in prompts.items():
             for name, value in self.task.padded(tokens, self.sample).items():
                 slots[name][row] = torch.from_numpy(value)
-        return slots
-
-
-class _Forward:
-    """Those of a list of layers that lead to the wanted slots."""
-
-    def __init__(self, layers: Sequence[Layer], wanted: Sequence[str]):
-        live, kept = set(wanted), []
-        for layer in reversed(layers):
-            if live & set(layer.writes):
-                live = (live - set(layer.writes)) | set(layer.reads)
-                kept.append(layer)
-        self.layers = kept[::-1]
-        self.edges = live_slots(self.layers, tuple(live), wanted)
-
-    def __call__(self, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        live = {name: slots[name].to(device_type()) for name in self.edges[0]}
-        for layer, keep in zip(self.layers, self.edges[1:], strict=True):
-            live = run_layer(layer, live, keep)
-        return live
+        return {name: value.to(device_type()) for name, value in slots.items()}
 
 
 def _batches(shard: str, size: int) -> Iterator[list[tuple[int, Members]]]:
