@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from parallel.costs import balanced_cut
 from parallel.errors import UserError
-from parallel.launch import silenced
+from parallel.launch.world import silenced
 from parallel.program import Layer, Program, pack, run_layer, unpack
 from parallel.topology import Topology
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from parallel.errors import UserError
-from parallel.launch import MARGIN_S, silenced
+from parallel.launch.world import MARGIN_S, silenced
 
 NEAREST = 2
 """How many layouts a refusal offers."""

@@ -117,7 +117,7 @@ def phase_values(
 
 def train_all(rank: int, world: int, recipes: list[dict[str, Any]]) -> int:
     """Train recipes one after another in this process of a world."""
-    from parallel.launch import stop
+    from parallel.launch.world import stop
     from spar_scale.config.recipe import Recipe
     from spar_scale.training.trainer import train
 

@@ -157,7 +157,7 @@ def plain_torch(
 
 
 def engine_for(model: Any, zero: int, pipeline: int, clip: float, optimizer: str = "adamw", groups: Any = None) -> Any:
-    from parallel.launch import start
+    from parallel.launch.world import start
     from parallel.topology import Layout, Topology
     from parallel.zero.config import EngineSettings
     from parallel.zero.engine import Engine, name_parameters

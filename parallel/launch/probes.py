@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import UserError
-from parallel.launch import device_type, meet, stop
+from parallel.launch.world import device_type, meet, stop
 
 MEETING_S = 60.0
 """For all ranks to meet: one node may import torch so much later than another."""

@@ -49,7 +49,7 @@ class RunLock:
             holder = _holder(self._stream)
             self._stream.close()
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"{run_dir}: in use by {holder}; stop it, or give this run another run_dir") from None
+                raise _in_use(run_dir, holder) from None
             raise UserError(f"{path}: cannot be locked ({error.strerror}); run_dir needs POSIX locks") from error
         _held[self._key] = self
         since = datetime.now(UTC).isoformat(timespec="seconds")
@@ -73,6 +73,25 @@ class RunLock:
     ) -> None:
         """Release."""
         self.release()
+
+
+def check_free(run_dir: Path) -> None:
+    """Raise UserError where another process holds a run directory; its lock is tried and let go at once.
+
+    Not for a process that holds the lock itself: closing the file would release it.
+    """
+    try:
+        with (run_dir / LOCK_FILE).open() as stream:
+            holder = _holder(stream)
+            fcntl.lockf(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that checks on several nodes do not meet
+    except BlockingIOError:
+        raise _in_use(run_dir, holder) from None
+    except OSError:  # there is no lock yet, or the disk refuses it, which the check of the disk reports
+        return
+
+
+def _in_use(run_dir: Path, holder: str) -> UserError:
+    return UserError(f"{run_dir}: in use by {holder}; stop it, or give this run another run_dir")
 
 
 def _holder(stream: IO[str]) -> str:

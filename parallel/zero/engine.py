@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parallel.launch import silenced
+from parallel.launch.world import silenced
 from parallel.optimizers import WHOLE_MATRICES, Optimizer
 from parallel.pipeline import pipeline_batches, pipeline_module, receive_into_new_buffers
 from parallel.program import Layer, Program

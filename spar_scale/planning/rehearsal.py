@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 
 from parallel.errors import UserError
-from parallel.launch import start
+from parallel.launch.world import start
 from parallel.optimizers import OPTIMIZERS
 from parallel.pipeline import stage_bounds
 from parallel.planner import Counted

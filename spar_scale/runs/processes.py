@@ -141,7 +141,7 @@ def import_before_forks(mlflow: bool) -> None:
     Nothing of it may compute or look at a GPU, which no fork survives.
     """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    from parallel.launch import device_type
+    from parallel.launch.world import device_type
 
     if device_type() == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

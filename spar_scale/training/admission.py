@@ -8,7 +8,6 @@ is refused here is refused by `train`, and `train` may still refuse damaged weig
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 
 from parallel.checkpoint.manifest import list_checkpoints, read_manifest
 from parallel.errors import UserError
-from parallel.launch.run_lock import LOCK_FILE
+from parallel.launch.run_lock import check_free
 from parallel.topology import Layout
 from spar_scale.config.recipe import Recipe, behind_link, beside
 from spar_scale.data import encoded
@@ -72,7 +71,7 @@ def refusals(recipe: Recipe, world: int, stage: Stage | None) -> list[str]:
     checks: list[Callable[[], None]] = [
         lambda: check_layout(recipe, world),
         lambda: refuse_another(recipe.run_dir / "recipe.yaml", recipe),
-        lambda: _check_free(recipe.run_dir),
+        lambda: check_free(recipe.run_dir),
         lambda: _check_parent(recipe),
         lambda: _check_encoded(recipe, stage),
     ]
@@ -102,23 +101,6 @@ def _messages(checks: list[Callable[[], None]]) -> Iterator[str]:
             check()
         except UserError as error:
             yield str(error)
-
-
-def _check_free(run_dir: Path) -> None:
-    """Raise UserError where another process trains in the run directory; the lock is tried and let go at once.
-
-    Not for a process that holds the lock itself: closing the file would release it.
-    """
-    try:
-        with (run_dir / LOCK_FILE).open() as stream:  # a shared lock: checks on several nodes do not meet each other
-            holder = stream.read().strip()
-            fcntl.lockf(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"{run_dir}: in use by another process ({holder}); stop it, or give this run another run_dir"
-        ) from None
-    except OSError:  # there is no lock yet, or the disk refuses it, which the disk's own check reports
-        return
 
 
 def _check_parent(recipe: Recipe) -> None:

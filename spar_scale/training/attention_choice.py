@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from parallel.errors import UserError
-from parallel.launch import device_type
+from parallel.launch.world import device_type
 from spar_scale.config.recipe import Recipe
 from spar_scale.ops.attention import BackendRefused, use_backend
 

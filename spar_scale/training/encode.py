@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from parallel.errors import UserError
 from parallel.files import write_file
-from parallel.launch import device_type
+from parallel.launch.world import device_type
 from parallel.program import Subprogram
 from spar_scale import stages
 from spar_scale.config.recipe import Recipe, beside

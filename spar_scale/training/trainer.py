@@ -16,11 +16,11 @@ import torch
 
 from parallel import checkpoint
 from parallel.errors import UserError
-from parallel.launch import Launch, start
 from parallel.launch.agreement import run_on_all_ranks, run_on_first_rank
 from parallel.launch.environment import read_environment
 from parallel.launch.exit_codes import STOPPED
 from parallel.launch.heartbeat import WAITING, Heartbeat
+from parallel.launch.world import Launch, start
 from parallel.optimizers import OPTIMIZERS
 from parallel.tensor import apply_tensor_parallel
 from parallel.topology import Layout, Topology

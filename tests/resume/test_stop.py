@@ -18,8 +18,8 @@ from tiny_parts import make_parts
 from tiny_runs import consumed, make_data, phase_values, train_all
 
 from parallel import checkpoint
-from parallel.launch import stop
 from parallel.launch.exit_codes import STOPPED
+from parallel.launch.world import stop
 from spar_scale.runs.curves import curve
 from spar_scale.training.preemption import SIGNALS
 

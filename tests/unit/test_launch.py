@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from parallel.errors import UserError
-from parallel.launch import start, stop
 from parallel.launch.environment import PORTS, read_environment, rendezvous
+from parallel.launch.world import start, stop
 
 BATCH = {  # a batch script of `sbatch --nodes=2 --ntasks=8`, itself
     "SLURM_JOB_ID": "71002", "SLURM_JOB_NODELIST": "node[003-004]", "SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "2",

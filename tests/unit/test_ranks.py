@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import UserError
-from parallel.launch import start
 from parallel.launch.heartbeat import Heartbeat
+from parallel.launch.world import start
 from parallel.topology import Layout, Topology
 from spar_scale.runs import ranks
 from spar_scale.runs.processes import Step, run_steps

@@ -32,8 +32,8 @@ class LargestAllocation(TorchDispatchMode):
 def save_real(rank: int, world: int, recipes: list[dict[str, Any]], saves: list[str]) -> list[dict[str, Any]]:
     """Build the engine of each recipe as the trainer does, save it, and say what this rank wrote."""
     from parallel import checkpoint
-    from parallel.launch import start
     from parallel.launch.heartbeat import Heartbeat
+    from parallel.launch.world import start
     from parallel.topology import Layout, Topology
     from spar_scale.config.recipe import Recipe
     from spar_scale.training.run_directory import RunDirectory

@@ -21,9 +21,9 @@ import yaml
 from launching import start_process
 from tiny_runs import make_data, metrics, phase_values
 
-from parallel.launch import MARGIN_S
 from parallel.launch.exit_codes import LOST
 from parallel.launch.heartbeat import PATIENCE_S
+from parallel.launch.world import MARGIN_S
 
 TIMEOUT_S, FEW_S = 8, 20
 

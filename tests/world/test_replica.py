@@ -26,7 +26,7 @@ def values(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def train(
     rank: int, world: int, clip: float, poison: int | None = None, tensor: int = 1
 ) -> tuple[list[float], dict[str, Any]]:
-    from parallel.launch import start
+    from parallel.launch.world import start
     from parallel.replica import Replica
     from parallel.topology import Layout, Topology
 
@@ -72,7 +72,7 @@ def test_a_non_finite_gradient_leaves_it_as_it_was() -> None:
 
 
 def frozen_gradients(rank: int, world: int) -> tuple[bool, bool]:
-    from parallel.launch import start
+    from parallel.launch.world import start
     from parallel.replica import Replica
     from parallel.topology import Layout, Topology
 

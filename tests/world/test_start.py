@@ -9,7 +9,7 @@ preload("deepspeed")
 
 
 def _smallest_products(rank: int, size: int) -> float:
-    from parallel.launch import start
+    from parallel.launch.world import start
 
     start()
     torch.set_num_threads(2)

@@ -75,7 +75,7 @@ def test_every_kind_is_exact_on_every_rank(name: str, recipes: dict[str, Any], m
 
 
 def measure_all(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    from parallel.launch import stop
+    from parallel.launch.world import stop
 
     found = [measure(Recipe.model_validate_json(json.dumps(values))) for values in recipes]
     stop()
@@ -84,8 +84,8 @@ def measure_all(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[di
 
 def measure(recipe: Recipe) -> dict[str, Any]:
     """One step of a trainer of the recipe; bytes by kind after it, gradients as they were before their reduction."""
-    from parallel.launch import start
     from parallel.launch.heartbeat import Heartbeat
+    from parallel.launch.world import start
     from parallel.topology import Layout, Topology
     from parallel.zero.kept_bytes import kept_bytes
     from spar_scale.training.run_directory import RunDirectory

@@ -21,7 +21,7 @@ def train_and_go_on(rank: int, world: int, values: dict[str, Any], losses: list[
     from mlflow.tracking import MlflowClient
 
     from parallel.checkpoint.manifest import read_manifest
-    from parallel.launch import stop
+    from parallel.launch.world import stop
     from spar_scale.config.recipe import Recipe
     from spar_scale.training.trainer import train
 
