@@ -117,7 +117,7 @@ def test_a_damaged_id_is_made_anew_with_a_warning(
     made = run_id(tmp_path, known)
     assert made == (known or made) and len(made) > 1
     assert run_id(tmp_path) == made and json.loads((tmp_path / "tracking.json").read_text()) == {"id": made}
-    assert str(tmp_path / "tracking.json") in caplog.text and "made anew" in caplog.text
+    assert str(tmp_path / "tracking.json") in caplog.text and "written again" in caplog.text
     assert os.listdir(tmp_path) == ["tracking.json"]
 
 
