@@ -10,11 +10,13 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from parallel import checkpoint
+from parallel.checkpoint.manifest import read_manifest
 from parallel.errors import UserError
 from parallel.launch.agreement import run_on_all_ranks, run_on_first_rank
 from parallel.launch.environment import read_environment
@@ -86,48 +88,29 @@ class Trainer:
         heartbeat: Heartbeat,
         stop: StopRequest | None = None,
     ):
+        # The order matters: a comment names what a line must follow or precede. Several lines run collectives, so every
+        # rank comes through here alike.
         self.recipe, self.topology, self.directory, self.heartbeat = recipe, topology, directory, heartbeat
         self.stop = stop or StopRequest(topology)
         self.in_step = False
-        choose_parent(recipe, topology.files_group)
+        choose_parent(recipe, topology.files_group)  # writes the record that started_stage reads
         self.stage = started_stage(recipe)
         self.encoded = open_encoded(recipe, self.stage)
         if self.encoded is not None:
             self.stage = self.stage.encoded()
-        self.frozen = frozen_digests(self.stage.model)
-        costs = run_on_first_rank(topology.agreement_group, lambda: pipeline_costs(recipe, self.stage))
-        apply_tensor_parallel(self.stage.model, self.stage.layers, PLAN, topology.tensor_group)
-        name_parameters(self.stage.model)
-        groups = parameter_groups(self.stage, recipe.optimizer)
-        self.multipliers = {group["name"]: group.pop("multiplier") for group in groups}
-        settings = engine_settings(recipe, topology.data_size)
-        self.micro_steps = settings.micro_steps
-        self.engine = Engine(
-            self.stage.layers,
-            self.stage.inputs,
-            self.stage.terms,
-            groups,
-            OPTIMIZERS[recipe.optimizer.name],
-            topology,
-            launch.device,
-            settings,
-            costs,
-        )
-        topology.limit_waits(recipe.guards.timeout_s)
+        self.frozen = frozen_digests(self.stage.model)  # of whole tensors: _build_engine shards them
+        self.engine = self._build_engine(launch)
+        topology.limit_waits(recipe.guards.timeout_s)  # after DeepSpeed has made its groups, which have no limit
         for companion in self.stage.companions:
             companion.bind(topology, launch.device, recipe.optimizer.betas)
         self.non_finite = NonFiniteGuard(recipe.guards.max_skipped_steps)
         self.tracked: str | None = None  # the id that MLflow knows the run by
-        self.step, shards = self._resume()
+        self.step, shards = self._resume()  # into the engine, the companions, the guard and the id
         self.saved = self.step
-        self.loader = self._loader()
+        self.loader = self._build_loader()  # from the resumed step on
         if shards not in (None, self.loader.digest):
             raise UserError("data.sources: the shards are not those that this run was trained on; restore them")
-        opened = lambda: RunLog(directory.path, self.step) if topology.rank == 0 else None  # noqa: E731
-        self.log = run_on_all_ranks(topology.agreement_group, opened)
-        mirrored = recipe.tracking.mirror and topology.rank == 0
-        self.tracked = run_id(directory.path, self.tracked) if mirrored else self.tracked
-        self.mirror = Mirror(directory.path, recipe.tracking) if mirrored else None
+        self.log, self.mirror = self._open_logs()  # after every refusal: they cut the logs back to the resumed step
         self.metrics = StepMetrics(recipe, self.stage.terms, topology, self.log)
 
     def run(self) -> bool:
@@ -264,12 +247,11 @@ class Trainer:
         if found is None:
             self._announce("starts at step 0: the run directory has no checkpoint")
             return 0, None
+        # The version comes first: the tensors of an unknown one would be refused as those of another model.
+        state = run_on_all_ranks(self.topology.agreement_group, lambda: _readable_state(found))
         fragments = self.engine.state.fragments(loading=True)
         tensors = self._whole_tensors()
-        state = checkpoint.load(found, fragments, tensors, group=self.topology.files_group, verify=False)
-        if state.get("version") not in READABLE_VERSIONS:
-            readable = " and ".join(map(str, READABLE_VERSIONS))
-            raise UserError(f"{found}: state version {state.get('version')}, this program reads {readable}")
+        checkpoint.load(found, fragments, tensors, group=self.topology.files_group, verify=False)
         for part, digest in self.frozen.items():
             if state["frozen"].get(part) != digest:
                 raise UserError(f"{found}: the frozen part '{part}' differs from the one that this run trained with")
@@ -300,7 +282,32 @@ class Trainer:
 
     # -- pieces of the constructor ----------------------------------------------------------------
 
-    def _loader(self) -> Loader:
+    def _build_engine(self, launch: Launch) -> Engine:
+        """Shard the model over the tensor ranks and build its engine; set `multipliers` and `micro_steps`."""
+        recipe, stage, topology = self.recipe, self.stage, self.topology
+        # Before the sharding: costs are those of the whole layers.
+        costs = run_on_first_rank(topology.agreement_group, lambda: pipeline_costs(recipe, stage))
+        apply_tensor_parallel(stage.model, stage.layers, PLAN, topology.tensor_group)
+        name_parameters(stage.model)  # after the sharding, which replaces parameters
+        groups = parameter_groups(stage, recipe.optimizer)
+        self.multipliers = {group["name"]: group.pop("multiplier") for group in groups}
+        settings = engine_settings(recipe, topology.data_size)
+        self.micro_steps = settings.micro_steps
+        optimizer = OPTIMIZERS[recipe.optimizer.name]
+        return Engine(
+            stage.layers, stage.inputs, stage.terms, groups, optimizer, topology, launch.device, settings, costs
+        )
+
+    def _open_logs(self) -> tuple[RunLog | None, Mirror | None]:
+        """Open the logs, cut back to the step, and their mirror; only rank 0 has them."""
+        writes, path = self.topology.rank == 0, self.directory.path
+        log = run_on_all_ranks(self.topology.agreement_group, lambda: RunLog(path, self.step) if writes else None)
+        if not writes or not self.recipe.tracking.mirror:
+            return log, None
+        self.tracked = run_id(path, self.tracked)
+        return log, Mirror(path, self.recipe.tracking)  # after the log: it measures what is already there
+
+    def _build_loader(self) -> Loader:
         recipe = self.recipe
         return Loader(
             [Source(source.name, source.shards, source.weight) for source in recipe.data.sources],
@@ -322,6 +329,18 @@ class Trainer:
     def _announce(self, text: str) -> None:
         if self.topology.rank == 0:
             log.info("%s/%s %s", self.recipe.stage, self.recipe.phase, text)
+
+
+def _readable_state(found: Path) -> dict[str, Any]:
+    """The state in a checkpoint. Raises UserError for a version that this program does not read."""
+    state = read_manifest(found).state
+    version = state.get("version")
+    if version not in READABLE_VERSIONS:
+        raise UserError(
+            f"{found}: found state version {version}, must be {' or '.join(map(str, READABLE_VERSIONS))}; resume with "
+            "the version of the program that wrote it, or give the recipe another run_dir"
+        )
+    return state
 
 
 def _optimizer_scalars_of(state: dict[str, Any]) -> dict[str, dict[str, float]]:
