@@ -10,7 +10,9 @@ from parallel.optimizers import OPTIMIZERS
 from spar_scale import phases
 from spar_scale.cli import commands as do
 
-Command = Callable[[argparse.Namespace], int]
+Body = Callable[[argparse.Namespace], int]
+Commands = argparse._SubParsersAction
+_RECIPE = "recipe file (YAML)"
 _OVERRIDE = (
     "value that replaces the file's: as it stands where the key has a text (quotes around it are taken off), else YAML"
 )
@@ -20,13 +22,18 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser; `run` of its result is the command's body."""
     parser = argparse.ArgumentParser(prog="spar-scale", description="Pretrain SPAR, on a laptop or a cluster.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in _COMMANDS:
+        add(commands)
+    return parser
 
-    train = _command(commands, "train", do.train, started_per_rank=True)
-    train.add_argument("recipe", type=Path, help="recipe file (YAML)")
-    _overrides(train)
 
+def _train(commands: Commands) -> None:
+    _recipe(_command(commands, "train", do.train, started_per_rank=True))
+
+
+def _parity(commands: Commands) -> None:
     parity = _command(commands, "parity", do.parity)
-    parity.add_argument("--recipe", type=Path, required=True, help="recipe file (YAML)")
+    parity.add_argument("--recipe", type=Path, required=True, help=_RECIPE)
     parity.add_argument("--layouts", default="all", help="e.g. dp2-z1,tp2-pp2 (default: all of 1, 2 and 4 processes)")
     parity.add_argument("--steps", type=_positive, default=10, help="steps of each run (default 10)")
     parity.add_argument("--out", type=Path, help="directory of the runs, which then stay (default: a fresh one)")
@@ -37,9 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     parity.add_argument("--resumed", action="store_true", help="save under each of five layouts, resume under each")
     _overrides(parity)
 
+
+def _plan(commands: Commands) -> None:
     plan = _command(commands, "plan", do.plan)
-    plan.add_argument("recipe", type=Path, help="recipe file (YAML)")
-    _overrides(plan)
+    _recipe(plan)
     plan.add_argument("--gpus", type=_positive, required=True, help="how many GPUs")
     plan.add_argument("--gpu", default="h200", help="which: h200 (default), h100-80, a100-80, b200")
     plan.add_argument("--json", action="store_true", help="print everything, for programs")
@@ -47,54 +55,50 @@ def build_parser() -> argparse.ArgumentParser:
         "--rehearse-rank", type=int, metavar="R", help="build rank R of the recipe's own layout, check it"
     )
 
-    data = commands.add_parser("data", help="make, index and look at shards").add_subparsers(
-        metavar="COMMAND", required=True
-    )
+
+def _data(commands: Commands) -> None:
+    data = _group(commands, "data", "make, index and look at shards")
     make = _command(data, "make", do.make)
     make.add_argument("world", type=Path, help="settings of the world (YAML)")
     _overrides(make)
     make.add_argument("--out", type=Path, required=True, help="directory of the shards")
     index = _command(data, "index", do.index)
     index.add_argument("paths", nargs="+", metavar="PATH", help="shards (paths or globs)")
-    brought = _command(data, "import", do.import_data)
-    brought.add_argument("folder", type=Path, help="pictures with texts of their names, or captions.csv or .jsonl")
-    brought.add_argument("--out", type=Path, required=True, help="directory of the shards, new or empty")
-    brought.add_argument("--size", type=_positive, help="shrink pictures to this shorter side, in pixels")
-    brought.add_argument("--check-words", action="store_true", help="count words that the miniature does not know")
+    imported = _command(data, "import", do.import_data)
+    imported.add_argument("folder", type=Path, help="pictures with texts of their names, or captions.csv or .jsonl")
+    imported.add_argument("--out", type=Path, required=True, help="directory of the shards, new or empty")
+    imported.add_argument("--size", type=_positive, help="shrink pictures to this shorter side, in pixels")
+    imported.add_argument("--check-words", action="store_true", help="count words that the miniature does not know")
     show = _command(data, "show", do.show)
     show.add_argument("paths", nargs="+", metavar="PATH", help="shards (paths or globs)")
     show.add_argument("--count", type=_positive, default=8, help="how many samples (default 8)")
     show.add_argument("-o", "--out", type=Path, metavar="PICTURE", help="write the images as one picture")
+    _recipe(_command(data, "encode", do.encode), f"{_RECIPE} with data.encoded, the directory to write")
 
-    encode = _command(data, "encode", do.encode)
-    encode.add_argument("recipe", type=Path, help="recipe file (YAML) with data.encoded, the directory to write")
-    _overrides(encode)
 
-    checkpoint = commands.add_parser("checkpoint", help="inspect and verify checkpoints").add_subparsers(
-        metavar="COMMAND", required=True
-    )
+def _checkpoint(commands: Commands) -> None:
+    checkpoint = _group(commands, "checkpoint", "inspect and verify checkpoints")
     inspect = _command(checkpoint, "inspect", do.inspect)
     inspect.add_argument("path", type=Path, help="checkpoint or run directory")
     verify = _command(checkpoint, "verify", do.verify)
     verify.add_argument("path", type=Path, help="checkpoint or run directory")
 
-    track = commands.add_parser("track", help="send metrics to MLflow").add_subparsers(metavar="COMMAND", required=True)
-    sent = _command(track, "sync", do.track_sync)
-    sent.add_argument("path", type=Path, help="run directory, or the directory that holds them")
-    sent.add_argument("--uri", help="server or database to send it to (default: the recipe's tracking.uri)")
 
+def _track(commands: Commands) -> None:
+    track = _group(commands, "track", "send metrics to MLflow")
+    sync = _command(track, "sync", do.track_sync)
+    sync.add_argument("path", type=Path, help="run directory, or the directory that holds them")
+    sync.add_argument("--uri", help="server or database to send it to (default: the recipe's tracking.uri)")
+
+
+def _doctor(commands: Commands) -> None:
     doctor = _command(commands, "doctor", do.doctor, started_per_rank=True)
-    doctor.add_argument(
-        "recipe", type=Path, nargs="?", help="recipe file (YAML): whether this machine can train it now, too"
-    )
-    _overrides(doctor)
+    _recipe(doctor, f"{_RECIPE}: whether this machine can train it now, too", nargs="?")
 
-    cluster = commands.add_parser("cluster", help="what the scripts of cluster/ run").add_subparsers(
-        metavar="COMMAND", required=True
-    )
-    job = _command(cluster, "job", do.cluster_job)
-    job.add_argument("recipe", type=Path, help="recipe file (YAML)")
-    _overrides(job)
+
+def _cluster(commands: Commands) -> None:
+    cluster = _group(commands, "cluster", "what the scripts of cluster/ run")
+    _recipe(_command(cluster, "job", do.cluster_job))
     node = _command(cluster, "node", do.cluster_node, started_per_rank=True)
     node.add_argument("words", nargs=argparse.REMAINDER, metavar="WORD", help="a command of spar-scale")
     submit = _command(cluster, "submit", do.cluster_submit)
@@ -103,6 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     submit.add_argument("--dry-run", action="store_true", help="print the lines, submit nothing")
     submit.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTION", help="options of sbatch, for every job")
 
+
+def _demo(commands: Commands) -> None:
     demo = _command(commands, "demo", do.demo)
     demo.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="directory of all that it writes (default runs/demo)"
@@ -111,12 +117,16 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=_seed, default=0, help="seed of the runs (default 0)")
     demo.add_argument("--jobs", type=_positive, help="phases side by side (default 2; 1 where there is one core)")
 
+
+def _evaluate(commands: Commands) -> None:
     evaluate = _command(commands, "evaluate", do.evaluate)
     evaluate.add_argument(
         "run_dir", type=Path, help="directory of the phases (of the demo), or the run directory of one of them"
     )
     evaluate.add_argument("--quick", action="store_true", help="few samples, to see it run")
 
+
+def _ablate(commands: Commands) -> None:
     ablate = _command(commands, "ablate", do.ablate)
     ablate.add_argument(
         "--out",
@@ -132,49 +142,75 @@ def build_parser() -> argparse.ArgumentParser:
     ablate.add_argument("--jobs", type=_positive, help="runs side by side (default 2; 1 where there is one core)")
     _overrides(ablate)
 
+
+def _report(commands: Commands) -> None:
     report = _command(commands, "report", do.report)
     report.add_argument("run_dir", type=Path, help="directory of the chain's runs, or one of them")
 
-    generate = _command(commands, "generate", do.generate)
-    generate.add_argument("run_dir", type=Path, help=_runs_for("generate"))
+
+def _generate(commands: Commands) -> None:
+    generate = _run_command(commands, "generate", do.generate)
     generate.add_argument("prompt", help='what to draw, in one word of the shell: "a red circle on the left"')
     _drawing(generate)
 
-    edit = _command(commands, "edit", do.edit)
-    edit.add_argument("run_dir", type=Path, help=_runs_for("edit"))
+
+def _edit(commands: Commands) -> None:
+    edit = _run_command(commands, "edit", do.edit)
     edit.add_argument("image", type=Path, help="image file of any size; its middle square is edited")
     edit.add_argument("instruction", help='what to change, in one word of the shell: "make the circle blue"')
     _drawing(edit)
 
-    routes = _command(commands, "routes", do.routes)
-    routes.add_argument("run_dir", type=Path, help=_runs_for("routes"))
+
+def _routes(commands: Commands) -> None:
+    routes = _run_command(commands, "routes", do.routes)
     routes.add_argument("prompt", help="a prompt, in one word of the shell; with --image an instruction")
     routes.add_argument("--image", type=Path, help="image file to edit")
     _png(routes)
 
-    reconstruct = _command(commands, "reconstruct", do.reconstruct)
-    reconstruct.add_argument("run_dir", type=Path, help=_runs_for("reconstruct"))
+
+def _reconstruct(commands: Commands) -> None:
+    reconstruct = _run_command(commands, "reconstruct", do.reconstruct)
     reconstruct.add_argument("image", type=Path, help="image file")
     _png(reconstruct)
 
-    ask = _command(commands, "ask", do.ask)
-    ask.add_argument("run_dir", type=Path, help=_runs_for("ask"))
+
+def _ask(commands: Commands) -> None:
+    ask = _run_command(commands, "ask", do.ask)
     ask.add_argument("image", type=Path, help="image file")
     ask.add_argument("question", help='the question, in one word of the shell: "what color is the circle?"')
-    return parser
 
 
-def _command(
-    parent: argparse._SubParsersAction, name: str, run: Command, started_per_rank: bool = False
-) -> argparse.ArgumentParser:
+_COMMANDS = (
+    *(_train, _parity, _plan, _data, _checkpoint, _track, _doctor, _cluster),
+    *(_demo, _evaluate, _ablate, _report),
+    *(_generate, _edit, _routes, _reconstruct, _ask),
+)
+"""In the order of `--help`."""
+
+
+def _group(parent: Commands, name: str, text: str) -> Commands:
+    """Add a command that has commands of its own, and return these."""
+    return parent.add_parser(name, help=text).add_subparsers(metavar="COMMAND", required=True)
+
+
+def _command(parent: Commands, name: str, run: Body, started_per_rank: bool = False) -> argparse.ArgumentParser:
     said = run.__doc__ or ""
     parser = parent.add_parser(name, help=said[:1].lower() + said[1:].rstrip("."), description=said)
     parser.set_defaults(run=run, started_per_rank=started_per_rank)
     return parser
 
 
-def _runs_for(command: phases.Command) -> str:
-    return f"run directory of {phases.either([phase.name for phase in phases.accepted_by(command)])}"
+def _run_command(parent: Commands, name: phases.Command, run: Body) -> argparse.ArgumentParser:
+    """Add a command on a run directory of the phases that declare it."""
+    parser = _command(parent, name, run)
+    accepted = phases.either([phase.name for phase in phases.accepted_by(name)])
+    parser.add_argument("run_dir", type=Path, help=f"run directory of {accepted}")
+    return parser
+
+
+def _recipe(parser: argparse.ArgumentParser, text: str = _RECIPE, nargs: str | None = None) -> None:
+    parser.add_argument("recipe", type=Path, nargs=nargs, help=text)
+    _overrides(parser)
 
 
 def _overrides(parser: argparse.ArgumentParser) -> None:
