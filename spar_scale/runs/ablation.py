@@ -41,7 +41,7 @@ from spar_scale.models.autoencoder import encode_images
 from spar_scale.models.mllm import own_features
 from spar_scale.models.tokenizer import UnifiedTokenizer, to_grid
 from spar_scale.objectives.quality import psnr
-from spar_scale.runs.chain import ENCODER_RATE, TEACHER, Chain, data_step
+from spar_scale.runs.chain import ENCODER_RATE, Chain, data_step
 from spar_scale.runs.processes import Step, available_cores, import_before_forks, run_steps
 from spar_scale.stages.parts import load_autoencoder, load_mllm, preset_of
 from spar_scale.training.export import recipe_of, trained_model
@@ -97,7 +97,7 @@ ROWS = {
     "routing: uniform": Row("align_joint", {"model.routing": "uniform"}, {"flow": SILENT, "gap": SILENT}),
     "L_align to an external teacher": Row(
         "align_joint",
-        {"model.alignment": "external", TEACHER: "../bootstrap_mllm/pretrained"},
+        {"model.alignment": "external", "model.pretrained.teacher": "../bootstrap_mllm/pretrained"},
         {"flow": SILENT, "gap": SILENT},
     ),
     "without L_align": Row("align_joint", {"model.alignment": "none"}, {"flow": HIGHER, "gap": LOWER}),

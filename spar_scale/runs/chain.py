@@ -30,8 +30,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SCENES_PER_S = 1500
 START_S, ENCODING_S = 3.0, 80.0  # of a phase before its first step; of storing what frozen parts make
 STORED = "encoded"
-TEACHER, ENCODER_RATE = "model.pretrained.teacher", "optimizer.groups.encoder"
-_READ_AS = {TEACHER: "model.alignment", ENCODER_RATE: "model.encoder"}  # read where that key is
+_PART, ENCODER_RATE = "model.pretrained.", "optimizer.groups.encoder"
 Switches = Mapping[str, object]
 NONE: Switches = {}
 COMPARED: tuple[str, Switches] = ("tokenizer_encoder", {"model.encoder": "frozen"})
@@ -126,15 +125,15 @@ class Chain:
             return os.path.join(os.path.relpath(self.run_dir(parent, switches), run_dir), *inside)
 
         changes = [] if named(phase).is_stand_in else [*self.overrides]
+        changes += [f"{_PART}{part}={beside(where)}" for part, where in plain.model.pretrained.items()]
         for key, value in sorted(_own(plain, switches)):
-            placed = beside(str(value)) if key == TEACHER else json.dumps(value)
+            placed = beside(str(value)) if key.startswith(_PART) else json.dumps(value)
             changes.append(f"{key}={placed}")
         changes.append(f"run_dir={run_dir}")
         if self.shared == self.out or not named(phase).is_stand_in:
             changes.append(f"seed={self.seed}")
         if plain.init_from:
             changes.append(f"init_from={beside(plain.init_from)}")
-        changes += [f"model.pretrained.{part}={beside(where)}" for part, where in plain.model.pretrained.items()]
         changes += shards_in(plain, self.shared / "data")
         return load_recipe(self.folder / f"{phase}.yaml", changes)
 
@@ -165,9 +164,12 @@ def _own(recipe: Recipe, switches: Switches) -> set[tuple[str, object]]:
         return set()
 
     def is_read(key: str) -> bool:
+        if key.startswith(_PART):
+            return key.removeprefix(_PART) in (*phase.requires, *phase.accepts, *phase.requires_when)
+        key = "model.encoder" if key == ENCODER_RATE else key  # a declaration does not name learning-rate groups
         return key not in optional or key in phase.optional_keys
 
-    return {(key, value) for key, value in switches.items() if is_read(_READ_AS.get(key, key))}
+    return {(key, value) for key, value in switches.items() if is_read(key)}
 
 
 def _finished(run_dir: Path, steps: int) -> bool:

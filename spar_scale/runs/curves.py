@@ -6,10 +6,11 @@ floor, since it may be near zero where its gradient is not.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+
+from spar_scale.training.tracking import read_lines
 
 LOSS_RELATIVE, NORM_RELATIVE = 1e-5, 2e-4
 """Bounds of the largest relative difference in loss and in gradient norm."""
@@ -21,11 +22,18 @@ Curve = Sequence[tuple[float, float]]
 
 
 def curve(run_dir: Path) -> list[tuple[float, float]]:
-    """Read the curve of a run; ValueError unless its steps are 1, 2, 3, ..."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Read the curve of a run. A value that was not finite is NaN.
+
+    Raises ValueError unless its steps are 1, 2, 3, ..., and UserError for a damaged line.
+    """
+    lines = read_lines(run_dir / "metrics.jsonl")
     if [line["step"] for line in lines] != list(range(1, len(lines) + 1)):
         raise ValueError(f"{run_dir}: the steps of metrics.jsonl are not 1, 2, 3, ...")
-    return [(line["loss"], line["grad_norm"]) for line in lines]
+    return [(_number(line["loss"]), _number(line["grad_norm"])) for line in lines]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def distance(found: Curve, expected: Curve, floor: float = LOSS_FLOOR) -> tuple[float, float]:

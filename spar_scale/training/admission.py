@@ -8,7 +8,6 @@ is refused here is refused by `train`, and `train` may still refuse damaged weig
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from parallel.checkpoint.manifest import list_checkpoints, read_manifest
 from parallel.errors import UserError
 from parallel.launch.run_lock import check_free
 from parallel.topology import Layout
@@ -38,8 +36,8 @@ from spar_scale.stages.parts import (
 )
 from spar_scale.stages.tokenizer_files import load_tokenizer
 from spar_scale.training.engine_settings import engine_settings
-from spar_scale.training.parent import RECORD
-from spar_scale.training.run_directory import has_trained, refuse_another
+from spar_scale.training.parent import check_parent
+from spar_scale.training.run_directory import refuse_another
 
 _VISION = ("vision_tower", "multi_modal_projector")
 _LOADERS: dict[str, Callable[[Path, Preset], nn.Module]] = {
@@ -47,8 +45,8 @@ _LOADERS: dict[str, Callable[[Path, Preset], nn.Module]] = {
     "diffusion": load_diffusion,
     "tokenizer": lambda directory, preset: load_tokenizer(directory, preset)[0],
     "mllm": load_mllm,
-    "teacher": load_mllm,
 }
+"""Published part -> what reads it. A part of which only the vision tower is read is in the layout of `mllm`."""
 
 
 def check_layout(recipe: Recipe, world: int) -> None:
@@ -68,16 +66,16 @@ def refusals(recipe: Recipe, world: int, stage: Stage | None) -> list[str]:
 
     `stage` is its meta stage, None where that has been refused already: what depends on it is then left out.
     """
-    checks: list[Callable[[], None]] = [
+    checks: list[Callable[[], object]] = [
         lambda: check_layout(recipe, world),
         lambda: refuse_another(recipe.run_dir / "recipe.yaml", recipe),
         lambda: check_free(recipe.run_dir),
-        lambda: _check_parent(recipe),
+        lambda: check_parent(recipe),
         lambda: _check_encoded(recipe, stage),
     ]
     if stage is not None:
         spec = stage.sample
-        checks += [lambda name=source.name: source_task(spec.task, name) and None for source in recipe.data.sources]
+        checks += [lambda name=source.name: source_task(spec.task, name) for source in recipe.data.sources]
     checks += [lambda part=part: _check_part(recipe, part) for part in recipe.model.pretrained]
     return list(dict.fromkeys(_messages(checks)))
 
@@ -95,44 +93,12 @@ def stored_bytes(recipe: Recipe, source: str, num_tokens: int) -> int:
     return sum(tensor.nbytes for tensor in stored.empty(source, 1, num_tokens).values())
 
 
-def _messages(checks: list[Callable[[], None]]) -> Iterator[str]:
+def _messages(checks: list[Callable[[], object]]) -> Iterator[str]:
     for check in checks:
         try:
             check()
         except UserError as error:
             yield str(error)
-
-
-def _check_parent(recipe: Recipe) -> None:
-    """Raise UserError where the run that `init_from` names has no checkpoint, or not the one this run started from."""
-    if recipe.init_from is None:
-        return
-    root = beside(recipe.run_dir, recipe.init_from) / "checkpoints"
-    record = recipe.run_dir / RECORD
-    if record.exists() and has_trained(recipe.run_dir):  # a start that saved nothing binds none
-        _check_recorded(recipe, root, record)
-        return
-    found = list_checkpoints(root)
-    if not found:
-        link = behind_link(recipe.run_dir, recipe.init_from)
-        raise UserError(
-            f"init_from: {root} holds no checkpoint; train that phase first (spar-scale train, run_dir={root.parent})"
-            f"{link}"
-        )
-    failures = list(_messages([lambda path=path: read_manifest(path) and None for path in found]))
-    if len(failures) == len(found):
-        raise UserError(f"init_from: every checkpoint is damaged: {'; '.join(failures)}; train that phase again")
-
-
-def _check_recorded(recipe: Recipe, root: Path, record: Path) -> None:
-    try:
-        noted: dict[str, str] = json.loads(record.read_text(encoding="utf-8"))
-        run, name = noted["run"], noted["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{record}: cannot be read as JSON; restore it, or start in another run_dir") from None
-    if run != recipe.init_from:
-        raise UserError(f"init_from: found {recipe.init_from}, but this run started from {run}")
-    read_manifest(root / name)
 
 
 def _check_part(recipe: Recipe, part: str) -> None:
@@ -141,11 +107,12 @@ def _check_part(recipe: Recipe, part: str) -> None:
     preset, where = preset_of(recipe), f"model.pretrained.{part}: {directory}"
     if part == "tokenizer" and (found := read_config(part, directory).get("preset")) != preset.name:
         raise UserError(f"{where} has preset '{found}', this recipe has '{preset.name}'")
-    if part not in _LOADERS:  # a name that no phase takes, which the stage refuses
+    read = _VISION if part in phase_of(recipe).vision_only else None
+    load = load_mllm if read else _LOADERS.get(part)
+    if load is None:  # a name that no phase takes, which the stage refuses
         return
     with torch.device("meta"):
-        model = _LOADERS[part](directory, preset)
-    read = _VISION if part in phase_of(recipe).vision_only else None
+        model = load(directory, preset)
     wanted = {_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in _shapes(where, directory).items():
         key = _name(name)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel import checkpoint
-from parallel.checkpoint.manifest import read_manifest
+from parallel.checkpoint.manifest import list_checkpoints, read_manifest
 from parallel.errors import UserError, nearest
 from parallel.files import write_file
 from parallel.launch.agreement import run_on_first_rank
@@ -36,32 +36,50 @@ _log = logging.getLogger(__name__)
 def choose_parent(recipe: Recipe, group: dist.ProcessGroup | None) -> None:
     """Note the checkpoint that `init_from` stands for; all ranks of `group` call it together.
 
-    A run that has a checkpoint of its own keeps what it has noted. Raises UserError when the parent holds no whole
-    checkpoint, or the run was started from another parent.
+    Raises UserError as `check_parent` does, and where the files of every checkpoint of the parent are damaged.
+    """
+    if recipe.init_from is None or run_on_first_rank(group, lambda: check_parent(recipe)):
+        return
+    found = checkpoint.find(_checkpoints(recipe), group)
+    assert found is not None
+    run_on_first_rank(group, lambda: _record(recipe, found))
+
+
+def check_parent(recipe: Recipe) -> bool:
+    """Return whether a run has noted its parent for good: it has trained since. Only manifests are read.
+
+    Raises UserError where the run started from another parent, where what it started from is gone, and where
+    `init_from` names a run without a checkpoint whose manifest can be read.
     """
     if recipe.init_from is None:
-        return
-    record = run_on_first_rank(group, lambda: _recorded(recipe.run_dir) if has_trained(recipe.run_dir) else None)
+        return False
+    record = _recorded(recipe.run_dir) if has_trained(recipe.run_dir) else None  # a start that saved nothing binds none
     if record is not None:
         if record["run"] != recipe.init_from:
             raise UserError(f"init_from: found {recipe.init_from}, but this run started from {record['run']}")
-        return
-    root = beside(recipe.run_dir, recipe.init_from) / "checkpoints"
-    found = checkpoint.find(root, group)
-    if found is None:
-        link = behind_link(recipe.run_dir, recipe.init_from)
-        raise UserError(f"init_from: {root} holds no checkpoint; train that phase first{link}")
-    run_on_first_rank(group, lambda: _record(recipe, found))
+        _recorded_checkpoint(recipe, record)
+        return True
+    root, problems = _checkpoints(recipe), list[str]()
+    for path in list_checkpoints(root):
+        try:
+            read_manifest(path)
+            return False
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(f"init_from: every checkpoint is damaged: {'; '.join(problems)}; train that phase again")
+    raise UserError(
+        f"init_from: {root} holds no checkpoint; train that phase first (spar-scale train, run_dir={root.parent})"
+        f"{behind_link(recipe.run_dir, recipe.init_from)}"
+    )
 
 
 def started_stage(recipe: Recipe) -> Stage:
     """Build the recipe's stage with the weights it starts from (each process by itself)."""
     stage = stages.build(recipe)
     record = _recorded(recipe.run_dir) if recipe.init_from is not None else None
-    if recipe.init_from is not None and record is not None:
-        path = beside(recipe.run_dir, recipe.init_from) / "checkpoints" / record["checkpoint"]
-        if checkpoint.manifest_hash(path) != record["manifest"]:
-            raise UserError(f"{path}: is not the checkpoint that this run started from; restore it")
+    if record is not None:
+        path = _recorded_checkpoint(recipe, record)
         overwrite(stage.model, checkpoint.read(path, "ema"), path)
     return stage
 
@@ -77,6 +95,24 @@ def overwrite(model: nn.Module, weights: dict[str, torch.Tensor], origin: Path) 
             raise UserError(f"{origin}: {name} has another shape ({shapes}); is model.preset the same?")
         with torch.no_grad():
             own[name].copy_(tensor)
+
+
+def _checkpoints(recipe: Recipe) -> Path:
+    """The directory of the parent's checkpoints."""
+    assert recipe.init_from is not None
+    return beside(recipe.run_dir, recipe.init_from) / "checkpoints"
+
+
+def _recorded_checkpoint(recipe: Recipe, record: dict[str, Any]) -> Path:
+    """The checkpoint that a run has noted. Raises UserError where it is gone or another."""
+    path = _checkpoints(recipe) / record["checkpoint"]
+    try:
+        found = checkpoint.manifest_hash(path)
+    except UserError as error:
+        raise UserError(f"init_from: {error}; this run started from that checkpoint: restore it") from None
+    if found != record["manifest"]:
+        raise UserError(f"init_from: {path} is not the checkpoint that this run started from; restore it")
+    return path
 
 
 def _recorded(run_dir: Path) -> dict[str, Any] | None:

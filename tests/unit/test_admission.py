@@ -13,12 +13,17 @@ from nano import NANO
 from tiny_parts import make_parts
 from tiny_runs import make_data, phase_values
 
+from parallel.checkpoint.manifest import Manifest
+from parallel.errors import UserError
 from parallel.launch.environment import read_environment
 from parallel.launch.exit_codes import DEFECT, DONE, REFUSED
 from parallel.launch.run_lock import RunLock
 from spar_scale.config.recipe import Recipe
 from spar_scale.doctor.preflight import preflight, sample_bytes, shared_memory
+from spar_scale.phases import Phase, declared
 from spar_scale.stages import meta_stage
+from spar_scale.training.admission import _LOADERS, refusals
+from spar_scale.training.parent import choose_parent
 
 PHASES = ("bootstrap/mllm", "bootstrap/diffusion", "tokenizer/init", "align/connector", "align/joint")
 
@@ -52,6 +57,12 @@ def with_pretrained(recipe: Recipe, **pretrained: str) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
+@pytest.mark.parametrize("phase", declared(), ids=lambda phase: phase.name)
+def test_each_part_that_a_phase_takes_can_be_held_against_its_preset(phase: Phase):
+    taken = {*phase.requires, *phase.accepts, *phase.requires_when} - {*phase.vision_only}
+    assert taken <= _LOADERS.keys()
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_what_can_be_trained_is_not_refused(phase: str, recipe: Callable[..., Recipe]):
     assert preflight(recipe(phase)) == DONE
@@ -83,6 +94,20 @@ def _noted_parent(recipe: Recipe, root: Path) -> Recipe:
     _has_saved(recipe)
     (recipe.run_dir / "parent.json").write_text(json.dumps({"run": "../x", "checkpoint": "step-1", "manifest": ""}))
     return _parent(recipe, root)
+
+
+def _parent_gone(recipe: Recipe, root: Path) -> Recipe:
+    _has_saved(recipe)
+    record = {"run": "../before", "checkpoint": "step-00000010", "manifest": ""}
+    (recipe.run_dir / "parent.json").write_text(json.dumps(record))
+    return _parent(recipe, root)
+
+
+def _another_checkpoint_there(recipe: Recipe, root: Path) -> Recipe:
+    folder = root / "runs/before/checkpoints/step-00000010"
+    folder.mkdir(parents=True)
+    Manifest(10, {}, {}).write(folder)
+    return _parent_gone(recipe, root)
 
 
 def _damaged_parent(recipe: Recipe, root: Path) -> Recipe:
@@ -154,6 +179,8 @@ def _source_of_no_task(recipe: Recipe, root: Path) -> Recipe:
 REFUSALS: list[tuple[str, Callable[[Recipe, Path], Recipe], str]] = [
     ("tokenizer/decoder", _parent, "before/checkpoints holds no checkpoint; train that phase first"),
     ("tokenizer/decoder", _noted_parent, "init_from: found ../before, but this run started from ../x"),
+    ("tokenizer/decoder", _parent_gone, "manifest.json: missing; this run started from that checkpoint: restore it"),
+    ("tokenizer/decoder", _another_checkpoint_there, "is not the checkpoint that this run started from; restore it"),
     ("tokenizer/decoder", _damaged_parent, "init_from: every checkpoint is damaged"),
     ("tokenizer/decoder", _parent_behind_a_link, "is behind a symbolic link, whose target has"),
     ("tokenizer/init", _part_gone, "before/pretrained; train the phase that writes it first"),
@@ -184,6 +211,16 @@ def test_what_nobody_can_train_is_refused_with_the_reason(
     assert preflight(spoil(recipe(phase), tmp_path)) == REFUSED
     found = capsys.readouterr().out
     assert "bad  recipe" in found and message in found
+
+
+@pytest.mark.parametrize("spoil", [spoil for phase, spoil, _ in REFUSALS if phase == "tokenizer/decoder"])
+def test_train_refuses_a_parent_in_the_same_words(
+    spoil: Callable[[Recipe, Path], Recipe], recipe: Callable[..., Recipe], tmp_path: Path
+):
+    spoiled = spoil(recipe("tokenizer/decoder"), tmp_path)
+    with pytest.raises(UserError) as caught:
+        choose_parent(spoiled, None)
+    assert str(caught.value) in refusals(spoiled, 1, None)
 
 
 def test_everything_that_is_missing_is_named_at_once(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel.errors import UserError
 from spar_scale.runs.curves import LOSS_FLOOR, curve, distance
 
 
@@ -19,6 +20,20 @@ def write(folder: Path, *steps: int) -> Path:
 
 def test_a_curve_is_the_loss_and_the_norm_of_every_step(tmp_path: Path) -> None:
     assert curve(write(tmp_path, 1, 2)) == [(0.5, 3), (1.0, 6)]
+
+
+def test_a_value_that_was_not_finite_is_infinitely_far(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null, "grad_norm": null}\n')
+    assert distance(curve(tmp_path), [(1.0, 1.0)]) == (math.inf, math.inf)
+
+
+def test_a_damaged_line_is_refused_and_a_torn_last_one_left_out(tmp_path: Path) -> None:
+    with (write(tmp_path, 1, 2) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert len(curve(tmp_path)) == 2
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="found line 1 damaged"):
+        curve(tmp_path)
 
 
 @pytest.mark.parametrize("steps", [(1, 3), (2,), (1, 1)])
