@@ -345,6 +345,7 @@ def _readable_state(found: Path) -> dict[str, Any]:
 
 def _optimizer_scalars_of(state: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The optimizer's scalars in a checkpoint's state, of any readable version."""
-    if state["version"] == 1:
-        return {group: {"step": steps} for group, steps in state["optimizer_steps"].items()}
+    if state["version"] == 1:  # had a count, always 0, for the matrices of Muon too, which count no steps
+        steps = state["optimizer_steps"].items()
+        return {group: {} if group.endswith(".muon") else {"step": count} for group, count in steps}
     return state["optimizer_scalars"]

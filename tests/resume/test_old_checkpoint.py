@@ -15,7 +15,8 @@ from parallel.checkpoint.manifest import read_manifest
 from spar_scale.config.recipe import load_recipe
 from spar_scale.data.commands import index
 from spar_scale.models.presets import PRESETS
-from spar_scale.runs.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
+from spar_scale.runs.curves import curve, distance
+from spar_scale.runs.parity import MUON
 from spar_scale.training.trainer import STATE_VERSION
 
 VERSION_1 = Path(__file__).parent / "version_1" / "run.tar.xz"
@@ -66,17 +67,17 @@ def test_a_checkpoint_of_version_1_resumes_with_the_numbers_of_the_program_that_
     found, expected = curve(folder / "run"), curve(folder / "whole")
     assert len(found) == STEPS and found[:DONE] == expected[:DONE]
     loss, norm = distance(found[DONE:], expected[DONE:])
-    print(f"version 1 resumed: loss {loss:.1e}, gradient norm {norm:.1e}")
-    assert loss <= LOSS_RELATIVE
-    assert norm <= NORM_RELATIVE
+    print(f"version 1 resumed: loss {loss:.1e}, norm of the update {norm:.1e}")
+    assert loss <= MUON[0]
+    assert norm <= MUON[1]
     for line, wanted in zip(metrics(folder / "run")[DONE:], metrics(folder / "whole")[DONE:], strict=True):
         assert line["lr"] == wanted["lr"]
-        assert line["terms"] == pytest.approx(wanted["terms"], rel=1e-4, abs=1e-6)
+        assert line["terms"] == pytest.approx(wanted["terms"], rel=1e-3, abs=1e-6)
     assert read_manifest(folder / "run/checkpoints/step-00000006").state["version"] == STATE_VERSION
 
 
 def test_a_checkpoint_of_a_later_version_is_refused_with_advice(folder: Path) -> None:
-    """Its tensors are others too, so that the version is what is refused."""
+    """Its tensors differ too, and still the version is what the message names."""
     manifest = read_manifest(folder / CHECKPOINT)
     manifest.state["version"] = STATE_VERSION + 1
     manifest.keys["of_a_later_version"] = manifest.keys.pop("discriminator.stem.bias")
