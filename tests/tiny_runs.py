@@ -13,8 +13,9 @@ from typing import Any
 import nano  # noqa: F401  makes the preset known, also in the processes that train
 from launching import preload
 
-preload("deepspeed.pipe", "torch._dynamo", "torch._inductor.compile_fx")
-preload("spar_scale.stages.tokenizer", "spar_scale.stages.align", "spar_scale.training.trainer")
+from spar_scale.runs.processes import BEFORE_FORKS
+
+preload(*BEFORE_FORKS, "spar_scale.stages.tokenizer", "spar_scale.training.trainer")
 
 
 def make_data(folder: Path, scenes: int = 96, edits: int = 0) -> str:

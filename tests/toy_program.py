@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from parallel.optimizers import OPTIMIZERS
 from parallel.program import Layer, Program
 
-preload("deepspeed")
+preload("deepspeed.pipe", "deepspeed.runtime.zero.muon.muon_optimizer")
 
 GLOBAL_BATCH, MICRO_BATCH, WIDTH = 21, 2, 16
 EMA_DECAY = 0.9

@@ -13,7 +13,9 @@ from launching import preload, start_process
 from nano import NANO
 from tiny_runs import metrics
 
-preload("spar_scale.runs.demo", "deepspeed.pipe", "torch._dynamo", "torch._inductor.compile_fx", "nano")
+from spar_scale.runs.processes import BEFORE_FORKS
+
+preload("spar_scale.runs.demo", *BEFORE_FORKS, "nano")
 
 STEPS, LAST = 40, "bootstrap_mllm"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -43,6 +45,10 @@ def _hang(rank: int, size: int) -> None:
         signal.pause()
 
 
+def _not_collected(rank: int, size: int) -> int:
+    return gc.get_freeze_count()
+
+
 def _own_group(rank: int, size: int) -> str:
     assert not dist.is_initialized()
     dist.init_process_group("gloo")
@@ -58,6 +64,10 @@ def test_results_come_back_in_rank_order() -> None:
 
 def test_the_environment_alone_is_enough_to_join() -> None:
     assert run_world(2, _own_group, initialise=False, env={"GREETING": "r"}) == ["r0r1", "r0r1"]
+
+
+def test_collections_in_a_rank_leave_out_what_the_fork_server_has_imported() -> None:
+    assert run_world(1, _not_collected, initialise=False)[0] > len(sys.modules)
 
 
 def test_an_exception_names_its_rank_and_keeps_its_type() -> None:
