@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from parallel.errors import UserError
 from parallel.launch.environment import is_task_of_srun, read_environment, rendezvous
+from parallel.launch.imports import import_deepspeed
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ def _start_deepspeed(device: torch.device) -> None:
     """Import DeepSpeed for this device and let it adopt the process group."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import_deepspeed()
     import deepspeed
     import deepspeed.ops
     import deepspeed.utils

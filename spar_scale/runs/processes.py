@@ -35,6 +35,7 @@ from parallel.launch.children import (
     sigterm_interrupts,
     stop,
 )
+from parallel.launch.imports import import_deepspeed
 from spar_scale.runs.board import Board, clock
 from spar_scale.runs.spending import Spending, read_spending, unfinish
 from spar_scale.training.mlflow_store import load_mlflow
@@ -152,6 +153,7 @@ def import_before_forks(mlflow: bool) -> None:
 
     if device_type() == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import_deepspeed()
     for module in BEFORE_FORKS:
         importlib.import_module(module)
     if mlflow:
