@@ -125,6 +125,22 @@ def start_process(function: Callable[..., Any], *args: Any) -> Any:
     return process
 
 
+def run_command(words: list[str], folder: Path) -> None:
+    """Run `spar-scale WORDS` in `folder`, alone and outside of any job, and require exit code 0."""
+    process = start_process(_command, words, folder)
+    process.join()
+    assert process.exitcode == 0, f"spar-scale {' '.join(words)}: exit code {process.exitcode}"
+
+
+def _command(words: list[str], folder: Path) -> None:
+    from spar_scale.cli import main
+
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        del os.environ[name]
+    os.chdir(folder)
+    raise SystemExit(main(words))
+
+
 def _collect(pipes: list[Connection], deadline: float, timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
     open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launching import run_world
+from launching import run_command, run_world
 from tiny_runs import metrics
 
 from spar_scale.config.reference import page
@@ -21,12 +21,8 @@ PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "do
 BLOCKS = [block for page in PAGES for block in re.findall(r"```\w*\n(.*?)```", page, flags=re.S)]
 PROGRAMS = ("spar-scale ", "torchrun ", "mkdir ", "tar ")
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith(PROGRAMS)]
-LAUNCHES = {
-    "torchrun ": "torch.distributed.run",
-    "spar-scale parity ": "spar_scale.cli",
-    "spar-scale plan ": "spar_scale.cli",
-}
-"""How commands begin that make worlds of their own, and the module that each is."""
+LAUNCHES = ("torchrun ", "spar-scale parity ", "spar-scale plan ")
+"""How commands begin that make worlds of their own, which a daemon may not."""
 SMALL_BATCH = ["global_batch=8", "data.task_block=8", "parallel.micro_batch=4"]
 SMALL = {
     "make": ["scenes=64", "heldout=8", "edits=8", "heldout_edits=8"],
@@ -67,9 +63,11 @@ def small(command: str) -> list[str]:
     return [*words, *SMALL.get(kind, [])]
 
 
-def launch(module: str, words: list[str], folder: Path) -> None:
-    """Run a module of Python in a process of its own, which may start others."""
-    line = [sys.executable, "-m", module, *words]
+def launch(words: list[str], folder: Path) -> None:
+    """Run a command in a process that may start others."""
+    if words[0] == "spar-scale":
+        return run_command(words[1:], folder)
+    line = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
@@ -77,16 +75,16 @@ def launch(module: str, words: list[str], folder: Path) -> None:
 
 def test_the_commands_run_in_their_order(tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    commands = [command for command in COMMANDS if not command.startswith(tuple(LAUNCHES))]
+    commands = [command for command in COMMANDS if not command.startswith(LAUNCHES)]
     assert len(commands) >= 4
     found = run_world(1, run_in, str(tmp_path), [small(c) for c in commands], initialise=False, timeout_s=500)[0]
     for command, (code, errors) in zip(commands, found, strict=True):
         assert code == 0, f"{command}: {errors}"
-    for begins, module in LAUNCHES.items():
+    for begins in LAUNCHES:
         launches = [command for command in COMMANDS if command.startswith(begins)]
         assert launches
         for command in launches:
-            launch(module, small(command)[1:], tmp_path)
+            launch(small(command), tmp_path)
     assert len(metrics(tmp_path / "runs" / "tiny" / "two")) == 2
 
 

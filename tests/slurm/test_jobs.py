@@ -7,8 +7,6 @@ in order, and its curve is that of one process that nobody has disturbed.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import textwrap
 import time
@@ -16,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launching import run_command
 from slurm.cluster import Cluster
 from tiny_runs import consumed, make_data
 
@@ -74,19 +73,17 @@ def jobs(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 
 
 @pytest.fixture(scope="module")
-def signals_blocked(jobs: Jobs) -> Path:
-    """The same recipe, trained by one process without any SLURM."""
-    line = [sys.executable, "-m", "spar_scale.cli", "train", RECIPE, *jobs.values, f"run_dir={jobs.run_dir('alone')}"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
-    subprocess.run(line, cwd=ROOT, check=True, capture_output=True, env=environment | {"OMP_NUM_THREADS": "1"})
+def alone(jobs: Jobs) -> Path:
+    """The run directory of the same recipe, trained by one process without any SLURM."""
+    run_command(["train", RECIPE, *jobs.values, f"run_dir={jobs.run_dir('alone')}"], ROOT)
     return jobs.run_dir("alone")
 
 
-def check_lineage(jobs: Jobs, name: str, signals_blocked: Path, steps: int = STEPS) -> None:
+def check_lineage(jobs: Jobs, name: str, alone: Path, steps: int = STEPS) -> None:
     found = curve(jobs.run_dir(name))
     assert len(found) >= steps
     assert consumed(jobs.run_dir(name)) == list(range(BATCH * len(found)))
-    loss, _ = distance(found[:steps], curve(signals_blocked)[:steps])
+    loss, _ = distance(found[:steps], curve(alone)[:steps])
     print(f"{name}: loss within {loss:.1e} of one process over {steps} steps")
     assert loss < DRIFT
 
@@ -100,7 +97,7 @@ def timed(jobs: Jobs) -> Iterator[str]:
     jobs.slurm.run("scancel", job)
 
 
-def test_a_warning_saves_requeues_and_goes_on_as_the_same_run(jobs: Jobs, timed: str, signals_blocked: Path) -> None:
+def test_a_warning_saves_requeues_and_goes_on_as_the_same_run(jobs: Jobs, timed: str, alone: Path) -> None:
     gres = [f"--gres=gpu:{jobs.slurm.gpus}"] if jobs.slurm.gpus else []
     job = jobs.submit("warned", "--nodes=2", "--exclude=node4", *gres, changes=("tracking.mirror=true",))
     assert not gres or jobs.slurm.job(job)["TresPerNode"] == "gres:gpu:8"
@@ -115,45 +112,54 @@ def test_a_warning_saves_requeues_and_goes_on_as_the_same_run(jobs: Jobs, timed:
     assert f"resumes from step {attempts[0]['step']} when nodes are free" in jobs.said("warned")
     assert "gpu        its checks are skipped on request" in jobs.said("warned")
     assert (jobs.run_dir("warned") / "tracking.json").read_text() == known
-    check_lineage(jobs, "warned", signals_blocked)
+    check_lineage(jobs, "warned", alone)
 
 
-def test_a_time_limit_saves_requeues_and_goes_on(jobs: Jobs, timed: str, signals_blocked: Path) -> None:
+def test_a_time_limit_saves_requeues_and_goes_on(jobs: Jobs, timed: str, alone: Path) -> None:
     jobs.restarted(timed)
     jobs.until("timed", "resumes from")
     saved = json.loads((jobs.run_dir("timed") / "attempts.json").read_text())[0]
     assert saved["exit_code"] == STOPPED and saved["step"] > 0
+    jobs.slurm.run("scontrol", "update", f"jobid={timed}", "timelimit=30")  # it runs on for the next test
     jobs.until_step("timed", saved["step"] + EARLY)
+    check_lineage(jobs, "timed", alone, steps=min(STEPS, jobs.steps("timed")))
+
+
+def test_the_second_job_in_a_run_directory_is_refused(jobs: Jobs, timed: str) -> None:
+    second = jobs.submit("timed", "--nodes=1", "--exclude=node4", changes=("train.steps=1000000",))
+    assert jobs.slurm.wait(second, "FAILED")["ExitCode"] == f"{REFUSED}:0"
+    assert "in use by process" in jobs.said("timed")
+    before = jobs.steps("timed")
+    jobs.until_step("timed", before + 1)  # the first has not noticed
     jobs.slurm.run("scancel", timed)
     jobs.slurm.wait(timed, "CANCELLED")
-    check_lineage(jobs, "timed", signals_blocked, steps=min(STEPS, jobs.steps("timed")))
 
 
-def test_a_lost_node_leaves_the_run_to_the_others(jobs: Jobs, signals_blocked: Path) -> None:
-    size = ("--nodes=2-3", "--exclude=node4")
+def test_a_lost_node_leaves_the_run_to_the_others(jobs: Jobs, alone: Path) -> None:
+    size = ("--nodes=1-2", "--exclude=node[3-4]")
     job = jobs.submit("lost", *size, changes=("checkpoint.every=20",))
     jobs.until_step("lost", 2 * 20 + 1)
-    assert jobs.slurm.job(job)["NumNodes"] == "3"
-    jobs.slurm.kill_node("node3")
-    jobs.slurm.mark_down("node3")
+    assert jobs.slurm.job(job)["NumNodes"] == "2"
+    jobs.slurm.kill_node("node2")
+    jobs.slurm.mark_down("node2")
     try:
         jobs.restarted(job)
-        assert jobs.slurm.wait(job, "COMPLETED")["NodeList"] == "node[1-2]"
-        assert "attempt 2 on 2 node(s), from step" in jobs.said("lost")
+        assert jobs.slurm.wait(job, "COMPLETED")["NodeList"] == "node1"
+        assert "attempt 2 on 1 node(s), from step" in jobs.said("lost")
     finally:
-        jobs.slurm.boot("node3")
-    check_lineage(jobs, "lost", signals_blocked)
+        jobs.slurm.boot("node2")
+    check_lineage(jobs, "lost", alone)
 
 
-def test_a_job_of_higher_rank_preempts_and_the_run_goes_on_after_it(jobs: Jobs, signals_blocked: Path) -> None:
-    job = jobs.submit("preempted", "--partition=low", "--nodes=2", "--nodelist=node[1-2]")
+def test_a_job_of_higher_rank_preempts_and_the_run_goes_on_after_it(jobs: Jobs, alone: Path) -> None:
+    job = jobs.submit("preempted", "--partition=low", "--nodelist=node1")
     jobs.until_step("preempted", EARLY)
-    high = jobs.slurm.sbatch("--nodes=2", "--nodelist=node[1-2]", "--exclusive", "--wrap", "sleep 3")
+    high = jobs.slurm.sbatch("--nodelist=node1", "--exclusive", "--wrap", "sleep 3")
     jobs.restarted(job)
     jobs.slurm.wait(high, "COMPLETED")
     jobs.slurm.wait(job, "COMPLETED")
     assert "was asked to stop by SIGUSR1 after step" in jobs.said("preempted")
-    check_lineage(jobs, "preempted", signals_blocked)
+    check_lineage(jobs, "preempted", alone)
 
 
 def test_a_refused_stage_cancels_what_waits_for_it(jobs: Jobs) -> None:
@@ -169,20 +175,6 @@ def test_without_gpus_a_job_says_what_to_ask_for(jobs: Jobs) -> None:
     job = jobs.submit("bare", "--nodes=1", "--exclude=node4", env={"SPAR_DEVICE": "cuda"})
     assert jobs.slurm.wait(job, "FAILED")["ExitCode"] == f"{REFUSED}:0"
     assert "SLURM gave this job no GPU; ask for it (sbatch --gres=gpu:8)" in jobs.said("bare")
-
-
-def test_the_second_job_in_a_run_directory_is_refused(jobs: Jobs) -> None:
-    first = jobs.submit("shared", "--nodes=1", "--exclude=node4", changes=("train.steps=1000000",))
-    try:
-        jobs.until_step("shared", 1)
-        second = jobs.submit("shared", "--nodes=1", "--exclude=node4", changes=("train.steps=1000000",))
-        assert jobs.slurm.wait(second, "FAILED")["ExitCode"] == f"{REFUSED}:0"
-        assert "in use by process" in jobs.said("shared")
-        before = jobs.steps("shared")
-        jobs.until_step("shared", before + 1)  # the first has not noticed
-    finally:
-        jobs.slurm.run("scancel", first)
-    jobs.slurm.wait(first, "CANCELLED")
 
 
 def broken(folder: Path, condition: str) -> dict[str, str]:
@@ -222,7 +214,7 @@ def test_a_run_that_gets_nowhere_stops(jobs: Jobs) -> None:
 
 def test_the_whole_chain_from_one_command_to_the_report(slurm: Cluster, jobs: Jobs) -> None:
     began, root = time.monotonic(), jobs.folder / "chain"
-    line = ["cluster/submit_all.sh", "recipes/tiny", str(root), "--nodes=2", "--exclude=node4"]
+    line = ["cluster/submit_all.sh", "recipes/tiny", str(root), "--exclude=node4"]
     told = slurm.run(*line, cwd=ROOT, env=SITE | {"SIZE": "smoke", "RECIPE": ""})
     numbers = {line.split()[1]: line.split()[0] for line in told.splitlines()[:11]}
     assert next(iter(numbers)) == "world" and list(numbers)[-1] == "evaluate"

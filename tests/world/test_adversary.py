@@ -27,6 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = make_parts(folder / "parts", NANO)
 
     def values(name: str, world: int = 1, zero: int = 1, pipeline: int = 1, tensor: int = 1) -> dict:
+        every = 5 if name == SERIAL else 10  # what `elastic` goes on from
         return phase_values(
             folder / name,
             "tokenizer/encoder",
@@ -42,7 +43,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             },
             optimizer__lr=2e-4,  # slow, so that the kinks of the discriminator stay small beside the gradient
             optimizer__groups={"encoder": 0.1, "discriminator": 2.5},
-            parallel={"zero": zero, "pipeline": pipeline, "tensor": tensor, "micro_batch": 2},
+            checkpoint={"every": every},
+            parallel={"zero": zero, "pipeline": pipeline, "tensor": tensor, "micro_batch": 3},
         )
 
     parent = phase_values(

@@ -98,6 +98,11 @@ def test_no_tensor_is_made_whole_while_saving(saved: dict, zero: int) -> None:
             assert found["largest_piece"] <= -(-found["largest_parameter"] // 4)
 
 
+BOUNDS = {"adamw": 1e-5, "nadam": 1e-5, "radam": 1e-5, "muon": 1e-2}
+SAVED, RESUMED = ((2, 1), (2, 3)), ((1, 2), (2, 3), (3, 2))
+"""(processes, ZeRO stage) of the worlds that save and of those that go on."""
+
+
 def move(rank: int, world: int, optimizer: str, zero: int, root: str, loads: bool) -> list[float]:
     """Four steps of a toy program, saved after two; or the last two from what another layout saved."""
     from toy_program import LR, Toy, engine_for, muon_groups, train
@@ -126,13 +131,32 @@ def move(rank: int, world: int, optimizer: str, zero: int, root: str, loads: boo
     return [loss for loss, _, _ in curve]
 
 
-@pytest.mark.parametrize(("optimizer", "bound"), [("adamw", 1e-5), ("nadam", 1e-5), ("radam", 1e-5), ("muon", 1e-2)])
-def test_state_moves_between_layouts(tmp_path: Path, optimizer: str, bound: float) -> None:
-    saved = {}
-    for world, zero in ((2, 1), (2, 3)):
-        root = str(tmp_path / f"{world}-{zero}")
-        saved[root] = run_world(world, move, optimizer, zero, root, False, initialise=False)[0]
-    for root, whole in saved.items():
-        for world, zero in ((1, 2), (2, 3), (3, 2)):
-            resumed = run_world(world, move, optimizer, zero, root, True, initialise=False)[0]
-            assert resumed == pytest.approx(whole[2:], rel=bound), (root, world, zero)
+def move_all(rank: int, world: int, zero: int, roots: list[Path], loads: bool) -> dict[tuple[str, str], list[float]]:
+    """Under each root, every optimizer one after another: (root, optimizer) -> losses."""
+    return {
+        (root.name, optimizer): move(rank, world, optimizer, zero, str(root / optimizer), loads)
+        for root in roots
+        for optimizer in BOUNDS
+    }
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
+    folder = tmp_path_factory.mktemp("moved")
+    roots = {layout: folder / "-".join(map(str, layout)) for layout in SAVED}
+    whole: dict[tuple[str, str], list[float]] = {}
+    for (world, zero), root in roots.items():
+        whole |= run_world(world, move_all, zero, [root], False, initialise=False)[0]
+    resumed = {
+        (world, zero): run_world(world, move_all, zero, list(roots.values()), True, initialise=False)[0]
+        for world, zero in RESUMED
+    }
+    return whole, resumed
+
+
+@pytest.mark.parametrize("optimizer", BOUNDS)
+@pytest.mark.parametrize("layout", RESUMED, ids=str)
+def test_state_moves_between_layouts(moved: tuple[dict, dict], layout: tuple[int, int], optimizer: str) -> None:
+    whole, resumed = moved
+    for key in [key for key in whole if key[1] == optimizer]:
+        assert resumed[layout][key] == pytest.approx(whole[key][2:], rel=BOUNDS[optimizer]), key
