@@ -40,7 +40,7 @@ ui: venv
 	@cd "$(OUT)" && MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(abspath $(BIN))/mlflow server \
 		--backend-store-uri sqlite:///mlflow.db --artifacts-destination mlartifacts --host 127.0.0.1 --port $(PORT) --workers 1
 
-# Test files run side by side, each file on one worker, because its fixtures train. SLURM's, the longest, come early.
+# Test files run side by side, each file on one worker, because its fixtures train; the longest first (tests/conftest.py).
 # `make test TESTS=tests/unit/test_recipe.py` runs a part.
 test: venv
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
