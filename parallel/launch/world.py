@@ -129,5 +129,5 @@ def _start_deepspeed(device: torch.device) -> None:
     if device.type == "cpu":
         # Asked for, this table tries the compiler for each operator, and has shared-memory collectives, which gloo does
         # not need, compiled for a minute (0.19.8).
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
+        setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
