@@ -23,7 +23,7 @@ from parallel.launch.world import stop
 from spar_scale.runs.curves import curve
 from spar_scale.training.preemption import SIGNALS
 
-STEPS = 60
+STEPS = 40
 
 
 def train_until(rank: int, world: int, values: dict[str, Any], number: int, lines: int) -> int:

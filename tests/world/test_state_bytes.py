@@ -42,7 +42,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     parts = make_parts(folder / "parts", NANO)
     return {
         name: phase_values(
-            folder / name, "align/joint", folder / "data", parts, "nano", global_batch=24, data__task_block=24,
+            folder / name, "align/joint", folder / "data", parts, "nano", global_batch=16, data__task_block=16,
             parallel={"tensor": tensor, "pipeline": pipeline, "zero": zero, "micro_batch": 2}, **more,
         )
         for name, (_, tensor, pipeline, zero, more) in CASES.items()
