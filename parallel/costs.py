@@ -17,7 +17,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from parallel.program import Layer, live_slots, run_layer
+from parallel.program import Layer, crossing_slots, live_slots, run_layer
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -48,8 +48,8 @@ class LayerCost:
     backward_flops: int
     saved: Mapping[int, int]
     reduced_bytes: int
-    sent_bytes: int
-    returned_bytes: int
+    sent_bytes: int = 0
+    returned_bytes: int = 0
 
     @property
     def flops(self) -> int:
@@ -70,13 +70,16 @@ def layer_costs(
     """
     shadows = _without_values(layers, dtype)
     weights = {_key(tensor) for tensor in (*shadows.parameters(), *shadows.buffers())}
-    edges = live_slots(layers, list(slots), terms)
+    edges, crossing = live_slots(layers, list(slots), terms), crossing_slots(layers, list(slots), terms)
     live = {name: torch.empty_like(slots[name], device="meta") for name in edges[0]}
     alive: list[Any] = []  # a storage's key is its own only as long as it lives
-    costs = []
-    for layer, keep in zip(shadows, edges[1:], strict=True):
+    costs, seen = [], dict(live)
+    for layer, keep, sent in zip(shadows, edges[1:], crossing[1:], strict=True):
         cost, live = _layer_cost(layer, live, keep, recompute, weights, alive)
-        costs.append(cost)
+        seen |= live
+        sent_bytes = sum(_bytes(seen[name]) for name in sent)
+        returned_bytes = sum(_bytes(seen[name]) for name in sent if seen[name].requires_grad)
+        costs.append(replace(cost, sent_bytes=sent_bytes, returned_bytes=returned_bytes))
     return costs
 
 
@@ -148,9 +151,7 @@ def _layer_cost(
         _, backward = _counted(lambda: _backward(starts))
     after = {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in after.items()}
     alive += after.values()
-    sent = sum(_bytes(tensor) for tensor in after.values())
-    returned = sum(_bytes(tensor) for tensor in after.values() if tensor.requires_grad)
-    return LayerCost(forward, backward, saved, reduced.bytes, sent, returned), after
+    return LayerCost(forward, backward, saved, reduced.bytes), after
 
 
 def _without_values(layers: Sequence[Layer], dtype: torch.dtype) -> nn.ModuleList:

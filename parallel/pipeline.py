@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from parallel.costs import balanced_cut
 from parallel.errors import UserError
 from parallel.launch.world import silenced
-from parallel.program import Layer, Program, pack, run_layer, unpack
+from parallel.program import Layer, Program, live_slots, pack, repeat_derived, run_layer, unpack
 from parallel.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -68,18 +68,19 @@ def pipeline_module(
 
     bounds = stage_bounds(costs, topology.layout.pipeline)
     log.info("pipeline cut by counted operations: %s", describe(bounds, costs))
+    listed, starts = repeat_derived(list(program.layers), bounds, program.inputs, program.terms)  # type: ignore[arg-type]
+    edges = live_slots(listed, program.inputs, program.terms)
 
     class Balanced(PipelineModule):
         """DeepSpeed's, cut where we say."""
 
         def _partition_layers(self, method: str = "") -> None:
-            self.parts = [*bounds[:-1], len(program.layers) + 1]  # the last stage also stacks the terms
+            self.parts = [*starts[:-1], len(listed) + 1]  # the last stage also stacks the terms
             self._set_bounds(start=self.parts[topology.stage], stop=self.parts[topology.stage + 1])
 
-    edges = program.boundaries
     layers: list[nn.Module] = [
-        TupleLayer(layer, before, after, program.recompute)  # type: ignore[arg-type]
-        for layer, before, after in zip(program.layers, edges, edges[1:], strict=False)
+        TupleLayer(layer, before, after, program.recompute)
+        for layer, before, after in zip(listed, edges, edges[1:], strict=False)
     ]
     layers.append(StackTerms(edges[-1], program.terms))
     with silenced():

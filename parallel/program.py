@@ -14,7 +14,8 @@ every floating tensor that it sends (0.19.8).
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -33,14 +34,22 @@ class Layer(nn.Module):
     Subclasses set `reads` and `writes`, and `forward(**slots) -> dict` takes exactly the read slots
     by name and returns exactly the written ones. Slots named in `detached` are written without
     gradient (teachers, frozen encoders). A loss layer writes a slot of shape (B,), fp32, one value
-    per sample. A layer whose forward has effects of its own sets `recomputes` to False. Parameters
-    belong to the stage's model: a layer holds references to its parts.
+    per sample. A layer whose forward has effects of its own sets `recomputes` to False. A layer without
+    parameters whose outputs follow cheaply from slots that travel anyway (masks, rotary angles) sets `derived`:
+    a pipeline repeats it in each stage that reads its outputs instead of sending them. Parameters belong to the
+    stage's model: a layer holds references to its parts.
     """
 
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     detached: frozenset[str] = frozenset()
     recomputes: bool = True
+    derived: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name for messages."""
+        return type(self).__name__
 
     def forward(self, **slots: Tensor) -> dict[str, Tensor]:
         """Compute the written slots from the read ones."""
@@ -50,6 +59,37 @@ class Layer(nn.Module):
         """Set the mode; a layer whose parameters are all frozen stays in eval mode."""
         super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
         return self
+
+
+class Apply(Layer):
+    """A layer that is one call: `function` maps the slots it reads, in their order, to those it writes, in theirs.
+
+    `function` is a module of the model, or a function that holds no module: one inside a closure would be hidden from
+    the engine.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor | tuple[Tensor, ...]],
+        reads: Sequence[str],
+        writes: str | Sequence[str],
+        frozen: bool = False,
+    ):
+        super().__init__()
+        self.function, self.reads = function, tuple(reads)
+        self.writes = (writes,) if isinstance(writes, str) else tuple(writes)
+        self.detached = frozenset(self.writes if frozen else ())
+
+    @property
+    def name(self) -> str:
+        """The function's name, or its module's class."""
+        function = self.function.func if isinstance(self.function, functools.partial) else self.function
+        return getattr(function, "__name__", type(function).__name__)
+
+    def forward(self, **slots: Tensor) -> dict[str, Tensor]:
+        """Call the function."""
+        written = self.function(*(slots[name] for name in self.reads))
+        return dict(zip(self.writes, written if isinstance(written, tuple) else (written,), strict=True))
 
 
 class Program(nn.Module):
@@ -77,17 +117,22 @@ class Program(nn.Module):
 class Subprogram:
     """Those layers of a list that lead to the wanted slots, for uses of a forward that need no loss.
 
-    `inputs` are the slots that it reads. The parameters stay those of the list's layers.
+    `given` are slots that the caller provides, so the layers that compute them are left out. `inputs` are the slots
+    that it reads. The parameters stay those of the list's layers. Raises ValueError where a layer that is needed would
+    also write a given slot.
     """
 
-    def __init__(self, layers: Sequence[Layer], wanted: Sequence[str]):
-        live, needed = set(wanted), []
+    def __init__(self, layers: Sequence[Layer], wanted: Sequence[str], given: Collection[str] = ()):
+        live, needed = set(wanted) - set(given), []
         for layer in reversed(layers):
             if live & set(layer.writes):
-                live = (live - set(layer.writes)) | set(layer.reads)
+                if twice := set(given) & set(layer.writes):
+                    raise ValueError(f"{layer.name} is needed and would write {sorted(twice)}, which are given")
+                live = (live - set(layer.writes)) | (set(layer.reads) - set(given))
                 needed.append(layer)
         self.layers: list[Layer] = needed[::-1]
-        self.inputs = tuple(sorted(live))
+        read = {name for layer in needed for name in layer.reads}
+        self.inputs = tuple(sorted(live | (set(given) & (read | set(wanted)))))
         self._edges = live_slots(self.layers, self.inputs, wanted)
 
     def __call__(self, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,7 +157,7 @@ def run_layer(
         cast(Any, checkpoint(run, use_reentrant=False)) if recompute and layer.recomputes else run()
     )
     if set(written) != set(layer.writes):
-        raise TypeError(f"{type(layer).__name__} wrote {sorted(written)}, declared {sorted(layer.writes)}")
+        raise TypeError(f"{layer.name} wrote {sorted(written)}, declared {sorted(layer.writes)}")
     written = {n: (t.detach() if n in layer.detached else t).contiguous() for n, t in written.items()}
     merged = {**live, **written}
     return {name: merged[name] for name in keep}
@@ -123,7 +168,7 @@ def live_slots(layers: Sequence[Layer], inputs: Sequence[str], terms: Sequence[s
     known = set(inputs)
     for layer in layers:
         if missing := set(layer.reads) - known:
-            raise UserError(f"{type(layer).__name__} reads {sorted(missing)}, which no earlier layer or batch provides")
+            raise UserError(f"{layer.name} reads {sorted(missing)}, which no earlier layer or batch provides")
         known |= set(layer.writes)
     if missing := set(terms) - known:
         raise UserError(f"no layer writes the loss term(s) {sorted(missing)}")
@@ -133,6 +178,37 @@ def live_slots(layers: Sequence[Layer], inputs: Sequence[str], terms: Sequence[s
         live = (live - set(layer.writes)) | set(layer.reads)
         edges.append(tuple(sorted(live)))
     return edges[::-1]
+
+
+def crossing_slots(layers: Sequence[Layer], inputs: Sequence[str], terms: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return, for each edge of `live_slots`, the slots that travel where a pipeline stage ends there."""
+    edges = live_slots(layers, inputs, terms)
+    return [tuple(sorted(_repeated(layers[:index], edge)[1])) for index, edge in enumerate(edges)]
+
+
+def repeat_derived(
+    layers: Sequence[Layer], bounds: Sequence[int], inputs: Sequence[str], terms: Sequence[str]
+) -> tuple[list[Layer], list[int]]:
+    """Put the derived layers that a pipeline stage reads from at its start; return the longer list and its bounds.
+
+    `bounds` are the numbers of the first layer of each stage, and of all layers.
+    """
+    edges = live_slots(layers, inputs, terms)
+    longer, starts = list(layers[: bounds[1]]), [0]
+    for first, end in itertools.pairwise(bounds[1:]):
+        starts.append(len(longer))
+        longer += [*_repeated(layers[:first], edges[first])[0], *layers[first:end]]
+    return longer, [*starts, len(longer)]
+
+
+def _repeated(before: Sequence[Layer], edge: Collection[str]) -> tuple[list[Layer], set[str]]:
+    """Return the derived layers among those before an edge that give some of its slots, and the slots they need."""
+    live, repeated = set(edge), []
+    for layer in reversed(before):
+        if layer.derived and live & set(layer.writes):
+            live = (live - set(layer.writes)) | set(layer.reads)
+            repeated.append(layer)
+    return repeated[::-1], live
 
 
 def pack(slots: Mapping[str, Tensor], names: Sequence[str]) -> tuple[Tensor, ...]:

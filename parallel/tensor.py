@@ -48,6 +48,7 @@ class ModulePlan:
 
 
 Plan = Mapping[type[nn.Module], ModulePlan]
+COLUMN, ROW = Split("column"), Split("row")
 
 
 def apply_tensor_parallel(model: nn.Module, holders: Iterable[nn.Module], plan: Plan, group: Group) -> None:

@@ -17,22 +17,22 @@ from spar_scale.evaluation.scenes import HeldOutEdit
 from spar_scale.evaluation.sections import Scores, Section, mean
 from spar_scale.inference.drawing import edit
 from spar_scale.inference.sampler import seeded_noise
-from spar_scale.models.shapes import SamplingShape
-from spar_scale.models.unified import LatentDiffusion
+from spar_scale.models.spar import SamplingShape
 from spar_scale.objectives.quality import psnr
+from spar_scale.stages.forward import Forward
 
 BATCH = 64
 
 
 def edit_and_judge(
-    model: LatentDiffusion, sampling: SamplingShape, edits: Sequence[HeldOutEdit], shapes: Sequence[str]
+    model: Forward, sampling: SamplingShape, edits: Sequence[HeldOutEdit], shapes: Sequence[str]
 ) -> tuple[Scores, Section]:
     """Follow every instruction and judge the result: scores edit.*, and a row for each edit."""
     sources, targets = (torch.stack([getattr(e, side) for e in edits]) for side in ("source", "target"))
     made = []
     for first in range(0, len(edits), BATCH):
         part = slice(first, first + BATCH)
-        noise = seeded_noise(model.latent_shape, range(len(edits))[part])
+        noise = seeded_noise(model.preset.latent_shape, range(len(edits))[part])
         made.append(edit(model, sources[part], [e.instruction for e in edits[part]], noise, sampling))
     drawn = torch.cat(made)
     size = drawn.shape[-1]

@@ -34,16 +34,13 @@ from spar_scale.evaluation.scenes import edits_of, scenes_of, world_of
 from spar_scale.evaluation.sections import Scores, Section, mean
 from spar_scale.evaluation.understanding import answers, by_type, held_out_questions, right
 from spar_scale.files.outputs import check_files, make_directory
-from spar_scale.inference.pipeline import reconstruct
 from spar_scale.inference.routes import route
-from spar_scale.models.mllm import own_features
-from spar_scale.models.presets import PRESETS
-from spar_scale.models.shapes import SamplingShape
-from spar_scale.models.unified import SPAR
+from spar_scale.models.spar import SamplingShape
 from spar_scale.objectives.quality import psnr, ssim
 from spar_scale.phases import with_role
+from spar_scale.stages.forward import Forward
 from spar_scale.stages.parts import preset_of
-from spar_scale.training.export import recipe_of, trained_model
+from spar_scale.training.export import recipe_of, trained_forward
 
 MLLM, TOKENIZER, FINAL = (with_role(role)[-1].name for role in ("mllm", "tokenizer", "final"))
 FROZEN = f"{TOKENIZER},encoder=frozen"
@@ -91,16 +88,14 @@ class Trained:
         return world_of(self.data)
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Forward:
         """The unified tokenizer after its last phase."""
-        return trained_model(self.root / TOKENIZER)[0]
+        return trained_forward(self.root / TOKENIZER)[0]
 
     @cached_property
-    def final(self) -> SPAR:
+    def final(self) -> Forward:
         """The whole model after the last phase."""
-        model = trained_model(self.root / FINAL)[0]
-        assert isinstance(model, SPAR)
-        return model
+        return trained_forward(self.root / FINAL)[0]
 
     @property
     def sampling(self) -> SamplingShape:
@@ -148,7 +143,9 @@ def _reconstruction(trained: Trained) -> Measured:
     images = torch.stack([scene.image for scene in scenes])
     phases = [*EARLIER, *([FROZEN] if trained.has(FROZEN) else [])]
     made = {
-        phase: _reconstructed(trained_model(trained.root / phase)[0], images) for phase in phases if trained.has(phase)
+        phase: _reconstructed(trained_forward(trained.root / phase)[0], images)
+        for phase in phases
+        if trained.has(phase)
     }
     made[TOKENIZER] = _reconstructed(trained.tokenizer, images)
     decibels = {phase: psnr(pictures, images) for phase, pictures in made.items()}
@@ -171,16 +168,16 @@ def _reconstruction(trained: Trained) -> Measured:
     return scores, {"reconstruction": Section(rows, ("source", *columns), tiles)}
 
 
-def _reconstructed(model: Any, images: Tensor) -> Tensor:
-    return torch.cat([reconstruct(model, part) for part in images.split(64)])
+def _reconstructed(model: Forward, images: Tensor) -> Tensor:
+    return torch.cat([model.reconstruct(part) for part in images.split(64)])
 
 
 def _questions(trained: Trained) -> Measured:
-    mllm: Any = trained_model(trained.root / MLLM)[0]
-    size = PRESETS[trained.tokenizer.preset].image_size
+    mllm = trained_forward(trained.root / MLLM)[0]
+    size = trained.tokenizer.preset.image_size
     asked = held_out_questions(str(trained.data / "heldout-*.tar"), trained.counts.questions, size)
-    ways = {"before": own_features(mllm), "after": trained.tokenizer.features, "blind": None}
-    given = {name: answers(mllm.model.language_model, mllm.lm_head, seen, asked) for name, seen in ways.items()}
+    ways = {"before": mllm.features, "after": trained.tokenizer.features, "blind": None}
+    given = {name: answers(mllm, seen, asked) for name, seen in ways.items()}
     scores: Scores = {}
     for name, words in given.items():
         shares = by_type(asked, right(words, asked))

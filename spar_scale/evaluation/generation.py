@@ -17,22 +17,20 @@ from spar_scale.evaluation.requests import KINDS, UNSEEN_KINDS, Request, request
 from spar_scale.evaluation.sections import Scores, Section, mean
 from spar_scale.inference.drawing import generate
 from spar_scale.inference.sampler import seeded_noise
-from spar_scale.models.shapes import SamplingShape
-from spar_scale.models.unified import LatentDiffusion
+from spar_scale.models.spar import SamplingShape
+from spar_scale.stages.forward import Forward
 
 BATCH = 64
 
 
-def draw_and_judge(
-    model: LatentDiffusion, sampling: SamplingShape, world: World, per_kind: int
-) -> tuple[Scores, Section]:
+def draw_and_judge(model: Forward, sampling: SamplingShape, world: World, per_kind: int) -> tuple[Scores, Section]:
     """Draw `per_kind` prompts of each kind and judge them: scores t2i.*, and a row for each picture."""
     groups = {(kind, unseen): requests(world, kind, unseen, per_kind) for unseen in (False, True) for kind in KINDS}
     asked = [request for group in groups.values() for request in group]
     pictures = []
     for first in range(0, len(asked), BATCH):
         part = [request.prompt for request in asked[first : first + BATCH]]
-        noise = seeded_noise(model.latent_shape, range(first, first + len(part)))
+        noise = seeded_noise(model.preset.latent_shape, range(first, first + len(part)))
         pictures.append(generate(model, part, noise, sampling))
     drawn = torch.cat(pictures)
     found, size = detect(drawn, world.shapes), drawn.shape[-1]

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spar_scale.data.images import decode, square
 from spar_scale.data.order import draw_generator
-from spar_scale.data.prompts import IMAGE, TOKENS, answering_prompt
+from spar_scale.data.prompts import TOKENS, answering_prompt
 from spar_scale.evaluation.scenes import first_samples
 from spar_scale.inference.drawing import padded
-from spar_scale.models.mllm import merge
+from spar_scale.stages.forward import Forward
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,13 @@ def held_out_questions(shards: str, count: int, size: int) -> list[VisualQuestio
 
 
 def answers_right(
-    language_model: nn.Module,
-    head: nn.Module,
+    model: Forward,
     encode: Callable[[Tensor], Tensor] | None,
     questions: Sequence[VisualQuestion],
     batch: int = 100,
 ) -> Tensor:
     """Return for each question whether it is answered right, (n,) fp32; the parameters are those of `answers`."""
-    return right(answers(language_model, head, encode, questions, batch), questions)
+    return right(answers(model, encode, questions, batch), questions)
 
 
 def right(given: Sequence[str], questions: Sequence[VisualQuestion]) -> Tensor:
@@ -64,8 +63,7 @@ def right(given: Sequence[str], questions: Sequence[VisualQuestion]) -> Tensor:
 
 @torch.no_grad()
 def answers(
-    language_model: nn.Module,
-    head: nn.Module,
+    model: Forward,
     encode: Callable[[Tensor], Tensor] | None,
     questions: Sequence[VisualQuestion],
     batch: int = 100,
@@ -81,12 +79,7 @@ def answers(
         seen = None if encode is None else encode(torch.stack([asked.image for asked in part]))
         image_tokens = 0 if seen is None else seen.shape[1]
         tokens, keep = padded([answering_prompt(asked.question, image_tokens) for asked in part])
-        ends = keep.sum(1).long() - 1
-        embedded = language_model.get_input_embeddings()(tokens)  # type: ignore[operator]
-        if seen is not None:
-            embedded = merge(embedded, seen, tokens == TOKENS[IMAGE])
-        states = language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        chosen = head(states[torch.arange(len(part)), ends]).argmax(-1)
+        chosen = model.next_token(tokens, keep, seen).argmax(-1)
         given += [words.get(token, "") for token in chosen.tolist()]
     return given
 

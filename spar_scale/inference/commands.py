@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor
 
@@ -20,10 +19,10 @@ from spar_scale.inference.runs import TrainedRun, fit_recipe, load_run
 from spar_scale.inference.sampler import seeded_noise
 from spar_scale.inference.words import check_length, normalize_prompt
 from spar_scale.models.presets import Preset
-from spar_scale.models.shapes import SamplingShape
-from spar_scale.models.unified import SPAR, LatentDiffusion
+from spar_scale.models.spar import SamplingShape
 from spar_scale.objectives.flow_matching import NUM_TIMESTEPS
 from spar_scale.phases import Command
+from spar_scale.stages.forward import Forward
 from spar_scale.stages.parts import preset_of
 
 
@@ -51,7 +50,7 @@ def generate(run_dir: Path, prompt: str, out: Path, options: SamplingOptions) ->
     words = _known(prompt, generation_prompt, preset)
     check_picture(out)
 
-    def pictures(model: LatentDiffusion, noise: Tensor, sampling: SamplingShape) -> Tensor:
+    def pictures(model: Forward, noise: Tensor, sampling: SamplingShape) -> Tensor:
         return drawing.generate(model, [words] * options.number, noise, sampling)
 
     return _drawn(run_dir, "generate", pictures, f"draw : {words}", out, options)
@@ -64,7 +63,7 @@ def edit(run_dir: Path, image: Path, instruction: str, out: Path, options: Sampl
     source = middle_square(image, preset.image_size)
     check_picture(out, image)
 
-    def pictures(model: LatentDiffusion, noise: Tensor, sampling: SamplingShape) -> Tensor:
+    def pictures(model: Forward, noise: Tensor, sampling: SamplingShape) -> Tensor:
         return drawing.edit(model, source.expand(options.number, -1, -1, -1), [words] * options.number, noise, sampling)
 
     said = f"{image}, its middle square at {preset.image_size} pixels; edit : {words}"
@@ -83,7 +82,7 @@ def routes(run_dir: Path, prompt: str, out: Path, image: Path | None = None) -> 
     source = None if image is None else middle_square(image, preset.image_size)[None]
     check_picture(out, image)
     run = load_run(run_dir, "routes")
-    routed = route(cast(SPAR, run.model), ask(words), source)
+    routed = route(run.forward, ask(words), source)
     write_picture(routes_picture(routed), out)
     return f"{run}\n{routes_table(routed)}\n{out}"
 
@@ -94,8 +93,7 @@ def reconstruct(run_dir: Path, image: Path, out: Path) -> str:
     picture = open_image(image)
     check_picture(out, image)
     run = load_run(run_dir, "reconstruct")
-    model = run.model.tokenizer if isinstance(run.model, LatentDiffusion) else run.model
-    result = reconstruct_image(model, picture, run.preset.image_size)  # type: ignore[arg-type]
+    result = reconstruct_image(run.forward, picture, run.preset.image_size)
     write_picture(result, out)
     return f"{out}: {image} through {run}, PSNR {image_psnr(result, picture):.2f} dB"
 
@@ -111,7 +109,7 @@ def _known(text: str, prompt: Callable[[str], Prompt], preset: Preset) -> str:
 def _drawn(
     run_dir: Path,
     use: Command,
-    pictures: Callable[[LatentDiffusion, Tensor, SamplingShape], Tensor],
+    pictures: Callable[[Forward, Tensor, SamplingShape], Tensor],
     said: str,
     out: Path,
     options: SamplingOptions,
@@ -119,8 +117,8 @@ def _drawn(
     """Load the run, draw from the noise of the seeds, write the pictures side by side."""
     sampling = options.sampling(preset_of(fit_recipe(run_dir, use)))
     run: TrainedRun = load_run(run_dir, use)
-    model, seeds = cast(LatentDiffusion, run.model), range(options.seed, options.seed + options.number)
-    images = pictures(model, seeded_noise(model.latent_shape, seeds), sampling)
+    seeds = range(options.seed, options.seed + options.number)
+    images = pictures(run.forward, seeded_noise(run.preset.latent_shape, seeds), sampling)
     write_picture(sheet([to_image(image) for image in images]), out)
     named = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     how = f"{sampling.steps} steps, guidance {sampling.guidance:g}, flow shift {sampling.flow_shift:g}"

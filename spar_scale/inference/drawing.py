@@ -13,27 +13,27 @@ from torch import Tensor
 
 from spar_scale.data.prompts import PAD, TOKENS, Prompt, editing_prompt, generation_prompt
 from spar_scale.inference.sampler import sample
-from spar_scale.models.shapes import SamplingShape
-from spar_scale.models.unified import LatentDiffusion
+from spar_scale.models.spar import SamplingShape
+from spar_scale.stages.forward import Forward
 
 
-def generate(model: LatentDiffusion, captions: Sequence[str], noise: Tensor, sampling: SamplingShape) -> Tensor:
+def generate(model: Forward, captions: Sequence[str], noise: Tensor, sampling: SamplingShape) -> Tensor:
     """Draw one picture for each caption from noise (B, Z, g, g): images (B, 3, S, S) in [0, 1]."""
     return draw(model, [generation_prompt(caption) for caption in captions], generation_prompt(""), noise, sampling)
 
 
 def edit(
-    model: LatentDiffusion, pictures: Tensor, instructions: Sequence[str], noise: Tensor, sampling: SamplingShape
+    model: Forward, pictures: Tensor, instructions: Sequence[str], noise: Tensor, sampling: SamplingShape
 ) -> Tensor:
     """Edit pictures (B, 3, S, S) in [0, 1] by an instruction each: images of the same shape."""
-    side = model.latent_shape[-1]
-    prompts = [editing_prompt(instruction, side**2) for instruction in instructions]
-    return draw(model, prompts, editing_prompt("", side**2), noise, sampling, pictures)
+    num_image_tokens = model.preset.vision.tokens
+    prompts = [editing_prompt(instruction, num_image_tokens) for instruction in instructions]
+    return draw(model, prompts, editing_prompt("", num_image_tokens), noise, sampling, pictures)
 
 
 @torch.no_grad()
 def draw(
-    model: LatentDiffusion,
+    model: Forward,
     prompts: Sequence[Prompt],
     bare: Prompt,
     noise: Tensor,
@@ -48,7 +48,7 @@ def draw(
     keep, bare_keep = real.chunk(2)
     steps, guidance, flow_shift = sampling.steps, sampling.guidance, sampling.flow_shift
     latents = sample(model, captions, keep, bare_captions, bare_keep, noise, steps, guidance, flow_shift)
-    return model.decode(latents)
+    return model.draw(latents)
 
 
 def padded(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:

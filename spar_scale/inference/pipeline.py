@@ -6,37 +6,16 @@ shown a photograph. The trade-off: tiles know nothing of each other, and seams m
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from PIL import Image
 from torch import Tensor
 
 from spar_scale.inference.pictures import to_image, to_tensor
-from spar_scale.models.autoencoder import decode_latents, encode_images
+from spar_scale.stages.forward import Forward
 
 
-class Reconstructs(Protocol):
-    """A model with its own way through the latent and back (UnifiedTokenizer)."""
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1] to the same."""
-        ...
-
-
-@torch.no_grad()
-def reconstruct(model: AutoencoderDC | Reconstructs, images: Tensor) -> Tensor:
-    """Images (B, 3, S, S) in [0, 1] through the latent and back, fp32, clamped to [0, 1]."""
-    if isinstance(model, AutoencoderDC):
-        return decode_latents(model.decoder, encode_images(model.encoder, images)).clamp(0, 1)
-    return model.reconstruct(images)
-
-
-def reconstruct_image(
-    model: AutoencoderDC | Reconstructs, image: Image.Image, size: int, batch: int = 64
-) -> Image.Image:
+def reconstruct_image(forward: Forward, image: Image.Image, size: int, batch: int = 64) -> Image.Image:
     """Reconstruct a picture of any size and mode, tile by tile; the result is RGB of the same size.
 
     `size` is the model's image size in pixels. The picture is padded by reflection to whole tiles,
@@ -47,7 +26,7 @@ def reconstruct_image(
     padded = _reflected(pixels, -height % size, -width % size)
     rows, columns = padded.shape[1] // size, padded.shape[2] // size
     tiles = padded.unflatten(2, (columns, size)).unflatten(1, (rows, size)).permute(1, 3, 0, 2, 4).flatten(0, 1)
-    done = torch.cat([reconstruct(model, part) for part in tiles.split(batch)])
+    done = torch.cat([forward.reconstruct(part) for part in tiles.split(batch)])
     stitched = done.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
     return to_image(stitched[:, :height, :width])
 

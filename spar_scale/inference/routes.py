@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spar_scale.data.prompts import IMAGE, TOKENS, Prompt
 from spar_scale.inference.drawing import padded
-from spar_scale.models.unified import SPAR
+from spar_scale.stages.forward import Forward
 
 _LINE, _CELL, _WORD, _MARGIN, _SIDE = 18, 64, 130, 12, 112  # pixels
 _LIGHT, _DARK = (247, 247, 252), (20, 50, 120)
@@ -55,11 +55,11 @@ class Routes:
 
 
 @torch.no_grad()
-def route(model: SPAR, prompt: Prompt, picture: Tensor | None = None) -> Routes:
+def route(model: Forward, prompt: Prompt, picture: Tensor | None = None) -> Routes:
     """Return the routes of one prompt, with the picture (1, 3, S, S) that it is about."""
-    states, _ = model.hidden_states(*padded([prompt]), picture)
+    weights = model.routing_weights(*padded([prompt]), picture)[0]
     names = tuple(TOKENS)
-    return Routes(model.routing.sampled, tuple(names[t] for t in prompt.tokens), model.routing.weights(states)[0])
+    return Routes(model.sampled_layers, tuple(names[token] for token in prompt.tokens), weights)
 
 
 def routes_table(routes: Routes) -> str:

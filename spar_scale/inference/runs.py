@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from parallel.errors import UserError
 from spar_scale.config.recipe import Recipe
 from spar_scale.models.presets import Preset
 from spar_scale.phases import Command, accepted_by, either, phase_of
-from spar_scale.stages.parts import preset_of
-from spar_scale.training.export import recipe_of, trained_model
+from spar_scale.stages.forward import Forward
+from spar_scale.training.export import recipe_of, trained_forward
 
 LACKS: dict[Command, str] = {
     "generate": "draws no pictures",
@@ -26,16 +24,20 @@ LACKS: dict[Command, str] = {
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run's averaged model in eval mode; as a string, what it is."""
+    """The forward of a run's averaged model in eval mode; as a string, what it is."""
 
-    preset: Preset
-    model: nn.Module
+    forward: Forward
     checkpoint: Path
 
+    @property
+    def preset(self) -> Preset:
+        """The preset of its recipe."""
+        return self.forward.preset
+
     def __str__(self) -> str:
-        scale = getattr(self.model, "latent_scale", None)
-        said = f"the average of {self.checkpoint}, preset '{self.preset.name}'"
-        return said if scale is None else f"{said}, latent scale {scale:.4g}"
+        described = f"the average of {self.checkpoint}, preset '{self.preset.name}'"
+        scale = self.forward.stage.latent_scale
+        return described if scale is None else f"{described}, latent scale {scale:.4g}"
 
 
 def fit_recipe(run_dir: Path, use: Command) -> Recipe:
@@ -55,5 +57,5 @@ def fit_recipe(run_dir: Path, use: Command) -> Recipe:
 
 def load_run(run_dir: Path, use: Command) -> TrainedRun:
     """Load a run that is fit for a use."""
-    preset = preset_of(fit_recipe(run_dir, use))
-    return TrainedRun(preset, *trained_model(run_dir))
+    fit_recipe(run_dir, use)
+    return TrainedRun(*trained_forward(run_dir))

@@ -24,24 +24,128 @@ not published: they keep SPAR-1B's depths and heads.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
-from spar_scale.models.shapes import (
-    AutoencoderShape,
-    ConditioningShape,
-    DiffusionShape,
-    LanguageShape,
-    Preset,
-    SamplingShape,
-    StreamShape,
-    VisionShape,
+from parallel.errors import UserError
+from spar_scale.models.dc_ae import Autoencoder as DCAE
+from spar_scale.models.dual_stream import DualStream
+from spar_scale.models.internvl import Language, Vision
+from spar_scale.models.roles import Autoencoder, DiffusionModel, ImageTokenizer, LanguageModel, Member, VisionEncoder
+from spar_scale.models.sana import Sana
+from spar_scale.models.spar import Conditioning, SamplingShape
+
+
+class Absent:
+    """Stands in a preset for a role that it has no member for; using it raises UserError, which names both."""
+
+    def __init__(self, preset: str, role: str):
+        self._preset, self._role = preset, role
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise UserError(f"model.preset: '{self._preset}' has no {self._role}, which this phase or command needs")
+
+
+_ABSENT: Any = None  # a role without a member; an `Absent` takes its place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A member for each role that a system has; roles may be absent.
+
+    Raises ValueError, naming the field, for shapes that cannot work together: a wrong number is named where it stands
+    and not by a shape mismatch in the middle of a forward.
+    """
+
+    name: str
+    image_size: int  # pixels
+    language: LanguageModel = _ABSENT
+    vision: VisionEncoder = _ABSENT
+    autoencoder: Autoencoder = _ABSENT
+    tokenizer: ImageTokenizer = _ABSENT
+    conditioning: Conditioning = _ABSENT
+    diffusion: DiffusionModel = _ABSENT
+    sampling: SamplingShape = _ABSENT
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of a latent."""
+        return self.autoencoder.latent_channels, self.vision.grid, self.vision.grid
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt, its picture between `<img>` and `</img>`, and the queries."""
+        return self.conditioning.max_words + self.vision.tokens + 2 + self.conditioning.num_queries
+
+    @property
+    def members(self) -> dict[str, Member]:
+        """Role -> its member, for the roles that are there and hold modules."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {role: member for role, member in found.items() if hasattr(type(member), "plan")}
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) is None or isinstance(getattr(self, field.name), Absent):
+                object.__setattr__(self, field.name, Absent(self.name, field.name))
+        for number, relation, whole in _RULES:
+            try:
+                found, expected = operator.attrgetter(number, whole)(self)
+            except (UserError, AttributeError):  # of a role that is absent, or a size that its family does not have
+                continue
+            if not _HOLDS[relation](found, expected):
+                raise ValueError(f"preset '{self.name}': {number} = {found} must {relation} {whole} = {expected}")
+
+
+_HOLDS: dict[str, Callable[[float, float], bool]] = {
+    "equal": operator.eq,
+    "divide": lambda number, whole: number > 0 and whole % number == 0,
+    "be at most": operator.le,
+    "be below": operator.lt,
+}
+_RULES = (
+    ("vision.image_size", "equal", "image_size"),
+    ("vision.pixels_per_token", "divide", "vision.image_size"),
+    ("vision.heads", "divide", "vision.width"),
+    ("vision.output_width", "equal", "language.width"),
+    ("tokenizer.pixel_heads", "divide", "vision.output_width"),
+    ("language.heads", "divide", "language.width"),
+    ("language.key_value_heads", "divide", "language.heads"),
+    ("language.image_token_id", "be below", "language.vocab_size"),
+    ("conditioning.num_queries", "equal", "vision.tokens"),
+    ("conditioning.sampled_states", "be at most", "language.layers"),
+    ("conditioning.connector_layers", "be at most", "language.layers"),
+    ("longest_sequence", "be at most", "language.max_positions"),
+    ("diffusion.latent_channels", "equal", "autoencoder.latent_channels"),
+    ("diffusion.sample_size", "equal", "vision.grid"),
+    ("diffusion.patch_size", "divide", "diffusion.sample_size"),
+    ("diffusion.cross_width", "equal", "diffusion.width"),
 )
+
+
+def resized(preset: Preset, *, name: str, image_size: int | None = None, **roles: dict[str, Any]) -> Preset:
+    """Return a preset like another one, with some sizes of its members changed: role={size: value, ...}."""
+    members = {role: replace(cast(Any, getattr(preset, role)), **sizes) for role, sizes in roles.items()}
+    return replace(preset, name=name, image_size=image_size or preset.image_size, **cast(Any, members))
+
 
 TINY = Preset(
     name="tiny",
     image_size=32,
-    vision=VisionShape(image_size=32, patch_size=8, width=128, layers=4, heads=4, mlp_width=512, downsample_ratio=1.0),
-    autoencoder=AutoencoderShape(
+    vision=Vision(
+        image_size=32,
+        patch_size=8,
+        width=128,
+        layers=4,
+        heads=4,
+        mlp_width=512,
+        downsample_ratio=1.0,
+        output_width=128,
+    ),
+    autoencoder=DCAE(
         latent_channels=32,
         channels=(12, 24, 96, 96),
         encoder_layers=(0, 1, 1, 2),
@@ -50,8 +154,9 @@ TINY = Preset(
         decoder_blocks=("ResBlock",) * 4,
         multiscales=((),) * 4,
     ),
-    streams=StreamShape(width=128, residual_blocks=3, pixel_layers=6, pixel_heads=4, fusion_residual=True),
-    language=LanguageShape(
+    tokenizer=DualStream(residual_blocks=3, pixel_layers=6, pixel_heads=4, fusion_residual=True),
+    language=Language(
+        width=128,
         layers=8,
         heads=4,
         key_value_heads=2,
@@ -63,10 +168,10 @@ TINY = Preset(
         initializer_range=0.05,
         word_range=1.0,
     ),
-    conditioning=ConditioningShape(
+    conditioning=Conditioning(
         num_queries=16, sampled_states=4, connector_layers=2, max_words=14, connector_copies=False
     ),
-    diffusion=DiffusionShape(
+    diffusion=Sana(
         latent_channels=32,
         sample_size=4,
         layers=6,
@@ -83,22 +188,29 @@ TINY = Preset(
     sampling=SamplingShape(steps=16, guidance=2.5, flow_shift=1.0),
 )
 
-TINY_48 = replace(
+TINY_48 = resized(
     TINY,
     name="tiny_48",
     image_size=48,
-    vision=replace(TINY.vision, image_size=48),
-    conditioning=replace(TINY.conditioning, num_queries=36),
-    diffusion=replace(TINY.diffusion, sample_size=6),
+    vision={"image_size": 48},
+    conditioning={"num_queries": 36},
+    diffusion={"sample_size": 6},
 )
 
 SPAR_1B = Preset(
     name="spar_1b",
     image_size=448,
-    vision=VisionShape(
-        image_size=448, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096, downsample_ratio=0.5
+    vision=Vision(
+        image_size=448,
+        patch_size=14,
+        width=1024,
+        layers=24,
+        heads=16,
+        mlp_width=4096,
+        downsample_ratio=0.5,
+        output_width=896,
     ),
-    autoencoder=AutoencoderShape(
+    autoencoder=DCAE(
         latent_channels=32,
         channels=(128, 256, 512, 512, 1024, 1024),
         encoder_layers=(2, 2, 2, 3, 3, 3),
@@ -110,8 +222,9 @@ SPAR_1B = Preset(
         upsample="interpolate",
         scaling_factor=0.41407,
     ),
-    streams=StreamShape(width=896, residual_blocks=3, pixel_layers=6, pixel_heads=16),
-    language=LanguageShape(
+    tokenizer=DualStream(residual_blocks=3, pixel_layers=6, pixel_heads=16),
+    language=Language(
+        width=896,
         layers=24,
         heads=14,
         key_value_heads=2,
@@ -121,8 +234,8 @@ SPAR_1B = Preset(
         max_positions=32768,
         rope_factor=2.0,
     ),
-    conditioning=ConditioningShape(num_queries=256, sampled_states=4, connector_layers=6, max_words=768),
-    diffusion=DiffusionShape(
+    conditioning=Conditioning(num_queries=256, sampled_states=4, connector_layers=6, max_words=768),
+    diffusion=Sana(
         latent_channels=32,
         sample_size=16,
         layers=28,
@@ -136,12 +249,12 @@ SPAR_1B = Preset(
     sampling=SamplingShape(steps=20, guidance=4.5, flow_shift=3.0),
 )
 
-SPAR_3B = replace(
+SPAR_3B = resized(
     SPAR_1B,
     name="spar_3b",
-    streams=replace(SPAR_1B.streams, width=1536),
-    language=replace(SPAR_1B.language, layers=28, heads=12, mlp_width=8960),
-    diffusion=replace(SPAR_1B.diffusion, layers=20, heads=70, cross_heads=20, cross_head_width=112),
+    vision={"output_width": 1536},
+    language={"width": 1536, "layers": 28, "heads": 12, "mlp_width": 8960},
+    diffusion={"layers": 20, "heads": 70, "cross_heads": 20, "cross_head_width": 112},
 )
 
 PRESETS = {preset.name: preset for preset in (TINY, TINY_48, SPAR_1B, SPAR_3B)}

@@ -32,35 +32,32 @@ PHASE = Phase(
 
 def build(recipe: Recipe) -> Stage:
     """Build the phase: one learning-rate group, `main` (queries, routing, connector)."""
-    from spar_scale.models.unified import PixelTokenizer
-    from spar_scale.stages import Encoding, Stage
-    from spar_scale.stages.align import CONDITIONING, build_spar, conditioned_sample
-    from spar_scale.stages.conditioning_layers import conditioning_layers, prefix_layers, prefix_states, query_layers
-    from spar_scale.stages.diffusion_layers import AutoencoderLatent, diffusion_layers
-    from spar_scale.stages.parts import load_autoencoder, preset_of, pretrained_directories
+    from spar_scale.stages import Stage, align
+    from spar_scale.stages.parts import preset_of, pretrained_parts
+    from spar_scale.stages.terms import scale_latent, select_target
 
-    directories = pretrained_directories(recipe)
+    parts = pretrained_parts(recipe)
     preset = preset_of(recipe)
-    autoencoder, scale = load_autoencoder(directories["pixel_autoencoder"], preset)
-    tokenizer = PixelTokenizer(autoencoder, preset)
-    model = build_spar(recipe, preset, directories, tokenizer, scale, aligned=False)
-    latent = AutoencoderLatent(tokenizer, scale)
-    drawing = diffusion_layers(model.diffusion, preset.conditioning.num_queries, recipe.objective.timestep_shift)
-    text = prefix_layers(model, illustrated=False)
+    pixels, spar = preset.autoencoder, preset.conditioning
+    tokenizer, scale = pixels.load(parts["pixel_autoencoder"])
+    model = align.build_spar(recipe, preset, parts, tokenizer, aligned=False)
+    encoder, decoder = (tokenizer.get_submodule(name) for name in ("encoder", "decoder"))
+    side = preset.vision.grid * pixels.compression  # the size whose latent has the tokens' grid
     return Stage(
         model=model,
-        layers=[*conditioning_layers(model, illustrated=False), latent, *drawing],
+        layers=[
+            *spar.conditioning_layers(model, preset.language, illustrated=False),
+            select_target(),
+            pixels.encoder_layer(encoder, frozen=True, side=side, reads="target_image"),
+            scale_latent(scale),
+            *align.drawing_layers(model, preset, recipe.objective.timestep_shift),
+        ],
         inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
         terms={"flow_matching": 1.0},
-        groups={"main": CONDITIONING},
-        sample=conditioned_sample(preset, recipe.objective.caption_dropout, task="generation"),
-        references=directories,
-        encoding=Encoding(
-            layers=[*text, latent],
-            text=text,
-            pictures=("latent",),
-            states=prefix_states(model),
-            remaining=[*query_layers(model), *drawing],
-            constants={"latent_scale": scale},
-        ),
+        groups={"main": align.CONDITIONING},
+        sample=align.conditioned_sample(preset, recipe.objective.caption_dropout, task="generation"),
+        references={name: part.directory for name, part in parts.items()},
+        encoding=align.stored_slots(preset, scale, pictures=("latent",)),
+        uses=pixels.decoder_layers(decoder, preset.image_size),
+        latent_scale=scale,
     )

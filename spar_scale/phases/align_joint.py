@@ -43,39 +43,38 @@ PHASE = Phase(
 
 def build(recipe: Recipe) -> Stage:
     """Build the phase: learning-rate groups `main` (conditioning) and `diffusion`."""
-    from spar_scale.stages import Encoding, Stage, align
-    from spar_scale.stages.conditioning_layers import conditioning_layers, prefix_layers, prefix_states, query_layers
-    from spar_scale.stages.diffusion_layers import ScaleLatent, diffusion_layers
-    from spar_scale.stages.parts import preset_of, pretrained_directories
-    from spar_scale.stages.tokenizer_files import load_tokenizer
-    from spar_scale.stages.tokenizer_layers import encoder_layers, latent_layers
+    from spar_scale.stages import Stage, align
+    from spar_scale.stages.parts import preset_of, pretrained_parts
+    from spar_scale.stages.terms import scale_latent
 
-    directories = pretrained_directories(recipe)
+    parts = pretrained_parts(recipe)
     preset, objective = preset_of(recipe), recipe.objective
+    spar, language = preset.conditioning, preset.language
     aligned = align.is_aligned(recipe, preset)
-    tokenizer, scale = load_tokenizer(directories["tokenizer"], preset)
-    model = align.build_spar(recipe, preset, directories, tokenizer, scale, aligned)
-    seen, drawn = encoder_layers(tokenizer, frozen=True), [*latent_layers(tokenizer), ScaleLatent(scale)]
-    tap, teacher = None, ()
-    if aligned:
-        slot, layers = align.alignment_teacher(model, directories, preset)
-        tap, teacher = align.alignment_tap(model, recipe, slot), (slot,)
-        drawn += layers
-    drawing = diffusion_layers(model.diffusion, preset.conditioning.num_queries, objective.timestep_shift, tap)
+    tokenizer, scale = preset.tokenizer.load(parts["tokenizer"], preset.vision, preset.autoencoder)
+    model = align.build_spar(recipe, preset, parts, tokenizer, aligned)
+    teacher, teacher_layers = align.alignment_teacher(model, parts, preset) if aligned else ("", [])
+    tap = (objective.align_block, align.Alignment(model.get_submodule("alignment_head"), teacher)) if aligned else None
     return Stage(
         model=model,
-        layers=[*seen, *conditioning_layers(model, illustrated=True), *drawn, *drawing],
+        layers=[
+            *preset.vision.feature_layers(tokenizer, frozen=True),
+            *spar.conditioning_layers(model, language, illustrated=True),
+            *preset.tokenizer.latent_layers(tokenizer, align.TARGET),
+            scale_latent(scale),
+            *teacher_layers,
+            *align.drawing_layers(model, preset, objective.timestep_shift, tap),
+        ],
         inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
         terms={"flow_matching": 1.0} | ({"alignment": objective.align_weight} if aligned else {}),
         groups={"main": align.CONDITIONING, "diffusion": ("diffusion", "alignment_head")},
         sample=align.conditioned_sample(preset, objective.caption_dropout, task="conditioned"),
-        references=directories,
-        encoding=Encoding(
-            layers=[*seen, *prefix_layers(model, illustrated=True), *drawn],
-            text=prefix_layers(model, illustrated=False),
-            pictures=("latent", *teacher),
-            states=prefix_states(model),
-            remaining=[*query_layers(model), *drawing],
-            constants={"latent_scale": scale},
-        ),
+        references={name: part.directory for name, part in parts.items()},
+        encoding=align.stored_slots(preset, scale, pictures=("latent", *([teacher] if aligned else []))),
+        uses=[
+            *preset.autoencoder.decoder_layers(tokenizer.get_submodule("decoder"), preset.image_size),
+            *spar.answering_layers(model, language),
+        ],
+        decoding=spar.decoding_layers(model, language),
+        latent_scale=scale,
     )

@@ -33,38 +33,34 @@ PHASE = Phase(
 def build(recipe: Recipe) -> Stage:
     """Build the phase; it publishes the layout of AutoencoderDC."""
     from spar_scale.data.spec import Draw, SampleSpec
-    from spar_scale.models.autoencoder import build_autoencoder
     from spar_scale.models.initialise import initialise
-    from spar_scale.stages import Export, Stage, bootstrap
-    from spar_scale.stages.parts import preset_of, pretrained_directories
-    from spar_scale.stages.pixel_decoder import PerturbLatent, decoder_layers
+    from spar_scale.stages import Export, Stage, terms
+    from spar_scale.stages.parts import preset_of, pretrained_parts
 
-    pretrained_directories(recipe)
+    pretrained_parts(recipe)
     preset, objective = preset_of(recipe), recipe.objective
-    model = build_autoencoder(preset)
+    pixels = preset.autoencoder
+    model = pixels.build()
     initialise(model, recipe.seed)
-    bootstrap.begin_with_shortcuts(model)
-    side = preset.image_size // preset.autoencoder.compression
+    pixels.begin(model)
+    side, level = preset.image_size // pixels.compression, objective.latent_noise
+    draws = {"latent_noise": Draw((pixels.latent_channels, side, side), "normal")} if level > 0 else {}
     return Stage(
         model=model,
         layers=[
-            bootstrap.EncodePixels(model.encoder),
-            bootstrap.LatentPower(),
-            PerturbLatent(objective.latent_noise),
-            *decoder_layers(model.decoder, preset.image_size),
-            bootstrap.ReconstructionLoss(),
+            pixels.encoder_layer(model.get_submodule("encoder"), frozen=False),
+            terms.latent_power_term(),
+            terms.decode_latent(level),
+            *pixels.decoder_layers(model.get_submodule("decoder"), preset.image_size),
+            terms.reconstruction_terms(),
         ],
-        inputs=("images", "latent_noise"),
+        inputs=("images", *draws),
         terms={
             "mean_squared_error": 1.0,
             "gradient_difference": objective.perceptual_weight,
             "latent_power": objective.latent_power_weight,
         },
         groups={"main": ("encoder", "decoder")},
-        sample=SampleSpec(
-            task="images",
-            image_size=preset.image_size,
-            draws={"latent_noise": Draw((preset.autoencoder.latent_channels, side, side), "normal")},
-        ),
-        export=Export(bootstrap.save_autoencoder, calibrated=True),
+        sample=SampleSpec(task="images", image_size=preset.image_size, draws=draws),
+        export=Export(lambda stage, directory, images: pixels.save(stage.model, directory, images), calibrated=True),
     )

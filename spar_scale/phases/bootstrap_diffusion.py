@@ -33,30 +33,35 @@ PHASE = Phase(
 def build(recipe: Recipe) -> Stage:
     """Build the phase; it publishes the layout of SanaTransformer2DModel."""
     from spar_scale.models.initialise import initialise
-    from spar_scale.models.unified import PixelTokenizer
     from spar_scale.stages import Export, Stage
-    from spar_scale.stages.align import conditioned_sample
-    from spar_scale.stages.bootstrap_diffusion import CaptionedDiffusion, EncodeText, save_diffusion
-    from spar_scale.stages.diffusion_layers import AutoencoderLatent, diffusion_layers
-    from spar_scale.stages.parts import load_autoencoder, preset_of, pretrained_directories
+    from spar_scale.stages.align import conditioned_sample, drawing_layers
+    from spar_scale.stages.bootstrap_diffusion import CaptionedDiffusion, EncodeText
+    from spar_scale.stages.parts import preset_of, pretrained_parts
+    from spar_scale.stages.terms import scale_latent, select_target
 
-    directories = pretrained_directories(recipe)
+    parts = pretrained_parts(recipe)
     preset = preset_of(recipe)
-    autoencoder, scale = load_autoencoder(directories["pixel_autoencoder"], preset)
-    tokenizer = PixelTokenizer(autoencoder, preset)
-    model = CaptionedDiffusion(preset, tokenizer, scale)
+    pixels, diffusion = preset.autoencoder, preset.diffusion
+    tokenizer, scale = pixels.load(parts["pixel_autoencoder"])
+    model = CaptionedDiffusion(preset, tokenizer)
     initialise(model, recipe.seed, loaded=("tokenizer",))
+    encoder, decoder = (tokenizer.get_submodule(name) for name in ("encoder", "decoder"))
+    side = preset.vision.grid * pixels.compression  # the size whose latent has the tokens' grid
     return Stage(
         model=model,
         layers=[
             EncodeText(model.text_encoder),
-            AutoencoderLatent(tokenizer, scale),
-            *diffusion_layers(model.diffusion, 0, recipe.objective.timestep_shift),
+            select_target(),
+            pixels.encoder_layer(encoder, frozen=True, side=side, reads="target_image"),
+            scale_latent(scale),
+            *drawing_layers(model, preset, recipe.objective.timestep_shift),
         ],
         inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
         terms={"flow_matching": 1.0},
         groups={"main": ("diffusion", "text_encoder")},
         sample=conditioned_sample(preset, recipe.objective.caption_dropout, task="generation"),
-        references=directories,
-        export=Export(save_diffusion),
+        references={name: part.directory for name, part in parts.items()},
+        export=Export(lambda stage, directory, _: diffusion.save(stage.model.get_submodule("diffusion"), directory)),
+        uses=pixels.decoder_layers(decoder, preset.image_size),
+        latent_scale=scale,
     )

@@ -32,27 +32,28 @@ PHASE = Phase(
 
 def build(recipe: Recipe) -> Stage:
     """Build the phase; it publishes the layout of InternVL with its tokenizer."""
-    import torch
     from torch import nn
 
     from spar_scale.data.patches import NUM_LABELS
     from spar_scale.data.spec import SampleSpec
+    from spar_scale.models import internvl
     from spar_scale.models.initialise import initialise
-    from spar_scale.models.mllm import build_mllm
     from spar_scale.stages import Export, Stage
-    from spar_scale.stages.bootstrap_mllm import NUM_TOKENS, mllm_layers, save_mllm
-    from spar_scale.stages.parts import preset_of, pretrained_directories
+    from spar_scale.stages.bootstrap_mllm import NUM_TOKENS, NamePatches, next_token_term, save_mllm
+    from spar_scale.stages.parts import preset_of, pretrained_parts
 
-    pretrained_directories(recipe)
+    pretrained_parts(recipe)
     preset = preset_of(recipe)
-    model = build_mllm(preset)
-    model.naming_head = nn.Linear(preset.streams.width, sum(NUM_LABELS))
+    vision, language = preset.vision, preset.language
+    model = internvl.build_mllm(vision, language)
+    head = nn.Linear(language.width, sum(NUM_LABELS))
+    model.naming_head = head
     initialise(model, recipe.seed)
-    with torch.no_grad():  # transformers' own initialisation has one deviation for all weights
-        model.model.language_model.embed_tokens.weight *= preset.language.word_range / preset.language.initializer_range
+    internvl.spread_words(model, language)
+    seeing, reading = internvl.training_layers(model, vision, language)
     return Stage(
         model=model,
-        layers=mllm_layers(model),
+        layers=[*seeing, NamePatches(head), *reading, next_token_term()],
         inputs=("images", "tokens", "counts", "patches"),
         terms={"next_token": 1.0, "patch_naming": 1.0},
         groups={"main": ("model", "lm_head", "naming_head")},
@@ -60,7 +61,8 @@ def build(recipe: Recipe) -> Stage:
             task="language",
             image_size=preset.image_size,
             task_tokens=NUM_TOKENS,
-            image_tokens=preset.vision.grid**2,
+            image_tokens=vision.tokens,
         ),
         export=Export(save_mllm),
+        decoding=language.decoding_layers(*language.parts(model)),
     )

@@ -25,11 +25,11 @@ from parallel.topology import Layout
 from parallel.zero.state_bytes import Weight
 from spar_scale.config.recipe import Recipe, flatten
 from spar_scale.data.order import micro_steps
+from spar_scale.models.sharding import check_tensor, tensor_plan
 from spar_scale.planning.gpus import find_gpu
-from spar_scale.sharding.costs import micro_batch
-from spar_scale.sharding.cuts import PLAN, check_tensor
-from spar_scale.sharding.parts import part_of
+from spar_scale.planning.model_parts import part_of
 from spar_scale.stages import meta_stage
+from spar_scale.stages.costs import micro_batch
 from spar_scale.stages.parts import preset_of
 from spar_scale.training.optimizers import parameter_groups
 
@@ -83,7 +83,7 @@ def count(recipe: Recipe, tensor: int) -> Counted:
     with fake_world(tensor, 0) as group:
         stage = meta_stage(recipe)
         with torch.device("meta"):
-            apply_tensor_parallel(stage.model, stage.layers, PLAN, group)
+            apply_tensor_parallel(stage.model, stage.layers, tensor_plan(preset_of(recipe)), group)
         costs = layer_costs(
             stage.layers,
             micro_batch(recipe, stage),

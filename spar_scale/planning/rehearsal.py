@@ -24,9 +24,10 @@ from parallel.zero.engine import Engine, name_parameters
 from parallel.zero.kept_bytes import kept_bytes
 from parallel.zero.state_bytes import state_bytes
 from spar_scale.config.recipe import Recipe
+from spar_scale.models.sharding import tensor_plan
 from spar_scale.planning.plan import count, refuse
-from spar_scale.sharding.cuts import PLAN
 from spar_scale.stages import Stage, meta_stage
+from spar_scale.stages.parts import preset_of
 from spar_scale.training.engine_settings import engine_settings
 from spar_scale.training.optimizers import parameter_groups
 
@@ -52,7 +53,7 @@ def rehearse(recipe: Recipe, gpus: int, rank: int) -> str:
         start()
         topology, stage = Topology(layout), meta_stage(recipe)
         with torch.device("meta"):
-            apply_tensor_parallel(stage.model, stage.layers, PLAN, topology.tensor_group)
+            apply_tensor_parallel(stage.model, stage.layers, tensor_plan(preset_of(recipe)), topology.tensor_group)
         first, end = bounds[topology.stage]
         seconds = time.monotonic() - began
         kinds = state_bytes(counted.stage_weights(first, end), counted.num_groups, shape, topology.data_rank)

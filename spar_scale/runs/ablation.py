@@ -29,7 +29,7 @@ from torch import Tensor
 
 from parallel.errors import UserError, nearest
 from parallel.files import write_file
-from spar_scale.config.recipe import Recipe, beside
+from spar_scale.config.recipe import Recipe
 from spar_scale.config.settings import load
 from spar_scale.data.shapes_world import World
 from spar_scale.evaluation.held_out import held_out_terms
@@ -37,14 +37,13 @@ from spar_scale.evaluation.scenes import scenes_of
 from spar_scale.evaluation.understanding import answers_right, held_out_questions
 from spar_scale.files.json_files import read_json
 from spar_scale.files.outputs import check_files, make_directory
-from spar_scale.models.autoencoder import encode_images
-from spar_scale.models.mllm import own_features
-from spar_scale.models.tokenizer import UnifiedTokenizer, to_grid
+from spar_scale.models.dual_stream import to_grid
 from spar_scale.objectives.quality import psnr
 from spar_scale.runs.chain import ENCODER_RATE, Chain, data_step
 from spar_scale.runs.processes import Step, available_cores, import_before_forks, run_steps
-from spar_scale.stages.parts import load_autoencoder, load_mllm, preset_of
-from spar_scale.training.export import recipe_of, trained_model
+from spar_scale.stages.bootstrap_mllm import published_forward
+from spar_scale.stages.parts import preset_of, pretrained_part
+from spar_scale.training.export import recipe_of, trained_forward
 
 SAMPLES = {"demo": 500, "smoke": 40}
 RESULT = "ablation.json"
@@ -256,28 +255,28 @@ def _chosen(names: Sequence[str] | None) -> list[str]:
 
 @torch.no_grad()
 def _measure_tokenizer(recipe: Recipe, run_dir: Path, out: Path, samples: int) -> dict[str, float]:
-    model, preset = trained_model(run_dir)[0], preset_of(recipe)
-    assert isinstance(model, UnifiedTokenizer)
-    pretrained = {part: beside(run_dir, where) for part, where in recipe.model.pretrained.items()}
+    model, preset = trained_forward(run_dir)[0], preset_of(recipe)
+    parts = {part: pretrained_part(recipe, part) for part in recipe.model.pretrained}
     scenes = torch.stack([scene.image for scene in scenes_of(out / "data", samples)])
     made = torch.cat([model.reconstruct(part) for part in scenes.split(64)])
-    mllm = load_mllm(pretrained["mllm"], preset)
+    mllm = published_forward(parts["mllm"], preset)
     features, untrained = (
-        torch.cat([encode(part) for part in scenes.split(64)]) for encode in (model.features, own_features(mllm))
+        torch.cat([forward.features(part) for part in scenes.split(64)]) for forward in (model, mllm)
     )
     questions = held_out_questions(str(out / "data" / "heldout-*.tar"), samples, preset.image_size)
-    right = answers_right(mllm.model.language_model, mllm.lm_head, model.features, questions)
+    right = answers_right(mllm, model.features, questions)
     measured = {
         "psnr": float(psnr(made, scenes).mean()),
         "drift": float((features - untrained).square().mean()),
         "vqa": float(right.mean()),
         "sharpness": float(_gradient_energy(made) / _gradient_energy(scenes)),
     }
-    if model.streams != "semantic":
-        teacher, _ = load_autoencoder(pretrained["pixel_autoencoder"], preset)
-        latents = torch.cat([to_grid(model.pixel_stream(part)) for part in features.split(64)])
-        wanted = torch.cat([encode_images(teacher.encoder, part) for part in scenes.split(64)])
-        measured["teacher"] = float((latents - wanted).square().mean())
+    if recipe.model.streams != "semantic":
+        teacher, _ = preset.autoencoder.load(parts["pixel_autoencoder"])
+        encode = preset.autoencoder.encoder_layer(teacher.get_submodule("encoder"), frozen=True)
+        latents = [to_grid(model.run("pixel_latent", features=part)["pixel_latent"]) for part in features.split(64)]
+        expected = [encode(images=part)["tokenizer_latent"] for part in scenes.split(64)]
+        measured["teacher"] = float((torch.cat(latents) - torch.cat(expected)).square().mean())
     return measured
 
 

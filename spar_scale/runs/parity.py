@@ -26,10 +26,10 @@ from parallel.errors import UserError, nearest
 from parallel.optimizers import OPTIMIZERS
 from spar_scale.config.recipe import Recipe, load_recipe
 from spar_scale.files.outputs import make_directory
+from spar_scale.models.sharding import check_tensor
 from spar_scale.runs.curves import LOSS_FLOOR, LOSS_RELATIVE, NORM_RELATIVE, Curve, curve, distance
 from spar_scale.runs.processes import import_before_forks, threads
 from spar_scale.runs.ranks import run_ranks
-from spar_scale.sharding.cuts import check_tensor
 from spar_scale.stages.parts import preset_of
 from spar_scale.training.trainer import train
 

@@ -25,33 +25,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Export:
-    """How a finished run hands its model on: `write(model, directory, images)` in a published layout.
+    """How a finished run hands its model on: `write(stage, directory, images)` in a published layout.
 
     `calibrated` asks for images (n, 3, S, S) of the run's own data, on which the scale of the latents is
     measured; else `images` is None.
     """
 
-    write: Callable[[nn.Module, Path, Tensor | None], None]
+    write: Callable[[Stage, Path, Tensor | None], None]
     calibrated: bool = False
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """The part of a stage's forward that depends on the sample alone, so that it can be stored once.
+    """The slots of a stage's forward that depend on the sample alone, so that they can be stored once.
 
-    `layers` compute it from a batch's slots: of its pictures the slots `pictures`, of its prompt the slots
-    `states` (B, P, D), one vector for each token, which depends on the tokens up to it. `text` are the
-    layers to `states` of a prompt without pictures. `remaining` is the stage's forward from there on; it
-    reads the stored slots as inputs and gives bit for bit what all of the stage's layers do. `constants`
-    are the numbers, beside weights, that the stored values depend on.
+    `pictures` follow from a sample's pictures, `states` (B, P, D) from its prompt: one vector for each token, which
+    depends on the tokens up to it. `without_pictures` maps a slot of picture features to its shape for one sample; it
+    is zero for a prompt without pictures. `constants` are the numbers, beside weights, that the stored values depend on.
     """
 
-    layers: list[Layer]
-    text: list[Layer]
     pictures: tuple[str, ...]
     states: tuple[str, ...]
-    remaining: list[Layer]
     constants: dict[str, float]
+    without_pictures: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """All stored slots."""
+        return (*self.pictures, *self.states)
 
 
 @dataclass
@@ -64,7 +65,12 @@ class Stage:
     `groups` maps a learning-rate group to the parameter-name prefixes that train in it; what matches no
     group is frozen. `references` are the frozen parts that were read from disk. `export` writes what
     later phases load. `companions` are networks that train beside the engine, such as a discriminator.
-    `encoding` is the part of the forward that can be read from disk instead of computed.
+    `encoding` names the part of the forward that can be read from disk instead of computed.
+
+    `uses` continue the forward where training needs no more: from a latent to a picture, from a hidden state to words.
+    `decoding` are the layers of one further token of the language model. `latent_scale` times the tokenizer's latent is
+    what a diffusion transformer sees. `Forward` (forward.py) runs parts of all these. `storing` are the layers that
+    computed what a stage reads from disk.
     """
 
     model: nn.Module
@@ -77,15 +83,26 @@ class Stage:
     export: Export | None = None
     companions: list[Companion] = field(default_factory=list)
     encoding: Encoding | None = None
+    uses: list[Layer] = field(default_factory=list)
+    decoding: list[Layer] = field(default_factory=list)
+    latent_scale: float | None = None
+    storing: list[Layer] = field(default_factory=list)
 
     def encoded(self) -> Stage:
         """Return this stage with the forward that reads stored slots; UserError where there is none."""
-        encoding = self.encoding
-        if encoding is None:
+        from parallel.program import Subprogram
+
+        if self.encoding is None:
             raise UserError("data.encoded: this phase has no frozen part whose output could be stored; leave it out")
-        stored = {*encoding.pictures, *encoding.states}
-        inputs = (*(name for name in self.inputs if name != "images"), *sorted(stored))
-        return replace(self, layers=encoding.remaining, inputs=inputs)
+        rest = Subprogram(self.layers, tuple(self.terms), given=self.encoding.slots)
+        return replace(self, layers=rest.layers, inputs=rest.inputs, storing=self.storing_layers())
+
+    def storing_layers(self) -> list[Layer]:
+        """Return the layers that compute the stored slots."""
+        from parallel.program import Subprogram
+
+        assert self.encoding is not None
+        return Subprogram(self.layers, self.encoding.slots).layers
 
     def group_of(self, parameter: str) -> str | None:
         """Return the learning-rate group of a parameter name, None if it is frozen.
@@ -108,8 +125,7 @@ def build(recipe: Recipe) -> Stage:
     for name, parameter in stage.model.named_parameters():
         parameter.requires_grad_(stage.group_of(name) is not None)
     stage.model.train()
-    more = [] if stage.encoding is None else [*stage.encoding.layers, *stage.encoding.text, *stage.encoding.remaining]
-    for layer in (*stage.layers, *more):
+    for layer in (*stage.layers, *stage.uses, *stage.decoding):
         layer.train()
     return stage
 

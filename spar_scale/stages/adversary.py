@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parallel.program import Layer
 from parallel.replica import Replica
-from spar_scale.models.discriminator import Discriminator
+from spar_scale.models.dual_stream import build_discriminator
 from spar_scale.models.initialise import initialise
 from spar_scale.objectives.adversarial import LeCam, discriminator_loss, generator_loss
 from spar_scale.stages import Stage
@@ -35,7 +35,8 @@ class Adversary:
     name = DISCRIMINATOR
 
     def __init__(self, recipe: Recipe):
-        self.module = Discriminator(preset_of(recipe))
+        preset = preset_of(recipe)
+        self.module = build_discriminator(preset.autoencoder, preset.image_size)
         initialise(self.module, recipe.seed)
         self.start_step: int = recipe.objective.adversarial_start
         self.lecam_weight: float = recipe.objective.lecam_weight

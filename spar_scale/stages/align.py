@@ -18,41 +18,39 @@ tokenizer's features; none; external: those of the vision tower in model.pretrai
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.errors import UserError
 from parallel.program import Layer
 from spar_scale.data.spec import Draw, SampleSpec
-from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import Preset
-from spar_scale.models.tokenizer import InitialEncoder, UnifiedTokenizer
-from spar_scale.models.unified import SPAR, PixelTokenizer
-from spar_scale.stages.diffusion_layers import Alignment
-from spar_scale.stages.parts import copy_weights, load_diffusion, load_mllm, load_vision
+from spar_scale.models.published import PretrainedPart
+from spar_scale.objectives.self_alignment import self_alignment
+from spar_scale.stages import Encoding
+from spar_scale.stages.terms import flow_matching_term, mix_noise, select_target
 
 if TYPE_CHECKING:
     from spar_scale.config.recipe import Recipe
 
 CONDITIONING = ("queries", "routing", "connector")
+TARGET, REFERENCES = "target_features", "reference_features"
 
 
-class ExternalTeacher(Layer):
-    """The target among `images` through a frozen encoder of its own to `teacher`."""
+class Alignment(Layer):
+    """The term `alignment` (B,): L_align of the tapped `image_tokens` against a teacher's features."""
 
-    reads = ("images",)
-    writes = ("teacher",)
-    detached = frozenset(writes)
+    writes = ("alignment",)
 
-    def __init__(self, encoder: InitialEncoder):
+    def __init__(self, head: nn.Module, teacher: str):
         super().__init__()
-        self.encoder = encoder
+        self.head, self.teacher = head, teacher
+        self.reads = ("image_tokens", teacher)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Encode."""
-        return {"teacher": self.encoder(images[:, 0])}
+    def forward(self, image_tokens: Tensor, **teacher: Tensor) -> dict[str, Tensor]:
+        """Compare."""
+        return {"alignment": self_alignment(self.head(image_tokens), teacher[self.teacher])}
 
 
 def conditioned_sample(preset: Preset, caption_dropout: float, task: str) -> SampleSpec:
@@ -61,30 +59,26 @@ def conditioned_sample(preset: Preset, caption_dropout: float, task: str) -> Sam
         task=task,
         image_size=preset.image_size,
         num_tokens=preset.conditioning.max_words,
-        image_tokens=preset.vision.grid**2,
+        image_tokens=preset.vision.tokens,
         caption_dropout=caption_dropout,
         draws={"latent_noise": Draw(preset.latent_shape, "normal"), "timestep_draw": Draw((), "normal")},
     )
 
 
 def build_spar(
-    recipe: Recipe,
-    preset: Preset,
-    directories: dict[str, Path],
-    tokenizer: UnifiedTokenizer | PixelTokenizer,
-    scale: float,
-    aligned: bool,
-) -> SPAR:
-    """Return the whole model: pretrained parts from `directories`, new parts from the seed.
-
-    Where the preset asks for it, the connector starts as a copy of the language model's last layers.
-    """
-    model = SPAR(preset, load_mllm(directories["mllm"], preset), tokenizer, scale, recipe.model.routing, aligned)
-    copy_weights(model.diffusion.transformer, load_diffusion(directories["diffusion"], preset))
-    initialise(model, recipe.seed, loaded=("tokenizer", "language_model", "lm_head", "diffusion"))
-    if preset.conditioning.connector_copies:
-        model.connector.copy_last_layers(model.language_model)
-    return model
+    recipe: Recipe, preset: Preset, parts: dict[str, PretrainedPart], tokenizer: nn.Module, aligned: bool
+) -> nn.Module:
+    """Return the whole model: pretrained parts out of `parts`, new parts from the seed."""
+    return preset.conditioning.assemble(
+        preset.language,
+        preset.vision,
+        preset.diffusion,
+        parts,
+        tokenizer,
+        seed=recipe.seed,
+        routing=recipe.model.routing,
+        aligned=aligned,
+    )
 
 
 def is_aligned(recipe: Recipe, preset: Preset) -> bool:
@@ -99,21 +93,30 @@ def is_aligned(recipe: Recipe, preset: Preset) -> bool:
     return aligned
 
 
-def alignment_teacher(model: SPAR, directories: dict[str, Path], preset: Preset) -> tuple[str, list[Layer]]:
+def alignment_teacher(model: nn.Module, parts: dict[str, PretrainedPart], preset: Preset) -> tuple[str, list[Layer]]:
     """Return the slot with the teacher's features, and the layers that write it.
 
     An external teacher (pretrained part `teacher`) becomes `model.teacher`. Otherwise the teacher is the tokenizer's
-    vision tower, whose `features` other layers write.
+    vision tower, whose features of the target other layers write.
     """
-    if "teacher" not in directories:
-        return "features", []
-    model.teacher = InitialEncoder(preset)
-    tower, projector = load_vision(directories["teacher"], preset, part="teacher")
-    copy_weights(model.teacher.vision_tower, tower)
-    copy_weights(model.teacher.projector, projector)
-    return "teacher", [ExternalTeacher(model.teacher)]
+    if "teacher" not in parts:
+        return TARGET, []
+    model.teacher = preset.vision.load(parts["teacher"])
+    seen = preset.vision.feature_layers(model.teacher, frozen=True, reads="target_image", writes="teacher")
+    return "teacher", [select_target(), *seen]
 
 
-def alignment_tap(model: SPAR, recipe: Recipe, teacher: str) -> tuple[int, Alignment]:
-    """Return the block whose features are aligned, and the layer with the term `alignment`."""
-    return recipe.objective.align_block, Alignment(model.alignment_head, teacher)
+def drawing_layers(model: nn.Module, preset: Preset, shift: float, tap: tuple[int, Layer] | None = None) -> list[Layer]:
+    """Return the way from `captions` and `latent` to `velocity` and the term `flow_matching`."""
+    velocity = preset.diffusion.velocity_layers(model.get_submodule("diffusion"), tap)
+    return [mix_noise(shift), *velocity, flow_matching_term()]
+
+
+def stored_slots(preset: Preset, scale: float, pictures: tuple[str, ...]) -> Encoding:
+    """Return what of a forward can be stored: slots of the pictures, and the prompt's states."""
+    return Encoding(
+        pictures=pictures,
+        states=preset.conditioning.prompt_states(preset.language),
+        constants={"latent_scale": scale},
+        without_pictures={REFERENCES: (1, preset.language.width)},
+    )

@@ -12,17 +12,13 @@ Two other text encoders were worse:
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from parallel.program import Layer
-from spar_scale.models.conditioning import positions
-from spar_scale.models.diffusion import Diffusion
-from spar_scale.models.layers import TransformerLayer
+from spar_scale.models.blocks import Composition, TransformerLayer
 from spar_scale.models.presets import Preset
-from spar_scale.models.unified import LatentDiffusion, PixelTokenizer
 
 
 class TextEncoder(nn.Module):
@@ -36,11 +32,11 @@ class TextEncoder(nn.Module):
         channels = preset.diffusion.caption_channels
         self.words = nn.Embedding(preset.language.vocab_size, channels)
         self.places = nn.Embedding(preset.language.max_positions, channels)
-        self.layer = TransformerLayer(channels, preset.streams.pixel_heads)
+        self.layer = TransformerLayer(channels, preset.tokenizer.pixel_heads)
 
     def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
         """Encode tokens (B, P), real where `keep` (B, P) is nonzero."""
-        return self.layer(self.words(tokens) + self.places(positions(keep)), keep)
+        return self.layer(self.words(tokens) + self.places(_positions(keep)), keep)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
@@ -49,30 +45,21 @@ class TextEncoder(nn.Module):
             cast(Any, module).reset_parameters()
 
 
-class CaptionedDiffusion(LatentDiffusion):
+class CaptionedDiffusion(Composition):
     """A diffusion transformer, the frozen autoencoder that it is trained with, and its text encoder."""
 
-    def __init__(self, preset: Preset, tokenizer: PixelTokenizer, latent_scale: float):
+    def __init__(self, preset: Preset, tokenizer: nn.Module):
         super().__init__()
-        self.tokenizer, self.latent_scale = tokenizer, latent_scale
+        self.tokenizer = tokenizer
         self.text_encoder = TextEncoder(preset)
-        self.diffusion, self.latent_shape = Diffusion(preset.diffusion), preset.latent_shape
-
-    def condition(self, tokens: Tensor, keep: Tensor, references: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return captions (B, P, C) of tokens (B, P), and `keep` again, for `velocity`.
-
-        Raises TypeError for references: no picture to edit is read.
-        """
-        if references is not None:
-            raise TypeError("captions alone condition this model")
-        return self.text_encoder(tokens, keep), keep
+        self.diffusion = preset.diffusion.build()
 
 
 class EncodeText(Layer):
-    """`tokens` (B, P) to `captions` (B, P, C)."""
+    """`tokens` (B, P) to `captions` (B, P, C), and `keep` to `caption_keep`."""
 
     reads = ("tokens", "keep")
-    writes = ("captions",)
+    writes = ("captions", "caption_keep")
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -80,11 +67,9 @@ class EncodeText(Layer):
 
     def forward(self, tokens: Tensor, keep: Tensor) -> dict[str, Tensor]:
         """Encode."""
-        return {"captions": self.encoder(tokens, keep)}
+        return {"captions": self.encoder(tokens, keep), "caption_keep": keep}
 
 
-def save_diffusion(model: nn.Module, directory: Path, images: Tensor | None = None) -> None:
-    """Write the diffusion transformer in diffusers' published layout (config.json, safetensors)."""
-    if not isinstance(model, CaptionedDiffusion):
-        raise TypeError(f"expected CaptionedDiffusion, got {type(model).__name__}")
-    model.diffusion.transformer.save_pretrained(str(directory), safe_serialization=True)
+def _positions(keep: Tensor) -> Tensor:
+    """Count the real tokens of a padding mask (B, P) from 0."""
+    return (keep.bool().cumsum(dim=1) - 1).clamp_min(0)

@@ -1,70 +1,34 @@
-"""The layers of a vision tower and a language model that train from scratch, and their published layout.
+"""The losses of a vision tower and a language model that train from scratch, and their published layout.
 
 The loss is the cross-entropy of the next token where a token is predicted (`data/prompts.py`): captions, answers,
 descriptions of the result of an edit. Besides, a linear head, which is not published, names the shape and the colour
 that each image token shows. It gives the vision tower more information on an image than a few words do.
 
-Slots (B samples, T tokens, N image tokens, W and D widths):
-    images (B, 3, S, S) in [0, 1]   tokens (B, T) int64   counts (B, T) uint8, 1 where a token is predicted
-    patches (B, N, 2) uint8, what each image token shows    hidden (B, 1 + P, W)    features (B, N, D)
-    states (B, T, D)    next_token (B,), patch_naming (B,): the terms
+Slots (B samples, T tokens, N image tokens, D width, V vocabulary):
+    features (B, N, D)   tokens (B, T) int64   logits (B, T, V)   counts (B, T) uint8, 1 where a token is predicted
+    patches (B, N, 2) uint8, what each image token shows    next_token (B,), patch_naming (B,): the terms
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import InternVLForConditionalGeneration, Qwen2Config
 
-from parallel.program import Layer
+from parallel.program import Apply, Layer
 from spar_scale.data.patches import NUM_LABELS, UNKNOWN
 from spar_scale.data.prompts import build_tokenizer
-from spar_scale.models.mllm import causal_mask, merge, next_token_loss, rotary
-from spar_scale.stages.tokenizer_layers import EmbedImages, ProjectFeatures, VisionBlock
+from spar_scale.data.spec import SampleSpec
+from spar_scale.models import internvl
+from spar_scale.models.presets import Preset
+from spar_scale.models.published import PretrainedPart
+from spar_scale.objectives.next_token import next_token_loss
+from spar_scale.stages import Stage
+from spar_scale.stages.forward import Forward
 
 NUM_TOKENS = {"captions": 14, "questions": 40, "edits": 24, "texts": 48}
 """The longest prompt of each task, without the tokens of its picture."""
-
-
-class EmbedTokens(Layer):
-    """`tokens` to the first `states`, with `features` in the places of the picture."""
-
-    reads = ("tokens", "features")
-    writes = ("states",)
-
-    def __init__(self, embedding: nn.Module, image_token_id: int):
-        super().__init__()
-        self.embedding, self.image_token_id = embedding, image_token_id
-
-    def forward(self, tokens: Tensor, features: Tensor) -> dict[str, Tensor]:
-        """Embed and merge."""
-        return {"states": merge(self.embedding(tokens), features, tokens == self.image_token_id)}
-
-
-class DecoderLayer(Layer):
-    """One causal layer of the language model on `states`."""
-
-    reads = ("states",)
-    writes = ("states",)
-
-    def __init__(self, layer: nn.Module, config: Qwen2Config):
-        super().__init__()
-        rope: dict[str, Any] = dict(config.rope_parameters or {})
-        if rope["rope_type"] != "default":
-            raise NotImplementedError(f"rotary positions of type {rope['rope_type']}")
-        self.layer, self.theta = layer, float(rope["rope_theta"])
-        self.head_width = config.hidden_size // config.num_attention_heads
-
-    def forward(self, states: Tensor) -> dict[str, Tensor]:
-        """Run the layer under an explicit causal mask."""
-        length, device = states.shape[1], states.device
-        cos, sin = rotary(length, self.head_width, self.theta, device)
-        positions = (cos.to(states.dtype), sin.to(states.dtype))
-        mask = causal_mask(length, device)
-        return {"states": self.layer(states, attention_mask=mask, position_embeddings=positions)}
 
 
 class NamePatches(Layer):
@@ -89,41 +53,23 @@ class NamePatches(Layer):
         return {"patch_naming": (sum(each[1:], each[0]) * known).mean(1)}
 
 
-class NextTokenLoss(Layer):
-    """The term `next_token` (B,): `states` through the last norm and the head, against `tokens`."""
-
-    reads = ("states", "tokens", "counts")
-    writes = ("next_token",)
-
-    def __init__(self, norm: nn.Module, head: nn.Module):
-        super().__init__()
-        self.norm, self.head = norm, head
-
-    def forward(self, states: Tensor, tokens: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """Score the answers."""
-        return {"next_token": next_token_loss(self.head(self.norm(states)), tokens, counts)}
+def next_token_term() -> Layer:
+    """Return the layer with the term `next_token`."""
+    return Apply(next_token_loss, ("logits", "tokens", "counts"), "next_token")
 
 
-def mllm_layers(model: InternVLForConditionalGeneration) -> list[Layer]:
-    """Return the model's training forward, from `images` and `tokens` to the terms `patch_naming` and `next_token`."""
-    tower, language, config = model.model.vision_tower, model.model.language_model, model.config
-    assert isinstance(model.naming_head, nn.Module)
-    return [
-        EmbedImages(tower.embeddings, frozen=False),
-        *(VisionBlock(block, frozen=False) for block in tower.encoder.layer),
-        ProjectFeatures(tower.layernorm, model.model.multi_modal_projector, config.downsample_ratio, frozen=False),
-        NamePatches(model.naming_head),
-        EmbedTokens(language.embed_tokens, config.image_token_id),
-        *(DecoderLayer(layer, language.config) for layer in language.layers),
-        NextTokenLoss(language.norm, model.lm_head),
-    ]
+def published_forward(part: PretrainedPart, preset: Preset) -> Forward:
+    """Return the forward of a language model with its vision tower, read from its published layout."""
+    model = preset.language.load(part, preset.vision).eval()
+    seeing, reading = internvl.training_layers(model, preset.vision, preset.language)
+    sample = SampleSpec(task="language", image_size=preset.image_size, image_tokens=preset.vision.tokens)
+    return Forward(Stage(model, [*seeing, *reading], ("images", "tokens"), {}, {}, sample), preset)
 
 
-def save_mllm(model: nn.Module, directory: Path, images: Tensor | None = None) -> None:
+def save_mllm(stage: Stage, directory: Path, images: Tensor | None = None) -> None:
     """Write InternVL in transformers' published layout: config.json, safetensors, the tokenizer's files."""
-    if not isinstance(model, InternVLForConditionalGeneration):
-        raise TypeError(f"expected InternVLForConditionalGeneration, got {type(model).__name__}")
+    model = stage.model
     if hasattr(model, "naming_head"):
         del model.naming_head  # no part of the published layout
-    model.save_pretrained(str(directory))
+    internvl.save_mllm(model, directory)
     build_tokenizer().save_pretrained(str(directory))

@@ -26,35 +26,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from parallel.program import Layer
+from torch import Tensor, nn
+
+from parallel.program import Apply, Layer
 from spar_scale.config.recipe import ModelConfig, ObjectiveConfig, Recipe, Section
 from spar_scale.data.spec import Draw, SampleSpec
+from spar_scale.models.dc_ae import latent_scale
+from spar_scale.models.dual_stream import DualStream, Streams, to_grid
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import Preset
-from spar_scale.models.tokenizer import Streams, UnifiedTokenizer
+from spar_scale.models.published import PretrainedPart, copy_weights
+from spar_scale.objectives.distillation import semantic_distillation
+from spar_scale.objectives.reconstruction import mean_squared_error
 from spar_scale.stages import Export, Stage
-from spar_scale.stages.bootstrap import ReconstructionLoss
-from spar_scale.stages.parts import (
-    copy_weights,
-    load_autoencoder,
-    load_vision,
-    note_random_part,
-    preset_of,
-    pretrained_directories,
-)
-from spar_scale.stages.pixel_decoder import PerturbLatent, decoder_layers
-from spar_scale.stages.tokenizer_files import save_tokenizer
-from spar_scale.stages.tokenizer_layers import (
-    InitialFeatures,
-    PixelAlignment,
-    PixelTeacher,
-    SemanticDistillation,
-    encoder_layers,
-    latent_layers,
-)
+from spar_scale.stages.parts import note_random_part, preset_of, pretrained_parts
+from spar_scale.stages.terms import decode_latent, reconstruction_terms
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _log = logging.getLogger(__name__)
 
@@ -92,72 +83,91 @@ class Settings:
         return ("fusion",) if self.streams == "dual" else ()
 
 
-def tokenizer_layers(
-    model: UnifiedTokenizer, frozen_encoder: bool, teacher_side: int, latent_noise: float = 0.0
-) -> list[Layer]:
+def tokenizer_layers(model: nn.Module, preset: Preset, frozen_encoder: bool, latent_noise: float = 0.0) -> list[Layer]:
     """Return the tokenizer's training forward, with a loss for each teacher that the model has.
 
-    `teacher_side` is the size in pixels of the images that the pixel teacher sees; `latent_noise` the deviation
-    of the noise before the decoder.
+    `latent_noise` is the deviation of the noise before the decoder.
     """
-    layers: list[Layer] = [InitialFeatures(model.initial_encoder)] if hasattr(model, "initial_encoder") else []
-    layers += encoder_layers(model, frozen_encoder)
+    vision, pixels = preset.vision, preset.autoencoder
+    layers: list[Layer] = []
     if hasattr(model, "initial_encoder"):
-        layers.append(SemanticDistillation())
-    layers += latent_layers(model)
+        layers += vision.feature_layers(model.get_submodule("initial_encoder"), frozen=True, writes="initial_features")
+    layers += vision.feature_layers(model, frozen_encoder)
+    if hasattr(model, "initial_encoder"):
+        layers.append(Apply(semantic_distillation, ("features", "initial_features"), "semantic_distillation"))
+    layers += preset.tokenizer.latent_layers(model)
     if hasattr(model, "pixel_encoder"):
-        layers += [PixelTeacher(model.pixel_encoder, teacher_side), PixelAlignment()]
-    if latent_noise > 0:
-        layers.append(PerturbLatent(latent_noise))
-    return [*layers, *decoder_layers(model.decoder, model.image_size), ReconstructionLoss()]
+        side = vision.grid * pixels.compression  # pixels: the size whose latent has the tokens' grid
+        encoder = model.get_submodule("pixel_encoder")
+        layers += [
+            pixels.encoder_layer(encoder, frozen=True, side=side, writes="teacher_latent"),
+            Apply(_pixel_alignment, ("pixel_latent", "teacher_latent"), "pixel_alignment"),
+        ]
+    decoder = pixels.decoder_layers(model.get_submodule("decoder"), preset.image_size)
+    return [*layers, decode_latent(latent_noise), *decoder, reconstruction_terms()]
 
 
 def tokenizer_stage(
     recipe: Recipe, settings: Settings, groups: dict[str, tuple[str, ...]], lambda_p: float = 0, lambda_s: float = 0
 ) -> Stage:
     """Build a phase of the tokenizer; a loss of weight 0 is left out together with its teacher."""
-    directories = pretrained_directories(recipe)
+    parts = pretrained_parts(recipe)
     preset = preset_of(recipe)
-    model = UnifiedTokenizer(preset, settings.streams, pixel_encoder=lambda_p > 0, initial_encoder=lambda_s > 0)
+    tokenizer = preset.tokenizer
+    assert isinstance(tokenizer, DualStream)
+    model = tokenizer.build(preset.vision, preset.autoencoder, settings.streams, lambda_p > 0, lambda_s > 0)
     trains_encoder = "vision_tower" in groups.get("encoder", ())
     initialise(model, recipe.seed)
-    _load_pretrained(model, directories, preset)
-    if "mllm" not in directories and trains_encoder:
+    _load_pretrained(model, parts, preset)
+    if "mllm" not in parts and trains_encoder:
         _log.warning(
             "model.pretrained.mllm is not given: the part is initialised from seed %d, and this phase trains it",
             recipe.seed,
         )
-    elif "mllm" not in directories:
+    elif "mllm" not in parts:
         note_random_part("mllm", recipe.seed)
     terms = {"mean_squared_error": 1.0, "gradient_difference": recipe.objective.perceptual_weight}
     optional = {"pixel_alignment": lambda_p, "semantic_distillation": lambda_s}
-    teacher_side, level = preset.vision.grid * preset.autoencoder.compression, recipe.objective.latent_noise
+    level = recipe.objective.latent_noise
     draws = {"latent_noise": Draw(preset.latent_shape, "normal")} if level > 0 else {}
+
+    def save(stage: Stage, directory: Path, images: Tensor | None) -> None:
+        from spar_scale.stages.forward import Forward
+
+        assert images is not None
+        scale = latent_scale(Forward(stage, preset).encode, images)
+        tokenizer.save(stage.model, directory, preset.name, scale, len(images))
+
     return Stage(
         model=model,
-        layers=tokenizer_layers(model, not trains_encoder, teacher_side, level),
+        layers=tokenizer_layers(model, preset, not trains_encoder, level),
         inputs=("images", *draws),
         terms=terms | {name: weight for name, weight in optional.items() if weight > 0},
         groups=groups,
         sample=SampleSpec(task="images", image_size=preset.image_size, draws=draws),
-        references=directories,
-        export=Export(save_tokenizer, calibrated=True),
+        references={name: part.directory for name, part in parts.items()},
+        export=Export(save, calibrated=True),
     )
 
 
-def _load_pretrained(model: UnifiedTokenizer, directories: dict[str, Path], preset: Preset) -> None:
+def _load_pretrained(model: nn.Module, parts: dict[str, PretrainedPart], preset: Preset) -> None:
     """Copy the pretrained parts into the model, and the encoder it then has into the initial encoder."""
-    autoencoder, _ = load_autoencoder(directories["pixel_autoencoder"], preset)
-    copy_weights(model.decoder, autoencoder.decoder)
+    autoencoder, _ = preset.autoencoder.load(parts["pixel_autoencoder"])
+    copies = [("decoder", autoencoder.get_submodule("decoder"))]
     if hasattr(model, "pixel_encoder"):
-        copy_weights(model.pixel_encoder, autoencoder.encoder)
-    if "mllm" in directories:
-        tower, projector = load_vision(directories["mllm"], preset)
-        copy_weights(model.vision_tower, tower)
-        copy_weights(model.projector, projector)
+        copies.append(("pixel_encoder", autoencoder.get_submodule("encoder")))
+    if "mllm" in parts:
+        encoder = preset.vision.load(parts["mllm"])
+        copies += [(name, encoder.get_submodule(name)) for name in ("vision_tower", "projector")]
     if hasattr(model, "initial_encoder"):
-        copy_weights(model.initial_encoder.vision_tower, model.vision_tower)
-        copy_weights(model.initial_encoder.projector, model.projector)
+        copies += [(f"initial_encoder.{name}", model.get_submodule(name)) for name in ("vision_tower", "projector")]
+    for name, source in copies:
+        copy_weights(model.get_submodule(name), source)
+
+
+def _pixel_alignment(pixel_latent: Tensor, teacher_latent: Tensor) -> Tensor:
+    """Return L_p (B,) of z_p (B, N, C) against the pixel encoder's latent (B, C, g, g)."""
+    return mean_squared_error(to_grid(pixel_latent), teacher_latent)
 
 
 def _with_defaults(section: Any, schema: type[Section]) -> Callable[[str], Any]:

@@ -24,34 +24,26 @@ from spar_scale.data.storage import expand_shards
 from spar_scale.data.tar_index import digest
 from spar_scale.data.tasks import source_task
 from spar_scale.models.presets import Preset
+from spar_scale.models.published import PretrainedPart
 from spar_scale.phases import phase_of
 from spar_scale.stages import Stage, meta_stage
-from spar_scale.stages.parts import (
-    load_autoencoder,
-    load_diffusion,
-    load_mllm,
-    part_directory,
-    preset_of,
-    read_config,
-)
-from spar_scale.stages.tokenizer_files import load_tokenizer
+from spar_scale.stages.parts import preset_of, pretrained_part
 from spar_scale.training.engine_settings import engine_settings
 from spar_scale.training.parent import check_parent
 from spar_scale.training.run_directory import refuse_another
 
-_VISION = ("vision_tower", "multi_modal_projector")
-_LOADERS: dict[str, Callable[[Path, Preset], nn.Module]] = {
-    "pixel_autoencoder": lambda directory, preset: load_autoencoder(directory, preset)[0],
-    "diffusion": load_diffusion,
-    "tokenizer": lambda directory, preset: load_tokenizer(directory, preset)[0],
-    "mllm": load_mllm,
+_LOADERS: dict[str, Callable[[PretrainedPart, Preset], nn.Module]] = {
+    "pixel_autoencoder": lambda part, preset: preset.autoencoder.load(part)[0],
+    "diffusion": lambda part, preset: preset.diffusion.load(part),
+    "tokenizer": lambda part, preset: preset.tokenizer.load(part, preset.vision, preset.autoencoder)[0],
+    "mllm": lambda part, preset: preset.language.load(part, preset.vision),
 }
 """Published part -> what reads it. A part of which only the vision tower is read is in the layout of `mllm`."""
 
 
 def check_layout(recipe: Recipe, world: int) -> None:
     """Raise UserError where the preset, the phase or the batch cannot be spread over `world` processes so."""
-    from spar_scale.sharding.cuts import check_tensor
+    from spar_scale.models.sharding import check_tensor
 
     layout = Layout(recipe.parallel.tensor, recipe.parallel.pipeline, recipe.parallel.zero)
     check_tensor(preset_of(recipe), layout.tensor)
@@ -103,18 +95,18 @@ def _messages(checks: list[Callable[[], object]]) -> Iterator[str]:
 
 def _check_part(recipe: Recipe, part: str) -> None:
     """Raise UserError where a pretrained part is not there, or is of shapes that the preset has not."""
-    directory = _directory(recipe, part)
-    preset, where = preset_of(recipe), f"model.pretrained.{part}: {directory}"
-    if part == "tokenizer" and (found := read_config(part, directory).get("preset")) != preset.name:
-        raise UserError(f"{where} has preset '{found}', this recipe has '{preset.name}'")
-    read = _VISION if part in phase_of(recipe).vision_only else None
-    load = load_mllm if read else _LOADERS.get(part)
+    found = _found(recipe, part)
+    preset, where = preset_of(recipe), f"model.pretrained.{part}: {found.directory}"
+    if part == "tokenizer" and (other := found.config().get("preset")) != preset.name:
+        raise UserError(f"{where} has preset '{other}', this recipe has '{preset.name}'")
+    read = preset.vision.published_names if part in phase_of(recipe).vision_only else None
+    load = _LOADERS.get("mllm" if read else part)
     if load is None:  # a name that no phase takes, which the stage refuses
         return
     with torch.device("meta"):
-        model = load(directory, preset)
+        model = load(found, preset)
     wanted = {_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in _shapes(where, directory).items():
+    for name, shape in _shapes(where, found.directory).items():
         key = _name(name)
         if (read is None or key[0] in read) and wanted.get(key, shape) != shape:
             raise UserError(
@@ -123,17 +115,17 @@ def _check_part(recipe: Recipe, part: str) -> None:
             )
 
 
-def _directory(recipe: Recipe, part: str) -> Path:
+def _found(recipe: Recipe, part: str) -> PretrainedPart:
     try:
-        return part_directory(recipe, part)
+        return pretrained_part(recipe, part)
     except UserError as error:
         run = beside(recipe.run_dir, recipe.model.pretrained[part]).parent
         raise UserError(f"{error}; train the phase that writes it first (spar-scale train, run_dir={run})") from None
 
 
 def _name(name: str) -> tuple[str, ...]:
-    """A parameter's name without `model`, which transformers (5.0) puts at another place in files."""
-    return tuple(part for part in name.split(".") if part != "model")
+    """A parameter's name without `model`, which transformers (5.0) puts at another place in files, and our wrapper."""
+    return tuple(part for part in name.split(".") if part not in ("model", "transformer"))
 
 
 def _shapes(where: str, directory: Path) -> dict[str, tuple[int, ...]]:

@@ -59,7 +59,7 @@ def encode(recipe: Recipe) -> str:
     """
     directory = _directory(recipe)
     stage = stages.build(recipe)
-    encoding, made_of = _encoding(stage), made_of_stage(recipe, stage)
+    made_of = made_of_stage(recipe, stage)
     sources = _sources(recipe)
     tasks = {name: _task(stage.sample, name) for name in sources}
     manifest = _begin(directory, made_of, sources)
@@ -67,7 +67,7 @@ def encode(recipe: Recipe) -> str:
     with attention_of(recipe), torch.no_grad():
         assert model is stage.model
         for name, shards in sources.items():
-            writer = _Writer(directory, name, shards, hash_of(made_of), encoding, tasks[name], stage.sample)
+            writer = _Writer(directory, name, shards, hash_of(made_of), stage, tasks[name])
             writer.write(recipe.parallel.micro_batch)
             manifest["sources"][name] = digest(shards)
             write_file(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n"))
@@ -92,8 +92,7 @@ def open_encoded(recipe: Recipe, stage: Stage) -> Encoded | None:
 def made_of_stage(recipe: Recipe, stage: Stage) -> MadeOf:
     """What the stored values follow from: weights, by part, and everything else that a recipe can change."""
     encoding, sample = _encoding(stage), stage.sample
-    parts = nn.ModuleList([*encoding.layers, *encoding.text])
-    used = {id(parameter) for parameter in parts.parameters()}
+    used = {id(parameter) for parameter in nn.ModuleList(stage.storing_layers()).parameters()}
     weights = frozen_digests(stage.model, used)
     return {
         "preset": recipe.model.preset,
@@ -171,13 +170,12 @@ class _Writer:
         source: str,
         shards: Sequence[str],
         key: str,
-        encoding: Encoding,
+        stage: Stage,
         task: Conditioned,
-        sample: SampleSpec,
     ):
         self.directory, self.source, self.shards, self.key = directory, source, shards, key
-        self.encoding, self.task, self.sample = encoding, task, sample
-        self.slots = task.slots(sample)
+        self.layers, self.encoding, self.task, self.sample = stage.layers, _encoding(stage), task, stage.sample
+        self.slots = task.slots(stage.sample)
 
     def write(self, micro_batch: int) -> None:
         """Write what is not there yet."""
@@ -193,8 +191,8 @@ class _Writer:
         """The pictures' slots of every sample and, where its prompts show a picture, the states of each of them."""
         encoding, illustrated = self.encoding, self.task.illustrated
         states = PromptStates(encoding.states) if illustrated else None
-        run = Subprogram(encoding.layers, (*encoding.pictures, *(encoding.states if illustrated else ())))
-        again = Subprogram(encoding.layers, encoding.states)
+        run = Subprogram(self.layers, (*encoding.pictures, *(encoding.states if illustrated else ())))
+        again = Subprogram(self.layers, encoding.states)
         pictures: dict[str, list[Tensor]] = {name: [] for name in encoding.pictures}
         bad: dict[str, str] = {}
         for batch in _batches(shard, micro_batch):
@@ -223,7 +221,8 @@ class _Writer:
         for _, members in (sample for shard in self.shards for batch in _batches(shard, 1) for sample in batch):
             with contextlib.suppress(BadSample):
                 distinct |= {tokens.tobytes(): tokens for tokens in self.task.prompts(members, self.sample)}
-        run, states = Subprogram(self.encoding.text, self.encoding.states), PromptStates(self.encoding.states)
+        run = Subprogram(self.layers, self.encoding.states, given=self.encoding.without_pictures)
+        states = PromptStates(self.encoding.states)
         listed = list(distinct.values())
         for first in range(0, len(listed), micro_batch):
             said = dict(enumerate(listed[first : first + micro_batch]))
@@ -233,7 +232,8 @@ class _Writer:
 
     def _empty(self, batch: int) -> dict[str, Tensor]:
         arrays = {name: np.zeros((batch, *shape), kind) for name, (shape, kind) in self.slots.items()}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        blank = {name: torch.zeros(batch, *shape) for name, shape in self.encoding.without_pictures.items()}
+        return {**{name: torch.from_numpy(array) for name, array in arrays.items()}, **blank}
 
     def _with_prompts(self, slots: dict[str, Tensor], prompts: Mapping[int, np.ndarray]) -> dict[str, Tensor]:
         """Return the slots on the device, with the prompts (row -> tokens) in their rows and none in the others."""

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from parallel import checkpoint
 from parallel.errors import UserError
@@ -14,6 +13,9 @@ from spar_scale import stages
 from spar_scale.config.recipe import Recipe, load_recipe
 from spar_scale.data.loader import Loader, Source
 from spar_scale.data.spec import SampleSpec
+from spar_scale.stages import Stage
+from spar_scale.stages.forward import Forward
+from spar_scale.stages.parts import preset_of
 from spar_scale.training.parent import overwrite, started_stage
 
 CALIBRATION = 256
@@ -27,20 +29,21 @@ def recipe_of(run_dir: Path) -> Recipe:
     return load_recipe(run_dir / "recipe.yaml").model_copy(update={"run_dir": run_dir})
 
 
-def trained_model(run_dir: Path) -> tuple[nn.Module, Path]:
-    """The run's model with the EMA of its newest whole checkpoint, in eval mode on the CPU, and that checkpoint."""
+def trained_forward(run_dir: Path) -> tuple[Forward, Path]:
+    """Return the run's forward with the EMA of its newest whole checkpoint, in eval mode on the CPU, and that checkpoint."""
     recipe = recipe_of(run_dir)
     found = checkpoint.find(run_dir / "checkpoints")
     if found is None:
         raise UserError(f"{run_dir}: holds no checkpoint yet; train it further")
-    return averaged_model(recipe, found), found
+    return Forward(averaged_stage(recipe, found), preset_of(recipe)), found
 
 
-def averaged_model(recipe: Recipe, path: Path) -> nn.Module:
-    """The recipe's model in eval mode with the EMA of the checkpoint at `path` (this process alone, CPU)."""
-    model = started_stage(recipe).model
-    overwrite(model, checkpoint.read(path, "ema"), path)
-    return model.eval()
+def averaged_stage(recipe: Recipe, path: Path) -> Stage:
+    """Return the recipe's stage in eval mode with the EMA of the checkpoint at `path` (this process alone, CPU)."""
+    stage = started_stage(recipe)
+    overwrite(stage.model, checkpoint.read(path, "ema"), path)
+    stage.model.eval()
+    return stage
 
 
 def export(recipe: Recipe, path: Path, run_dir: Path) -> None:
@@ -50,7 +53,7 @@ def export(recipe: Recipe, path: Path, run_dir: Path) -> None:
     target, temporary = run_dir / "pretrained", run_dir / ".pretrained.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     images = calibration_images(recipe, stage.sample) if stage.export.calibrated else None
-    stage.export.write(averaged_model(recipe, path), temporary, images)
+    stage.export.write(averaged_stage(recipe, path), temporary, images)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 

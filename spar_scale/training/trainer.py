@@ -29,8 +29,9 @@ from parallel.topology import Layout, Topology
 from parallel.zero.engine import Engine, name_parameters
 from spar_scale.config.recipe import Recipe
 from spar_scale.data.loader import Loader, Source
-from spar_scale.sharding.costs import pipeline_costs
-from spar_scale.sharding.cuts import PLAN
+from spar_scale.models.sharding import tensor_plan
+from spar_scale.stages.costs import pipeline_costs
+from spar_scale.stages.parts import preset_of
 from spar_scale.training.admission import check_layout
 from spar_scale.training.attention_choice import attention_of
 from spar_scale.training.encode import frozen_digests, open_encoded
@@ -287,7 +288,8 @@ class Trainer:
         recipe, stage, topology = self.recipe, self.stage, self.topology
         # Before the sharding: costs are those of the whole layers.
         costs = run_on_first_rank(topology.agreement_group, lambda: pipeline_costs(recipe, stage))
-        apply_tensor_parallel(stage.model, stage.layers, PLAN, topology.tensor_group)
+        plan = tensor_plan(preset_of(recipe))
+        apply_tensor_parallel(stage.model, stage.layers, plan, topology.tensor_group)
         name_parameters(stage.model)  # after the sharding, which replaces parameters
         groups = parameter_groups(stage, recipe.optimizer)
         self.multipliers = {group["name"]: group.pop("multiplier") for group in groups}

@@ -59,10 +59,11 @@ class TokenRouting(nn.Module):
             return states.new_full((batch, num_tokens, num_states), 1 / num_states, dtype=torch.float32)
         return (self.gate(states[:, -1]).float() / self.temperature).softmax(dim=-1)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """Map hidden states (B, K, N, D), in the order of `sampled`, to routed tokens (B, N, D)."""
-        weights = (self.weights(states) * self.scales).to(states.dtype)
-        return self.projection(self.norm(torch.einsum("bnk,bknd->bnd", weights, states)))
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Map hidden states (B, K, N, D), in the order of `sampled`, to routed tokens (B, N, D) and their weights."""
+        weights = self.weights(states)
+        scaled = (weights * self.scales).to(states.dtype)
+        return self.projection(self.norm(torch.einsum("bnk,bknd->bnd", scaled, states))), weights
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, TokenRouting):

@@ -28,14 +28,14 @@ def pipeline_costs(recipe: Recipe, stage: Stage) -> list[float]:
 def micro_batch(recipe: Recipe, stage: Stage) -> dict[str, Tensor]:
     """The stage's input slots of `parallel.micro_batch` samples, on the meta device.
 
-    Where they are stored values, their shapes are those that the encoding's layers give.
+    Where they are stored values, their shapes are those that the layers give which computed them.
     """
     tasks = [source_task(stage.sample.task, source.name).slots(stage.sample) for source in recipe.data.sources]
     draws: Slots = {name: (draw.shape, np.float32) for name, draw in stage.sample.draws.items()}
     slots: Slots = {**max(tasks, key=_size), **draws, "weight": ((), np.float32)}
     batch = {name: _empty(recipe.parallel.micro_batch, *slot) for name, slot in slots.items()}
-    if stage.encoding is not None and not set(stage.inputs) <= set(batch):
-        batch = shapes_after(stage.encoding.layers, batch)
+    if stage.storing:
+        batch = shapes_after(stage.storing, batch)
     return {name: batch[name] for name in stage.inputs}
 
 

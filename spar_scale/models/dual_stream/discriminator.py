@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spar_scale.models.presets import Preset
-
 _WIDTHS = (1, 2, 4)  # of the stages, in stem widths
 _LARGEST_MAP = 16  # logits a side
 _GROUPS, _LEAST_PER_GROUP = 32, 4  # of the group norms: 32, fewer where a group would have under 4 channels
@@ -43,13 +41,12 @@ class BlurDownsample(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """The discriminator of a preset. Weights are uninitialised."""
+    """A discriminator with `stem` channels for images of `image_size` pixels. Weights are uninitialised."""
 
-    def __init__(self, preset: Preset):
+    def __init__(self, stem: int, image_size: int):
         super().__init__()
-        stem = preset.autoencoder.channels[0]
         widths = (stem, *(stem * width for width in _WIDTHS))
-        self.map_side = min(_LARGEST_MAP, preset.image_size // 2 ** len(_WIDTHS))
+        self.map_side = min(_LARGEST_MAP, image_size // 2 ** len(_WIDTHS))
         self.stem = nn.Conv2d(3, stem, 5, padding=2)
         self.stages = nn.ModuleList(_stage(before, after) for before, after in itertools.pairwise(widths))
         self.hidden = nn.Conv2d(widths[-1], widths[-1], 1)

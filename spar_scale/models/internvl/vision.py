@@ -2,9 +2,8 @@
 
 Shapes: images (B, 3, S, S) in [0, 1]; hidden states (B, 1 + P, W) with the class token first;
 features f_v (B, N, D), the projected tokens that the language model and both streams read.
-The modules are transformers' own, so published weights fit by name; the forward is cut into pieces
-(`embed`, the tower's blocks, `project`) that a pipeline can hold apart, and a test keeps their
-composition bit-equal to `InternVLModel.get_image_features`.
+The modules are transformers' own, so published weights fit by name. The list of layers (`layers.py`) composes the
+pieces `embed`, the tower's blocks and `project`; a test holds it bit-equal to `InternVLModel.get_image_features`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from transformers import InternVLConfig, InternVLVisionConfig, InternVLVisionMod
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
 from spar_scale.models.initialise import trunc_normal
-from spar_scale.models.presets import Preset
+from spar_scale.models.internvl.shapes import VisionShape
 from spar_scale.ops.transformers_attention import IMPLEMENTATION
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -29,18 +28,25 @@ class VisionProjector(InternVLMultiModalProjector):
     _init_weights = staticmethod(trunc_normal)
 
 
-def build_vision(preset: Preset) -> tuple[InternVLVisionModel, VisionProjector]:
-    """Return the vision tower and projector of a preset, weights uninitialised."""
-    config = vision_config(preset)
+class VisionEncoder(nn.Module):
+    """A vision tower and its projector, weights uninitialised."""
+
+    def __init__(self, shape: VisionShape):
+        super().__init__()
+        self.vision_tower, self.projector = build_vision(shape)
+
+
+def build_vision(shape: VisionShape) -> tuple[InternVLVisionModel, VisionProjector]:
+    """Return a vision tower and its projector, weights uninitialised."""
+    config = vision_config(shape)
     assert isinstance(config.vision_config, InternVLVisionConfig)
     tower = InternVLVisionModel(config.vision_config)
     tower.set_attn_implementation(IMPLEMENTATION)
     return tower, VisionProjector(config)
 
 
-def vision_config(preset: Preset) -> InternVLConfig:
-    """Return the InternVL config of a preset; of its text part only the width is meaningful."""
-    shape = preset.vision
+def vision_config(shape: VisionShape) -> InternVLConfig:
+    """Return the InternVL config of a vision encoder; of its text part only the width is meaningful."""
     tower = InternVLVisionConfig(
         hidden_size=shape.width,
         num_hidden_layers=shape.layers,
@@ -51,7 +57,7 @@ def vision_config(preset: Preset) -> InternVLConfig:
         patch_size=shape.patch_size,
         layer_scale_init_value=shape.layer_scale,
     )
-    text = Qwen2Config(hidden_size=preset.streams.width)
+    text = Qwen2Config(hidden_size=shape.output_width)
     return InternVLConfig(vision_config=tower, text_config=text, downsample_ratio=shape.downsample_ratio)
 
 
@@ -80,12 +86,6 @@ def pixel_shuffle(tokens: Tensor, ratio: float) -> Tensor:
     side, factor = round(tokens.shape[1] ** 0.5), round(1 / ratio)
     squares = tokens.unflatten(1, (side // factor, factor, side // factor, factor))
     return squares.transpose(2, 3).flatten(3).flatten(1, 2)
-
-
-def features(tower: InternVLVisionModel, projector: nn.Module, images: Tensor, downsample_ratio: float) -> Tensor:
-    """Images (B, 3, S, S) in [0, 1] to features f_v (B, N, D) by the tower's own forward."""
-    hidden = tower(normalise(images)).last_hidden_state[:, 1:]
-    return projector(pixel_shuffle(hidden, downsample_ratio))
 
 
 @functools.cache

@@ -1,6 +1,8 @@
-"""The pixel decoder (AutoencoderDC's) as layers: one per block of one resolution; and the noise before it.
+"""DC-AE's forward as layers: images to a latent, and a latent to images, one layer for each resolution.
 
-The last layer brings the image to the size of its target, so that a loss compares equal shapes.
+Slots: images (B, 3, S, S) in [0, 1]; tokenizer_latent, decoder_input (B, C, h, w), not scaled; decoder_hidden
+(B, C', h', w'); reconstruction (B, 3, S, S), fp32, about [0, 1] and not clamped. The last layer brings the
+reconstruction to the size of its target, so that a loss compares equal shapes.
 """
 
 from __future__ import annotations
@@ -9,34 +11,31 @@ from diffusers.models.autoencoders.autoencoder_dc import Decoder
 from torch import Tensor, nn
 
 from parallel.program import Layer
-from spar_scale.models.autoencoder import decoder_in, decoder_out, resize, to_images
+from spar_scale.models.dc_ae.model import decoder_in, decoder_out, encode_images, resize, to_images
 
 
-class PerturbLatent(Layer):
-    """`latent` + level * `latent_noise`: what the decoder reads while it trains."""
+class EncodePixels(Layer):
+    """Images to a latent; they are resized to `side` pixels first, where that is given."""
 
-    reads = ("latent", "latent_noise")
-    writes = ("latent",)
-
-    def __init__(self, level: float):
+    def __init__(self, encoder: nn.Module, side: int | None, reads: str, writes: str, frozen: bool):
         super().__init__()
-        self.level = level
+        self.encoder, self.side, self.reads, self.writes = encoder, side, (reads,), (writes,)
+        self.detached = frozenset(self.writes if frozen else ())
 
-    def forward(self, latent: Tensor, latent_noise: Tensor) -> dict[str, Tensor]:
-        """Add the noise that the sample carries."""
-        return {"latent": latent + self.level * latent_noise.to(latent.dtype)}
+    def forward(self, **slots: Tensor) -> dict[str, Tensor]:
+        """Encode."""
+        return {self.writes[0]: encode_images(self.encoder, slots[self.reads[0]], self.side)}
 
 
 class DecoderBlock(Layer):
     """One up-block; the first also holds the stem, the last also the end.
 
-    Slots: `latent` (B, C, h, w) or `decoder_hidden` (B, C', h', w') to `decoder_hidden`, or, in the last,
-    to `reconstruction` (B, 3, S, S), fp32, about [0, 1].
+    It maps `decoder_input` or `decoder_hidden` to `decoder_hidden`, the last one to `reconstruction`.
     """
 
     def __init__(self, decoder: Decoder, block: nn.Module, first: bool, last: bool, image_size: int):
         super().__init__()
-        self.reads = ("latent",) if first else ("decoder_hidden",)
+        self.reads = ("decoder_input",) if first else ("decoder_hidden",)
         self.writes = ("reconstruction",) if last else ("decoder_hidden",)
         self.block, self.image_size, self.last = block, image_size, last
         self.conv_in = decoder.conv_in if first else None
@@ -58,7 +57,7 @@ class DecoderBlock(Layer):
 
 
 def decoder_layers(decoder: Decoder, image_size: int) -> list[Layer]:
-    """Return the decoder as layers from `latent` to `reconstruction` of `image_size` pixels."""
+    """Return the decoder as layers from `decoder_input` to `reconstruction` of `image_size` pixels."""
     if not decoder.in_shortcut:
         raise NotImplementedError("a decoder without the shortcut at its stem")
     blocks = [block for block in reversed(list(decoder.up_blocks)) if len(list(block.children()))]

@@ -1,26 +1,26 @@
 """The pixel autoencoder: diffusers AutoencoderDC between images in [0, 1] and latents.
 
 Shapes: images (B, 3, S, S) in [0, 1], latents (B, C, S / f, S / f). The published class works on
-[-1, 1]; the two maps here are the only place where that is known. The decoder's forward is also
-available in pieces (`decoder_in`, the up-blocks, `decoder_out`) for a pipeline to hold apart; a test
-keeps the pieces bit-equal to the class's own forward.
+[-1, 1]; the two maps here are the only place where that is known. The list of layers (`layers.py`) composes the
+decoder of `decoder_in`, the up-blocks and `decoder_out`; a test holds it bit-equal to the class's own forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC, ResBlock
 from torch import Tensor, nn
 
-from spar_scale.models.presets import Preset
+from spar_scale.models.dc_ae.shapes import AutoencoderShape
 
 
-def build_autoencoder(preset: Preset) -> AutoencoderDC:
-    """Return the pixel autoencoder of a preset, weights uninitialised."""
-    return AutoencoderDC(**preset.autoencoder.config())  # pyright: ignore[reportArgumentType]
+def build_autoencoder(shape: AutoencoderShape) -> AutoencoderDC:
+    """Return a pixel autoencoder, weights uninitialised."""
+    return AutoencoderDC(**shape.config())  # pyright: ignore[reportArgumentType]
 
 
 @torch.no_grad()
@@ -41,11 +41,6 @@ def dtype_of(module: nn.Module):
 def encode_images(encoder: nn.Module, images: Tensor, side: int | None = None) -> Tensor:
     """Images (B, 3, S, S) in [0, 1] to latents; resized to `side` pixels first where that differs."""
     return encoder((resize(images, side or images.shape[-1]) * 2 - 1).to(dtype_of(encoder)))
-
-
-def decode_latents(decoder: nn.Module, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) to images in fp32, about [0, 1] and not clamped."""
-    return to_images(decoder(latents.to(dtype_of(decoder))))
 
 
 def to_images(decoded: Tensor) -> Tensor:
@@ -69,3 +64,14 @@ def decoder_in(conv_in: nn.Module, repeats: int, latents: Tensor) -> Tensor:
 def decoder_out(norm: nn.Module, activation: nn.Module, conv_out: nn.Module, hidden: Tensor) -> Tensor:
     """The decoder's end: RMS norm over channels, activation, convolution to 3 channels in [-1, 1]."""
     return conv_out(activation(norm(hidden.movedim(1, -1)).movedim(-1, 1)))
+
+
+def begin_with_shortcuts(model: nn.Module) -> None:
+    """Start each residual branch, which ends in a norm, at zero.
+
+    A branch of size one from the first step on fills every direction of the latent with what the seed drew;
+    a diffusion transformer then learns slower.
+    """
+    for module in model.modules():
+        if isinstance(module, ResBlock):
+            nn.init.zeros_(cast(Tensor, module.norm.weight))

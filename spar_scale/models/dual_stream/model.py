@@ -9,9 +9,8 @@
 N = g * g tokens in raster order. The ablation of the streams keeps one of them and takes its latent as
 it is: z_f = z_s ("semantic") or z_f = z_p ("pixel"), without F, which has nothing to fuse; the weights of
 what remains are those of the dual tokenizer of the same seed. Two frozen teachers stand beside it
-while it trains: the pixel encoder E_p' of z_p, and the initial encoder of f_v. The whole of it runs in
-one forward here; training runs the same modules as a list of layers (stages/tokenizer.py), and a test
-holds the two bit-equal.
+while it trains: the pixel encoder E_p' of z_p, and the initial encoder of f_v. The list of layers (`layers.py`) is
+the forward.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spar_scale.models.autoencoder import build_autoencoder, decode_latents, resize
+from spar_scale.models.blocks import Composition, LatentHead, ResBlock, TransformerLayer
+from spar_scale.models.dual_stream.shapes import StreamShape
 from spar_scale.models.initialise import trunc_normal
-from spar_scale.models.layers import Composition, LatentHead, ResBlock, TransformerLayer
-from spar_scale.models.presets import Preset
-from spar_scale.models.vision import build_vision, features
+from spar_scale.models.roles import Autoencoder, VisionEncoder
 
 Streams = Literal["dual", "semantic", "pixel"]
 
@@ -57,12 +55,6 @@ class PixelStream(nn.Module):
         self.blocks = nn.Sequential(*(ResBlock(width) for _ in range(blocks)))
         self.head = LatentHead(width, channels)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features (B, N, D) to z_p (B, N, C)."""
-        for layer in self.layers:
-            features = layer(features)
-        return self.head(self.blocks(features))
-
 
 class Fusion(nn.Module):
     """F: LN(2C) -> Linear(2C, 2C) -> GELU -> Linear(2C, C) on [z_s, z_p].
@@ -89,76 +81,50 @@ class Fusion(nn.Module):
             nn.init.zeros_(self.linear_2.weight)
 
 
-class InitialEncoder(nn.Module):
-    """A vision tower and projector of their own, to stay as the tokenizer's were before they trained."""
-
-    def __init__(self, preset: Preset):
-        super().__init__()
-        self.downsample_ratio = preset.vision.downsample_ratio
-        self.vision_tower, self.projector = build_vision(preset)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1] to features f_v' (B, N, D)."""
-        return features(self.vision_tower, self.projector, images, self.downsample_ratio)
-
-
 class UnifiedTokenizer(Composition):
-    """The tokenizer of a preset; parameter names are the checkpoint's. Weights are uninitialised.
+    """The tokenizer; parameter names are the checkpoint's. Weights are uninitialised.
 
     `streams` decides which of `semantic_stream`, `pixel_stream` and `fusion` exist. `pixel_encoder` and
     `initial_encoder`, the two teachers, exist where asked for; neither is part of encoding or decoding.
     """
 
+    vision_tower: nn.Module
+    projector: nn.Module
     semantic_stream: SemanticStream
     pixel_stream: PixelStream
     fusion: Fusion
+    decoder: nn.Module
     pixel_encoder: nn.Module
-    initial_encoder: InitialEncoder
+    initial_encoder: nn.Module
 
     def __init__(
-        self, preset: Preset, streams: Streams = "dual", pixel_encoder: bool = True, initial_encoder: bool = False
+        self,
+        shape: StreamShape,
+        vision: VisionEncoder,
+        autoencoder: Autoencoder,
+        streams: Streams = "dual",
+        pixel_encoder: bool = True,
+        initial_encoder: bool = False,
     ):
         super().__init__()
-        shape, channels = preset.streams, preset.autoencoder.latent_channels
-        self.image_size, self.downsample_ratio = preset.image_size, preset.vision.downsample_ratio
-        self.preset, self.streams = preset.name, streams
-        self.vision_tower, self.projector = build_vision(preset)
+        width, channels = vision.output_width, autoencoder.latent_channels
+        self.streams: Streams = streams
+        encoder = vision.build()
+        self.vision_tower, self.projector = encoder.get_submodule("vision_tower"), encoder.get_submodule("projector")
         if streams != "pixel":
-            self.semantic_stream = SemanticStream(shape.width, shape.residual_blocks, channels)
+            self.semantic_stream = SemanticStream(width, shape.residual_blocks, channels)
         if streams != "semantic":
             self.pixel_stream = PixelStream(
-                shape.width, shape.pixel_layers, shape.pixel_heads, shape.residual_blocks, channels
+                width, shape.pixel_layers, shape.pixel_heads, shape.residual_blocks, channels
             )
         if streams == "dual":
             self.fusion = Fusion(channels, shape.fusion_residual)
-        autoencoder = build_autoencoder(preset)
-        self.decoder = autoencoder.decoder
+        pixels = autoencoder.build()
+        self.decoder = pixels.get_submodule("decoder")
         if pixel_encoder:
-            self.pixel_encoder = autoencoder.encoder
+            self.pixel_encoder = pixels.get_submodule("encoder")
         if initial_encoder:
-            self.initial_encoder = InitialEncoder(preset)
-
-    def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1] to the features f_v (B, N, D)."""
-        return features(self.vision_tower, self.projector, images, self.downsample_ratio)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1] to the latent z_f (B, C, g, g)."""
-        tokens = self.features(images)
-        if self.streams == "semantic":
-            return to_grid(self.semantic_stream(tokens))
-        if self.streams == "pixel":
-            return to_grid(self.pixel_stream(tokens))
-        return to_grid(self.fusion(self.semantic_stream(tokens), self.pixel_stream(tokens)))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, g, g) to images (B, 3, S, S), fp32, about [0, 1] and not clamped."""
-        return resize(decode_latents(self.decoder, latents), self.image_size)
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1] through the latent and back, clamped to [0, 1]."""
-        return self.decode(self.encode(images)).clamp(0, 1)
+            self.initial_encoder = vision.build()
 
 
 def to_grid(tokens: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Legend: B batch, C latent channels, H x W latent positions, N = H W / patch^2 tokens, W_t width, M caption
 tokens. The model is `SanaTransformer2DModel`, so published weights fit by name and
-`Diffusion.transformer.save_pretrained` writes the published layout. Its forward is composed of
+`Diffusion.transformer.save_pretrained` writes the published layout. The list of layers (`layers.py`) composes
 `DiffusionInput`, the blocks (`run_block`) and `DiffusionOutput`, bit-equal to the class's own forward
 (tested). The pieces own their parameters' references and are called as modules, because ZeRO-3 gathers
 a parameter only for the module that holds it. Only cross-attention is a softmax; it goes through
@@ -18,7 +18,7 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel, SanaTransformerBlock
 from torch import Tensor, nn
 
-from spar_scale.models.presets import DiffusionShape
+from spar_scale.models.sana.shapes import DiffusionShape
 from spar_scale.ops.attention import attention
 
 _GATES = (2, 5)  # rows of a block's scale_shift_table: gate of self-attention, gate of the feed-forward
@@ -49,27 +49,6 @@ class Diffusion(nn.Module):
         self.transformer = SanaTransformer2DModel(**shape.config())
         for block in self.transformer.transformer_blocks:
             cast(Any, block).attn2.set_processor(CrossAttention())
-
-    def forward(
-        self, latents: Tensor, timestep: Tensor, captions: Tensor, keep: Tensor, tap: int | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the velocity (B, C, H, W), and the tokens (B, N, W_t) after block `tap` (counted from 1).
-
-        latents (B, C, H, W); timestep (B,) = 1000 sigma; captions (B, M, caption channels), real where
-        `keep` (B, M) is nonzero. Raises ValueError for a tap that is no block.
-        """
-        if tap is not None and not 1 <= tap <= self.shape.layers:
-            raise ValueError(f"block {tap} cannot be tapped, the blocks are 1 to {self.shape.layers}")
-        tokens, context, modulation, embedded = DiffusionInput(self.transformer)(latents, timestep, captions)
-        tapped = None
-        for number, block in enumerate(self.transformer.transformer_blocks, start=1):
-            tokens = run_block(block, tokens, context, keep, modulation, self.grid(latents))
-            tapped = tokens if number == tap else tapped
-        return DiffusionOutput(self.transformer)(tokens, embedded, self.grid(latents)), tapped
-
-    def grid(self, latents: Tensor) -> tuple[int, int]:
-        """Tokens along the height and the width of latents (B, C, H, W)."""
-        return latents.shape[-2] // self.shape.patch_size, latents.shape[-1] // self.shape.patch_size
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, SanaTransformer2DModel):

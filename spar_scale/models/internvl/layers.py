@@ -1,0 +1,251 @@
+"""InternVL's forward as layers: pictures to features, a prompt to hidden states, and one further token.
+
+Slots (B samples, T = P prompt tokens, Q queries, N = P + Q, M picture tokens of a prompt, D and W widths, E head width,
+V vocabulary):
+    images (..., 3, S, S) in [0, 1]      features_hidden (B', 1 + P', W)    features (B', M, D), B' = all leading dims
+    tokens (B, T) int64                  keep (B, P) uint8, 1 where a token is real
+    prefix_state_k (B, T, D)             hidden state k of the prompt: 0 is the embedding, the last is after the norm
+    prefix_keys_k, prefix_values_k       (B, T, H_kv, E), of layer k, counted from 1
+    queries (B, Q, D)                    query_state_k (B, Q, D)
+    rotary_cos, rotary_sin (B, N, E)     prefix_mask (B, 1, P, P)           query_mask (B, 1, Q, N)
+    caption_keep (B, N) uint8            which tokens of prompt and queries are real
+    position (B,)                        token (B, 1): the one that is read next; logits (B, T, V)
+
+The vision tower names its slots after the features that it writes, so that a list can hold two of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from parallel.program import Apply, Layer
+from spar_scale.models.internvl import vision
+from spar_scale.models.internvl.language import (
+    Rotary,
+    causal_masks,
+    decoder_layer,
+    extend_padding_mask,
+    merge,
+    positions,
+    query_layer,
+)
+
+
+class EmbedImages(Layer):
+    """Images to the vision tower's first hidden states."""
+
+    def __init__(self, embeddings: nn.Module, reads: str, writes: str, frozen: bool):
+        super().__init__()
+        self.embeddings, self.reads, self.writes = embeddings, (reads,), (writes,)
+        self.detached = frozenset(self.writes if frozen else ())
+
+    def forward(self, **slots: Tensor) -> dict[str, Tensor]:
+        """Cut into patches and add positions."""
+        return {self.writes[0]: vision.embed(self.embeddings, slots[self.reads[0]])}
+
+
+class ProjectFeatures(Layer):
+    """The vision tower's last hidden states to features: norm, pixel shuffle, projector."""
+
+    def __init__(self, layernorm: nn.Module, projector: nn.Module, ratio: float, reads: str, writes: str, frozen: bool):
+        super().__init__()
+        self.layernorm, self.projector, self.ratio = layernorm, projector, ratio
+        self.reads, self.writes = (reads,), (writes,)
+        self.detached = frozenset(self.writes if frozen else ())
+
+    def forward(self, **slots: Tensor) -> dict[str, Tensor]:
+        """Project."""
+        return {self.writes[0]: vision.project(self.layernorm, self.projector, slots[self.reads[0]], self.ratio)}
+
+
+class EmbedPrompt(Layer):
+    """`tokens` to `prefix_state_0`, with picture features, where there are some, in the places of `image_token_id`."""
+
+    writes = ("prefix_state_0",)
+
+    def __init__(self, embedding: nn.Module, image_token_id: int, features: str | None, frozen: bool):
+        super().__init__()
+        self.embedding, self.image_token_id, self.features = embedding, image_token_id, features
+        self.reads = ("tokens",) if features is None else ("tokens", features)
+        self.detached = frozenset(self.writes if frozen else ())
+
+    def forward(self, tokens: Tensor, **pictures: Tensor) -> dict[str, Tensor]:
+        """Embed the tokens and place the features."""
+        embedded = self.embedding(tokens)
+        for features in pictures.values():
+            embedded = merge(embedded, features, tokens == self.image_token_id)
+        return {"prefix_state_0": embedded}
+
+
+class QueryPositions(Layer):
+    """`keep` to rotary angles and masks of a prompt and `num_queries` queries behind it, once for all layers."""
+
+    reads = ("keep",)
+    writes = ("caption_keep", "rotary_cos", "rotary_sin", "prefix_mask", "query_mask")
+    derived = True
+
+    def __init__(self, rotary: Rotary, num_queries: int):
+        super().__init__()
+        self.rotary, self.num_queries = rotary, num_queries
+
+    def forward(self, keep: Tensor) -> dict[str, Tensor]:
+        """Compute them."""
+        whole = extend_padding_mask(keep, self.num_queries)
+        values = (whole, *self.rotary(positions(whole)), *causal_masks(keep, self.num_queries))
+        return dict(zip(self.writes, values, strict=True))
+
+
+class PromptPositions(Layer):
+    """Rotary angles and the causal mask of `tokens` that are padded on the right: no real token reads the padding."""
+
+    reads = ("tokens",)
+    writes = ("rotary_cos", "rotary_sin", "prefix_mask")
+    derived = True
+
+    def __init__(self, rotary: Rotary):
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Compute them."""
+        batch, length = tokens.shape
+        cos, sin = self.rotary(torch.arange(length, device=tokens.device)[None])
+        mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+        values = (cos.expand(batch, -1, -1), sin.expand(batch, -1, -1), mask.expand(batch, 1, -1, -1))
+        return dict(zip(self.writes, values, strict=True))
+
+
+class PrefixLayer(Layer):
+    """Layer `index` (from 1) of the language model on the prompt; the last one's state is that after the final norm."""
+
+    def __init__(self, layer: nn.Module, index: int, norm: nn.Module | None, frozen: bool):
+        super().__init__()
+        self.layer, self.norm = layer, norm
+        self.before = f"prefix_state_{index - 1}"
+        self.reads = (self.before, "rotary_cos", "rotary_sin", "prefix_mask")
+        self.writes = (f"prefix_state_{index}", f"prefix_keys_{index}", f"prefix_values_{index}")
+        self.detached = frozenset(self.writes if frozen else ())
+
+    def forward(self, rotary_cos: Tensor, rotary_sin: Tensor, prefix_mask: Tensor, **state: Tensor):
+        """Run the layer."""
+        hidden = state[self.before]
+        length = hidden.shape[1]
+        angles = rotary_cos[:, :length], rotary_sin[:, :length]
+        hidden, kept = decoder_layer(self.layer, hidden, *angles, prefix_mask)
+        hidden = hidden if self.norm is None else self.norm(hidden)
+        return dict(zip(self.writes, (hidden, *kept), strict=True))
+
+
+class QueryLayer(Layer):
+    """Layer `index` (from 1) of the frozen language model on the queries, on what the layer reads of the prompt."""
+
+    def __init__(self, layer: nn.Module, index: int, sampled: bool, norm: nn.Module | None):
+        super().__init__()
+        self.layer, self.norm = layer, norm
+        self.prompt = f"prefix_state_{index - 1}"
+        self.reads = (self.prompt, "queries", "rotary_cos", "rotary_sin", "query_mask")
+        self.writes = ("queries", f"query_state_{index}") if sampled else ("queries",)
+
+    def forward(self, queries: Tensor, rotary_cos: Tensor, rotary_sin: Tensor, query_mask: Tensor, **state: Tensor):
+        """Run the layer; the last one's state is that after the final norm."""
+        queries = query_layer(self.layer, state[self.prompt], queries, rotary_cos, rotary_sin, query_mask)
+        after = queries if self.norm is None else self.norm(queries)
+        return dict(zip(self.writes, (queries, after), strict=False))
+
+
+class BidirectionalLayer(Layer):
+    """A decoder layer on `captions` (B, N, D) in which every token attends to every real one."""
+
+    reads = ("captions", "caption_keep", "rotary_cos", "rotary_sin")
+    writes = ("captions",)
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, captions: Tensor, caption_keep: Tensor, rotary_cos: Tensor, rotary_sin: Tensor):
+        """Run the layer."""
+        mask = caption_keep.bool()[:, None, None, :].expand(-1, 1, caption_keep.shape[1], -1)
+        return {"captions": decoder_layer(self.layer, captions, rotary_cos, rotary_sin, mask)[0]}
+
+
+class TokenPosition(Layer):
+    """Rotary angles of the token at `position`."""
+
+    reads = ("position",)
+    writes = ("rotary_cos", "rotary_sin")
+
+    def __init__(self, rotary: Rotary):
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, position: Tensor) -> dict[str, Tensor]:
+        """Compute them."""
+        return dict(zip(self.writes, self.rotary(position[:, None]), strict=True))
+
+
+class DecodingLayer(Layer):
+    """Layer `index` on one further token, whose keys and values join those of all tokens before it."""
+
+    def __init__(self, layer: nn.Module, index: int):
+        super().__init__()
+        self.layer, self.kept = layer, (f"prefix_keys_{index}", f"prefix_values_{index}")
+        self.reads = ("token_state", "rotary_cos", "rotary_sin", *self.kept)
+        self.writes = ("token_state", *self.kept)
+
+    def forward(self, token_state: Tensor, rotary_cos: Tensor, rotary_sin: Tensor, **kept: Tensor):
+        """Run the layer. The token reads all tokens before it, so it needs no mask."""
+        keys, values = (kept[name] for name in self.kept)
+        state, longer = decoder_layer(self.layer, token_state, rotary_cos, rotary_sin, None, (keys, values))
+        return dict(zip(self.writes, (state, *longer), strict=True))
+
+
+def vision_layers(
+    tower: nn.Module, projector: nn.Module, ratio: float, frozen: bool, reads: str = "images", writes: str = "features"
+) -> list[Layer]:
+    """Return the way from images to features."""
+    hidden = f"{writes}_hidden"
+    return [
+        EmbedImages(tower.get_submodule("embeddings"), reads, hidden, frozen),
+        *(Apply(block, (hidden,), hidden, frozen) for block in tower.get_submodule("encoder.layer").children()),
+        ProjectFeatures(tower.get_submodule("layernorm"), projector, ratio, hidden, writes, frozen),
+    ]
+
+
+def prompt_layers(trunk: nn.Module, image_token_id: int, features: str | None, frozen: bool) -> list[Layer]:
+    """Return the way from `tokens`, and the slot `features`, if any, to every `prefix_state_k`."""
+    return [
+        EmbedPrompt(trunk.get_submodule("embed_tokens"), image_token_id, features, frozen),
+        *(PrefixLayer(layer, index, norm, frozen) for index, layer, norm in _numbered(trunk)),
+    ]
+
+
+def query_layers(trunk: nn.Module, sampled: Iterable[int]) -> list[Layer]:
+    """Return the way of `queries` through the model, on every `prefix_state_k`; `sampled` states are written."""
+    return [QueryLayer(layer, index, index in set(sampled), norm) for index, layer, norm in _numbered(trunk)]
+
+
+def decoding_layers(trunk: nn.Module, head: nn.Module, rotary: Rotary) -> list[Layer]:
+    """Return the way of one further `token` at `position` to its `logits`, past all keys and values before it."""
+    return [
+        Apply(trunk.get_submodule("embed_tokens"), ("token",), "token_state"),
+        TokenPosition(rotary),
+        *(DecodingLayer(layer, index) for index, layer, _ in _numbered(trunk)),
+        Apply(trunk.get_submodule("norm"), ("token_state",), "token_state"),
+        Apply(head, ("token_state",), "logits"),
+    ]
+
+
+def logits_layer(head: nn.Module, num_layers: int) -> Layer:
+    """Return the way from the last `prefix_state_k` to `logits`."""
+    return Apply(head, (f"prefix_state_{num_layers}",), "logits")
+
+
+def _numbered(trunk: nn.Module) -> list[tuple[int, nn.Module, nn.Module | None]]:
+    """The layers with their numbers from 1, the last with the final norm."""
+    layers = list(trunk.get_submodule("layers").children())
+    norms = [None] * (len(layers) - 1) + [trunk.get_submodule("norm")]
+    return list(zip(range(1, len(layers) + 1), layers, norms, strict=True))

@@ -1,0 +1,72 @@
+"""SANA's forward as layers, from a noisy latent and captions to the velocity.
+
+Slots (B samples, N latent positions / patch^2, W and D widths, M captions, C caption channels, Z latent channels):
+    noisy_latent (B, Z, g, g)   timestep (B,) = 1000 sigma   captions (B, M, C)   caption_keep (B, M), 1 where real
+    image_tokens (B, N, W)   context (B, M, W)   modulation (B, 6 W)   time (B, W)   velocity (B, Z, g, g)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from parallel.program import Layer
+from spar_scale.models.sana.model import Diffusion, DiffusionInput, DiffusionOutput, run_block
+
+
+class EmbedLatent(Layer):
+    """The noisy latent, the time and the captions to what the blocks read."""
+
+    reads = ("noisy_latent", "timestep", "captions")
+    writes = ("image_tokens", "context", "modulation", "time")
+
+    def __init__(self, diffusion: Diffusion):
+        super().__init__()
+        self.begin = DiffusionInput(diffusion.transformer)
+
+    def forward(self, noisy_latent: Tensor, timestep: Tensor, captions: Tensor) -> dict[str, Tensor]:
+        """Embed."""
+        return dict(zip(self.writes, self.begin(noisy_latent, timestep, captions), strict=True))
+
+
+class DiffusionBlock(Layer):
+    """One block on `image_tokens`."""
+
+    reads = ("image_tokens", "context", "caption_keep", "modulation")
+    writes = ("image_tokens",)
+
+    def __init__(self, block: nn.Module, grid: int):
+        super().__init__()
+        self.block, self.grid = block, (grid, grid)
+
+    def forward(self, image_tokens: Tensor, context: Tensor, caption_keep: Tensor, modulation: Tensor):
+        """Run the block."""
+        return {"image_tokens": run_block(self.block, image_tokens, context, caption_keep, modulation, self.grid)}
+
+
+class PredictVelocity(Layer):
+    """`image_tokens` and `time` to `velocity`."""
+
+    reads = ("image_tokens", "time")
+    writes = ("velocity",)
+
+    def __init__(self, diffusion: Diffusion, grid: int):
+        super().__init__()
+        self.end, self.grid = DiffusionOutput(diffusion.transformer), (grid, grid)
+
+    def forward(self, image_tokens: Tensor, time: Tensor) -> dict[str, Tensor]:
+        """Predict."""
+        return {"velocity": self.end(image_tokens, time, self.grid)}
+
+
+def velocity_layers(diffusion: Diffusion, tap: tuple[int, Layer] | None = None) -> list[Layer]:
+    """Return the way from `noisy_latent` and `captions` to `velocity`.
+
+    `tap` is a layer with the number, from 1, of the block behind which it stands.
+    """
+    grid = diffusion.shape.sample_size // diffusion.shape.patch_size
+    layers: list[Layer] = [EmbedLatent(diffusion)]
+    for number, block in enumerate(diffusion.transformer.transformer_blocks, start=1):
+        layers.append(DiffusionBlock(block, grid))
+        if tap is not None and number == tap[0]:
+            layers.append(tap[1])
+    return [*layers, PredictVelocity(diffusion, grid)]

@@ -1,1 +1,0 @@
-"""How the models are cut over tensor ranks, and what their layers cost."""

@@ -1,0 +1,135 @@
+"""Uses of a stage's forward without its loss: each runs those layers of the list that lead to what is asked for.
+
+Legend: B samples, P prompt tokens, N captions (tokens and queries), D and C widths, latents (B, Z, g, g), V vocabulary.
+Everything runs without gradient, in the mode that the model is in.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parallel.program import Subprogram
+from spar_scale.models.presets import Preset
+from spar_scale.stages import Stage
+
+REFERENCES = "reference_features"
+
+
+class Forward:
+    """The forward of a stage of a preset, from any of its slots to any other.
+
+    What a stage cannot do raises UserError: a slot that it does not have.
+    """
+
+    def __init__(self, stage: Stage, preset: Preset):
+        self.stage, self.preset = stage, preset
+        self._layers = [*stage.layers, *stage.uses]
+        self._program = functools.cache(functools.partial(_program, tuple(self._layers)))
+        self._has_references = any(REFERENCES in layer.reads for layer in self._layers)
+
+    @torch.no_grad()
+    def run(self, *wanted: str, **given: Tensor) -> dict[str, Tensor]:
+        """Return the wanted slots; layers that compute a given slot are left out."""
+        return self._program(wanted, tuple(sorted(given)))(given)
+
+    def reads(self, slot: str) -> bool:
+        """Whether a layer of the stage reads or writes a slot."""
+        return any(slot in (*layer.reads, *layer.writes) for layer in self._layers)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] to features (B, tokens, D) of the vision encoder."""
+        return self.run("features", images=images)["features"]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] to the tokenizer's latents (B, Z, g, g), not scaled."""
+        if self.reads("target_features"):
+            return self.run("tokenizer_latent", target_features=self.features(images))["tokenizer_latent"]
+        slot = "target_image" if self.reads("target_image") else "images"
+        return self.run("tokenizer_latent", **{slot: images})["tokenizer_latent"]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return images (B, 3, S, S) of latents that are not scaled: fp32, about [0, 1], not clamped."""
+        return self.run("reconstruction", decoder_input=latents)["reconstruction"]
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] through the latent and back, fp32, clamped to [0, 1]."""
+        return self.decode(self.encode(images)).clamp(0, 1)
+
+    def draw(self, latents: Tensor) -> Tensor:
+        """Return images (B, 3, S, S), clamped to [0, 1], of scaled latents (B, Z, g, g)."""
+        assert self.stage.latent_scale is not None
+        return self.decode(latents / self.stage.latent_scale).clamp(0, 1)
+
+    def condition(self, tokens: Tensor, keep: Tensor, references: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return captions (B, N, C), and which of them are real (B, N), for `velocity`.
+
+        tokens (B, P), real where `keep` (B, P) is nonzero; references (B, 3, S, S) in [0, 1] are pictures to edit.
+        """
+        slots = self.run("captions", "caption_keep", **self._prompt(tokens, keep, references))
+        return slots["captions"], slots["caption_keep"]
+
+    def velocity(self, latents: Tensor, timestep: Tensor, captions: Tensor, keep: Tensor) -> Tensor:
+        """Predict the velocity (B, Z, g, g) of scaled noisy latents at timestep (B,) = 1000 sigma."""
+        return self.run("velocity", noisy_latent=latents, timestep=timestep, captions=captions, caption_keep=keep)[
+            "velocity"
+        ]
+
+    @property
+    def sampled_layers(self) -> tuple[int, ...]:
+        """The language model's layers whose hidden states are routed."""
+        states = {slot for layer in self._layers for slot in layer.writes if slot.startswith("query_state_")}
+        return tuple(sorted(int(slot.rpartition("_")[2]) for slot in states))
+
+    def routing_weights(self, tokens: Tensor, keep: Tensor, references: Tensor | None = None) -> Tensor:
+        """Return the routing weights (B, N, K) of prompts; arguments as for `condition`."""
+        return self.run("routing_weights", **self._prompt(tokens, keep, references))["routing_weights"]
+
+    def next_token(self, tokens: Tensor, keep: Tensor, features: Tensor | None = None) -> Tensor:
+        """Return the logits (B, V) of the token that follows each prompt, padded on the right.
+
+        `features` (B, tokens, D) are of the picture that the prompt shows.
+        """
+        state = f"prefix_state_{self.preset.language.layers}"
+        states = self.run(state, **self._seen(tokens, keep, features))[state]
+        ends = keep.sum(1).long() - 1
+        return self.run("logits", **{state: states[torch.arange(len(tokens)), ends][:, None]})["logits"][:, 0]
+
+    @torch.no_grad()
+    def continue_prompt(self, tokens: Sequence[int], features: Tensor, stop: frozenset[int], limit: int) -> list[int]:
+        """Continue one prompt, the likeliest token each time; return the new tokens.
+
+        Ends before a token of `stop`, or after `limit` tokens. Keys and values are kept, so that each further token
+        runs alone.
+        """
+        prompt, layers = torch.tensor([list(tokens)]), range(1, self.preset.language.layers + 1)
+        kept = [f"prefix_{kind}_{index}" for index in layers for kind in ("keys", "values")]
+        slots = self.run("logits", *kept, **self._seen(prompt, torch.ones_like(prompt), features))
+        step = Subprogram(self.stage.decoding, ("logits", *kept))
+        new: list[int] = []
+        while len(new) < limit:
+            best = slots["logits"][:, -1].argmax(-1)
+            if int(best) in stop:
+                break
+            new.append(int(best))
+            position = torch.tensor([prompt.shape[1] + len(new) - 1])
+            slots = step({**slots, "token": best[:, None], "position": position})
+        return new
+
+    def _prompt(self, tokens: Tensor, keep: Tensor, references: Tensor | None) -> dict[str, Tensor]:
+        """The slots of prompts and of the pictures that they edit."""
+        return self._seen(tokens, keep, None if references is None else self.features(references))
+
+    def _seen(self, tokens: Tensor, keep: Tensor, features: Tensor | None) -> dict[str, Tensor]:
+        """The slots of prompts and of the features that they show; none stands for zeros, which no token takes."""
+        slot = REFERENCES if self._has_references else "features"
+        if features is None:
+            features = torch.zeros(len(tokens), 1, self.preset.language.width)
+        return {"tokens": tokens, "keep": keep, slot: features}
+
+
+def _program(layers: Sequence, wanted: tuple[str, ...], given: tuple[str, ...]) -> Subprogram:
+    return Subprogram(layers, wanted, given)
