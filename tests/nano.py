@@ -6,22 +6,22 @@ Importing this module makes it known by its name, in this process; what is true 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from spar_scale.models.presets import PRESETS, resized
 
-from spar_scale.models.presets import PRESETS
-
-_TINY = PRESETS["tiny"]
-NANO = replace(
-    _TINY,
+NANO = resized(
+    PRESETS["tiny"],
     name="nano",
-    vision=replace(_TINY.vision, width=32, layers=2, heads=2, mlp_width=64, patch_size=4, downsample_ratio=0.5),
-    autoencoder=replace(_TINY.autoencoder, channels=(8, 16, 32, 64), latent_channels=8),
-    streams=replace(_TINY.streams, width=32, residual_blocks=1, pixel_layers=2, pixel_heads=2),
-    language=replace(_TINY.language, layers=4, heads=4, key_value_heads=2, mlp_width=64),
-    conditioning=replace(_TINY.conditioning, sampled_states=2, connector_layers=2),
-    diffusion=replace(
-        _TINY.diffusion, latent_channels=8, layers=4, heads=2, head_width=16, cross_heads=2, cross_head_width=16,
-        caption_channels=32, align_hidden=32,
-    ),
+    vision={
+        "width": 32, "layers": 2, "heads": 2, "mlp_width": 64, "patch_size": 4, "downsample_ratio": 0.5,
+        "output_width": 32,
+    },
+    autoencoder={"channels": (8, 16, 32, 64), "latent_channels": 8},
+    tokenizer={"residual_blocks": 1, "pixel_layers": 2, "pixel_heads": 2},
+    language={"width": 32, "layers": 4, "heads": 4, "key_value_heads": 2, "mlp_width": 64},
+    conditioning={"sampled_states": 2, "connector_layers": 2},
+    diffusion={
+        "latent_channels": 8, "layers": 4, "heads": 2, "head_width": 16, "cross_heads": 2, "cross_head_width": 16,
+        "caption_channels": 32, "align_hidden": 32,
+    },
 )  # fmt: skip
 PRESETS["nano"] = NANO

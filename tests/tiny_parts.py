@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from spar_scale.models.autoencoder import build_autoencoder
-from spar_scale.models.diffusion import Diffusion
+from parallel.program import Subprogram
+from spar_scale.data.prompts import build_tokenizer
+from spar_scale.models.dc_ae import latent_scale
 from spar_scale.models.initialise import initialise
-from spar_scale.models.mllm import build_mllm
+from spar_scale.models.internvl import build_mllm, save_mllm
 from spar_scale.models.presets import PRESETS, Preset
-from spar_scale.models.tokenizer import UnifiedTokenizer
 from spar_scale.phases import find
-from spar_scale.stages.bootstrap import save_autoencoder
-from spar_scale.stages.bootstrap_mllm import save_mllm
-from spar_scale.stages.tokenizer_files import save_tokenizer
 
 TINY = PRESETS["tiny"]
 
@@ -28,11 +26,11 @@ def make_parts(folder: Path, preset: Preset = TINY) -> dict[str, str]:
     generator = torch.Generator().manual_seed(11)
     images = torch.rand(16, 3, preset.image_size, preset.image_size, generator=generator)
     directories = {name: folder / name for name in ("mllm", "pixel_autoencoder", "tokenizer", "diffusion")}
-    models = {
-        "mllm": build_mllm(preset),
-        "pixel_autoencoder": build_autoencoder(preset),
-        "tokenizer": UnifiedTokenizer(preset, pixel_encoder=False),
-        "diffusion": Diffusion(preset.diffusion),
+    models: dict[str, Any] = {
+        "mllm": build_mllm(preset.vision, preset.language),
+        "pixel_autoencoder": preset.autoencoder.build(),
+        "tokenizer": preset.tokenizer.build(preset.vision, preset.autoencoder),
+        "diffusion": preset.diffusion.build(),
     }
     for seed, model in enumerate(models.values(), start=20):
         initialise(model, seed)
@@ -40,10 +38,19 @@ def make_parts(folder: Path, preset: Preset = TINY) -> dict[str, str]:
         models["diffusion"].transformer.proj_out.weight.normal_(std=0.02, generator=generator)
         models["tokenizer"].fusion.linear_2.weight.normal_(std=0.02, generator=generator)
     save_mllm(models["mllm"], directories["mllm"])
-    save_autoencoder(models["pixel_autoencoder"], directories["pixel_autoencoder"], images)
-    save_tokenizer(models["tokenizer"], directories["tokenizer"], images)
-    models["diffusion"].transformer.save_pretrained(str(directories["diffusion"]))
+    build_tokenizer().save_pretrained(str(directories["mllm"]))
+    preset.autoencoder.save(models["pixel_autoencoder"], directories["pixel_autoencoder"], images)
+    scale = latent_scale(lambda part: encode(models["tokenizer"], preset, part), images)
+    preset.tokenizer.save(models["tokenizer"], directories["tokenizer"], preset.name, scale, len(images))
+    preset.diffusion.save(models["diffusion"], directories["diffusion"])
     return {name: str(directory) for name, directory in directories.items()}
+
+
+@torch.no_grad()
+def encode(tokenizer: torch.nn.Module, preset: Preset, images: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, S, S) to a tokenizer's latents (B, C, g, g)."""
+    layers = [*preset.vision.feature_layers(tokenizer, frozen=True), *preset.tokenizer.latent_layers(tokenizer)]
+    return Subprogram(layers, ("tokenizer_latent",))({"images": images})["tokenizer_latent"]
 
 
 def parts_of(stage: str, phase: str, parts: dict[str, str]) -> dict[str, str]:

@@ -29,14 +29,13 @@ def make_data(folder: Path, scenes: int = 96, edits: int = 0) -> str:
 
 def make_autoencoder(folder: Path) -> Path:
     """Write a pixel autoencoder with seeded weights in the published layout."""
-    from spar_scale.models.autoencoder import build_autoencoder
     from spar_scale.models.initialise import initialise
     from spar_scale.models.presets import PRESETS
-    from spar_scale.stages.bootstrap import save_autoencoder
 
-    model = build_autoencoder(PRESETS["tiny"])
+    autoencoder = PRESETS["tiny"].autoencoder
+    model = autoencoder.build()
     initialise(model, 3)
-    save_autoencoder(model, folder)
+    autoencoder.save(model, folder)
     return folder
 
 

@@ -187,7 +187,7 @@ class Autoencoder(Member, Protocol):
         """Write the published layout; the scale of the latents is measured on images (n, 3, S, S), where given."""
         ...
 
-    def encoder_layer(
+    def encoding_layer(
         self,
         encoder: nn.Module,
         frozen: bool,
@@ -198,7 +198,7 @@ class Autoencoder(Member, Protocol):
         """Return the way from images, resized to `side` pixels where given, to latents."""
         ...
 
-    def decoder_layers(self, decoder: nn.Module, image_size: int) -> list[Layer]:
+    def reconstruction_layers(self, decoder: nn.Module, image_size: int) -> list[Layer]:
         """Return the way from `decoder_input` to `reconstruction` of `image_size` pixels."""
         ...
 

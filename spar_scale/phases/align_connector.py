@@ -48,7 +48,7 @@ def build(recipe: Recipe) -> Stage:
         layers=[
             *spar.conditioning_layers(model, preset.language, illustrated=False),
             select_target(),
-            pixels.encoder_layer(encoder, frozen=True, side=side, reads="target_image"),
+            pixels.encoding_layer(encoder, frozen=True, side=side, reads="target_image"),
             scale_latent(scale),
             *align.drawing_layers(model, preset, recipe.objective.timestep_shift),
         ],
@@ -58,6 +58,6 @@ def build(recipe: Recipe) -> Stage:
         sample=align.conditioned_sample(preset, recipe.objective.caption_dropout, task="generation"),
         references={name: part.directory for name, part in parts.items()},
         encoding=align.stored_slots(preset, scale, pictures=("latent",)),
-        uses=pixels.decoder_layers(decoder, preset.image_size),
+        uses=pixels.reconstruction_layers(decoder, preset.image_size),
         latent_scale=scale,
     )

@@ -72,7 +72,7 @@ def build(recipe: Recipe) -> Stage:
         references={name: part.directory for name, part in parts.items()},
         encoding=align.stored_slots(preset, scale, pictures=("latent", *([teacher] if aligned else []))),
         uses=[
-            *preset.autoencoder.decoder_layers(tokenizer.get_submodule("decoder"), preset.image_size),
+            *preset.autoencoder.reconstruction_layers(tokenizer.get_submodule("decoder"), preset.image_size),
             *spar.answering_layers(model, language),
         ],
         decoding=spar.decoding_layers(model, language),

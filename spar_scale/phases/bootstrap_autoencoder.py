@@ -48,10 +48,10 @@ def build(recipe: Recipe) -> Stage:
     return Stage(
         model=model,
         layers=[
-            pixels.encoder_layer(model.get_submodule("encoder"), frozen=False),
+            pixels.encoding_layer(model.get_submodule("encoder"), frozen=False),
             terms.latent_power_term(),
             terms.decode_latent(level),
-            *pixels.decoder_layers(model.get_submodule("decoder"), preset.image_size),
+            *pixels.reconstruction_layers(model.get_submodule("decoder"), preset.image_size),
             terms.reconstruction_terms(),
         ],
         inputs=("images", *draws),

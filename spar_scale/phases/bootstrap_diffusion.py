@@ -52,7 +52,7 @@ def build(recipe: Recipe) -> Stage:
         layers=[
             EncodeText(model.text_encoder),
             select_target(),
-            pixels.encoder_layer(encoder, frozen=True, side=side, reads="target_image"),
+            pixels.encoding_layer(encoder, frozen=True, side=side, reads="target_image"),
             scale_latent(scale),
             *drawing_layers(model, preset, recipe.objective.timestep_shift),
         ],
@@ -62,6 +62,6 @@ def build(recipe: Recipe) -> Stage:
         sample=conditioned_sample(preset, recipe.objective.caption_dropout, task="generation"),
         references={name: part.directory for name, part in parts.items()},
         export=Export(lambda stage, directory, _: diffusion.save(stage.model.get_submodule("diffusion"), directory)),
-        uses=pixels.decoder_layers(decoder, preset.image_size),
+        uses=pixels.reconstruction_layers(decoder, preset.image_size),
         latent_scale=scale,
     )

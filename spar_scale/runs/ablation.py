@@ -273,7 +273,7 @@ def _measure_tokenizer(recipe: Recipe, run_dir: Path, out: Path, samples: int) -
     }
     if recipe.model.streams != "semantic":
         teacher, _ = preset.autoencoder.load(parts["pixel_autoencoder"])
-        encode = preset.autoencoder.encoder_layer(teacher.get_submodule("encoder"), frozen=True)
+        encode = preset.autoencoder.encoding_layer(teacher.get_submodule("encoder"), frozen=True)
         latents = [to_grid(model.run("pixel_latent", features=part)["pixel_latent"]) for part in features.split(64)]
         expected = [encode(images=part)["tokenizer_latent"] for part in scenes.split(64)]
         measured["teacher"] = float((torch.cat(latents) - torch.cat(expected)).square().mean())

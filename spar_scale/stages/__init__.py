@@ -41,7 +41,7 @@ class Encoding:
 
     `pictures` follow from a sample's pictures, `states` (B, P, D) from its prompt: one vector for each token, which
     depends on the tokens up to it. `without_pictures` maps a slot of picture features to its shape for one sample; it
-    is zero for a prompt without pictures. `constants` are the numbers, beside weights, that the stored values depend on.
+    is zero for a prompt without pictures. `constants` are the numbers, beside weights, that stored values depend on.
     """
 
     pictures: tuple[str, ...]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from parallel.program import Layer
 from spar_scale.models.blocks import Composition, TransformerLayer
+from spar_scale.models.dual_stream import DualStream
 from spar_scale.models.presets import Preset
 
 
@@ -32,7 +33,7 @@ class TextEncoder(nn.Module):
         channels = preset.diffusion.caption_channels
         self.words = nn.Embedding(preset.language.vocab_size, channels)
         self.places = nn.Embedding(preset.language.max_positions, channels)
-        self.layer = TransformerLayer(channels, preset.tokenizer.pixel_heads)
+        self.layer = TransformerLayer(channels, cast(DualStream, preset.tokenizer).pixel_heads)
 
     def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
         """Encode tokens (B, P), real where `keep` (B, P) is nonzero."""

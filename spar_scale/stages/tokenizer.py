@@ -100,10 +100,10 @@ def tokenizer_layers(model: nn.Module, preset: Preset, frozen_encoder: bool, lat
         side = vision.grid * pixels.compression  # pixels: the size whose latent has the tokens' grid
         encoder = model.get_submodule("pixel_encoder")
         layers += [
-            pixels.encoder_layer(encoder, frozen=True, side=side, writes="teacher_latent"),
+            pixels.encoding_layer(encoder, frozen=True, side=side, writes="teacher_latent"),
             Apply(_pixel_alignment, ("pixel_latent", "teacher_latent"), "pixel_alignment"),
         ]
-    decoder = pixels.decoder_layers(model.get_submodule("decoder"), preset.image_size)
+    decoder = pixels.reconstruction_layers(model.get_submodule("decoder"), preset.image_size)
     return [*layers, decode_latent(latent_noise), *decoder, reconstruction_terms()]
 
 

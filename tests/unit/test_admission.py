@@ -74,6 +74,7 @@ def test_an_encoder_is_read_out_of_an_mllm_of_another_language_model(
     from dataclasses import replace
 
     from spar_scale.models.mllm import build_mllm
+
     from spar_scale.stages.bootstrap_mllm import save_mllm
 
     other = replace(NANO, language=replace(NANO.language, mlp_width=128))

@@ -10,6 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from spar_scale.models.tokenizer import InitialEncoder, UnifiedTokenizer
+from spar_scale.models.unified import SPAR
+from spar_scale.stages.conditioning_layers import RouteTokens
+from spar_scale.stages.diffusion_layers import Alignment
+from spar_scale.stages.tokenizer_files import load_tokenizer
 from tiny_parts import TINY, make_parts
 from tiny_runs import phase_values
 from torch import Tensor
@@ -19,13 +24,8 @@ from parallel.program import Program
 from spar_scale.config.recipe import Recipe
 from spar_scale.data.prompts import TOKENS, editing_prompt, generation_prompt
 from spar_scale.models.presets import PRESETS
-from spar_scale.models.tokenizer import InitialEncoder, UnifiedTokenizer
-from spar_scale.models.unified import SPAR
 from spar_scale.stages import Stage, build
-from spar_scale.stages.conditioning_layers import RouteTokens
-from spar_scale.stages.diffusion_layers import Alignment
 from spar_scale.stages.parts import load_diffusion, load_vision
-from spar_scale.stages.tokenizer_files import load_tokenizer
 
 CASES = [
     ("align/connector", "generation"),

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+from spar_scale.models.conditioning import sampled_hidden_states
+from spar_scale.models.connector import Connector
+from spar_scale.models.diffusion import Diffusion
+from spar_scale.models.mllm import build_mllm, mllm_config
+from spar_scale.models.tokenizer import UnifiedTokenizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config
 
-from spar_scale.models.conditioning import sampled_hidden_states
-from spar_scale.models.connector import Connector
-from spar_scale.models.diffusion import Diffusion
 from spar_scale.models.initialise import initialise
-from spar_scale.models.mllm import build_mllm, mllm_config
 from spar_scale.models.presets import PRESETS
-from spar_scale.models.tokenizer import UnifiedTokenizer
 from spar_scale.ops.attention import attention
 
 Run = Callable[[Any], object]

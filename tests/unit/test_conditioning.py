@@ -3,11 +3,8 @@
 import copy
 
 import pytest
-import torch
-from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2Config, Qwen2Model
-
 import spar_scale.models.vision  # noqa: F401  registers the attention that is named "spar"
+import torch
 from spar_scale.models.conditioning import (
     QueryEmbeddings,
     Rotary,
@@ -20,6 +17,9 @@ from spar_scale.models.conditioning import (
     query_layer,
     sampled_hidden_states,
 )
+from torch.utils.checkpoint import checkpoint
+from transformers import Qwen2Config, Qwen2Model
+
 from spar_scale.models.initialise import initialise
 
 PREFIX, QUERIES, WIDTH, LAYERS = 7, 4, 32, 4

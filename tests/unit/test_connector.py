@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from spar_scale.models.connector import Connector
 from transformers import Qwen2Config, Qwen2Model
 
-from spar_scale.models.connector import Connector
 from spar_scale.models.initialise import initialise
 
 WIDTH, CAPTIONS = 32, 24

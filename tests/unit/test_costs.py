@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from nano import NANO
+from spar_scale.models.layers import TransformerLayer
+from spar_scale.sharding.costs import micro_batch, pipeline_costs
 from tiny_parts import TINY, make_parts
 from tiny_runs import phase_values
 from torch import Tensor, nn
@@ -22,9 +24,7 @@ from parallel.errors import UserError
 from parallel.pipeline import describe, stage_bounds
 from parallel.program import Layer, Program
 from spar_scale.config.recipe import Recipe
-from spar_scale.models.layers import TransformerLayer
 from spar_scale.models.presets import Preset
-from spar_scale.sharding.costs import micro_batch, pipeline_costs
 from spar_scale.stages import Stage, build
 
 BATCH = 3

@@ -6,8 +6,6 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0, SanaTransformer2DModel
-from torch import nn
-
 from spar_scale.models.diffusion import (
     AlignmentHead,
     CrossAttention,
@@ -15,6 +13,8 @@ from spar_scale.models.diffusion import (
     DiffusionInput,
     DiffusionOutput,
 )
+from torch import nn
+
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import DiffusionShape
 

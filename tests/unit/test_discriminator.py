@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from spar_scale.models.discriminator import BlurDownsample, Discriminator
 from torch import nn
 
-from spar_scale.models.discriminator import BlurDownsample, Discriminator
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import PRESETS
 from spar_scale.objectives.adversarial import discriminator_loss, generator_loss

@@ -11,6 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from spar_scale.models.mllm import build_mllm, causal_mask, greedy, merge, mllm_config, next_token_loss, rotary
+from spar_scale.models.tokenizer import UnifiedTokenizer
+from spar_scale.models.unified import SPAR
+from spar_scale.models.vision import features, normalise
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
 from parallel.errors import UserError
@@ -20,11 +24,7 @@ from spar_scale.data.prompts import TOKENS, decode, encode, opening
 from spar_scale.inference.ask import answer, ask
 from spar_scale.inference.words import spaced
 from spar_scale.models.initialise import initialise
-from spar_scale.models.mllm import build_mllm, causal_mask, greedy, merge, mllm_config, next_token_loss, rotary
 from spar_scale.models.presets import PRESETS
-from spar_scale.models.tokenizer import UnifiedTokenizer
-from spar_scale.models.unified import SPAR
-from spar_scale.models.vision import features, normalise
 from spar_scale.stages import build
 from spar_scale.stages.bootstrap_mllm import NUM_TOKENS, NamePatches, NextTokenLoss
 from spar_scale.stages.parts import load_vision

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from spar_scale.models.tokenizer import UnifiedTokenizer
 from torch import nn
 
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import PRESETS
-from spar_scale.models.tokenizer import UnifiedTokenizer
 
 TINY = PRESETS["tiny"]
 

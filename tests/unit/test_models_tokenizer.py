@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from spar_scale.models.autoencoder import build_autoencoder
+from spar_scale.models.tokenizer import UnifiedTokenizer, to_grid
 from transformers import InternVLModel, Qwen2Config
 
 from spar_scale.models import vision
-from spar_scale.models.autoencoder import build_autoencoder
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import PRESETS
-from spar_scale.models.tokenizer import UnifiedTokenizer, to_grid
 
 TINY = PRESETS["tiny"]
 

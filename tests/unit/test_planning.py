@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from nano import NANO
+from spar_scale.sharding.parts import part_of
 from tiny_runs import phase_values
 
 from parallel.errors import UserError
@@ -22,7 +23,6 @@ from spar_scale.planning import rehearsal
 from spar_scale.planning.gpus import GPUS
 from spar_scale.planning.plan import Plan, count, plan
 from spar_scale.planning.rehearsal import rehearse
-from spar_scale.sharding.parts import part_of
 
 NOWHERE = {part: f"nowhere/{part}" for part in ("mllm", "tokenizer", "diffusion")}
 

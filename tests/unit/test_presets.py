@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
 from spar_scale.models.autoencoder import build_autoencoder
 from spar_scale.models.conditioning import QueryEmbeddings, Rotary, sampled_hidden_states
 from spar_scale.models.connector import Connector
 from spar_scale.models.diffusion import AlignmentHead, Diffusion
-from spar_scale.models.initialise import initialise
 from spar_scale.models.mllm import build_mllm, mllm_config
-from spar_scale.models.presets import PRESETS
 from spar_scale.models.routing import TokenRouting
 from spar_scale.models.tokenizer import UnifiedTokenizer
+from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+from spar_scale.models.initialise import initialise
+from spar_scale.models.presets import PRESETS
 from spar_scale.stages.parts import load_mllm
 
 LARGE = ("spar_1b", "spar_3b")

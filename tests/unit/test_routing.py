@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from spar_scale.models.routing import TokenRouting, sampled_states
 
 from spar_scale.models.initialise import initialise
-from spar_scale.models.routing import TokenRouting, sampled_states
 
 
 def built(**options) -> TokenRouting:

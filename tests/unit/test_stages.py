@@ -11,6 +11,9 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from safetensors.torch import load_file, save_file
+from spar_scale.models.tokenizer import UnifiedTokenizer
+from spar_scale.models.vision import vision_config
+from spar_scale.stages.bootstrap import save_autoencoder
 from tiny_parts import make_parts, parts_of
 from transformers import InternVLForConditionalGeneration, Qwen2Config
 
@@ -20,12 +23,9 @@ from spar_scale.data.tasks import find_task
 from spar_scale.inference.pipeline import reconstruct
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import PRESETS
-from spar_scale.models.tokenizer import UnifiedTokenizer
-from spar_scale.models.vision import vision_config
 from spar_scale.objectives.reconstruction import gradient_difference, mean_squared_error
 from spar_scale.phases import declared
 from spar_scale.stages import build
-from spar_scale.stages.bootstrap import save_autoencoder
 
 TINY = PRESETS["tiny"]
 

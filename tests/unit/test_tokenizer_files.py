@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from spar_scale.models.autoencoder import build_autoencoder, latent_scale
+from spar_scale.models.tokenizer import Streams, UnifiedTokenizer
+from spar_scale.stages.bootstrap import save_autoencoder
+from spar_scale.stages.tokenizer_files import load_tokenizer, save_tokenizer
 from tiny_parts import make_parts
 from torch import Tensor
 
 from parallel.errors import UserError
-from spar_scale.models.autoencoder import build_autoencoder, latent_scale
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import PRESETS
-from spar_scale.models.tokenizer import Streams, UnifiedTokenizer
-from spar_scale.stages.bootstrap import save_autoencoder
 from spar_scale.stages.parts import load_autoencoder, load_diffusion, load_mllm
-from spar_scale.stages.tokenizer_files import load_tokenizer, save_tokenizer
 
 TINY = PRESETS["tiny"]
 STREAMS = ("dual", "semantic", "pixel")

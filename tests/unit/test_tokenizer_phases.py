@@ -5,17 +5,17 @@ import logging
 
 import pytest
 import torch
+from spar_scale.models.autoencoder import build_autoencoder
+from spar_scale.models.tokenizer import UnifiedTokenizer
+from spar_scale.models.vision import features
+from spar_scale.stages.bootstrap import save_autoencoder
 
 from parallel.program import Program, pack, run_layer, unpack
 from spar_scale.config.recipe import OptimizerConfig, Recipe
-from spar_scale.models.autoencoder import build_autoencoder
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import PRESETS
-from spar_scale.models.tokenizer import UnifiedTokenizer
-from spar_scale.models.vision import features
 from spar_scale.objectives.reconstruction import gradient_difference, mean_squared_error
 from spar_scale.stages import build
-from spar_scale.stages.bootstrap import save_autoencoder
 from spar_scale.training.optimizers import parameter_groups
 
 PHASES = ("init", "decoder", "encoder")

@@ -22,11 +22,12 @@ MUON = {"name": "muon", "muon_lr": 0.015, "lr": 1.5e-3, "warmup_steps": 5, "clip
 
 def learn(rank: int, world: int, folder: str) -> dict[str, Any]:
     """Train three phases and measure each; the diffusion transformer reads a language model from the seed."""
+    from spar_scale.models.mllm import own_features
+
     from spar_scale.data.shapes_world import World
     from spar_scale.data.shards import make_world
     from spar_scale.evaluation.held_out import difference, held_out_terms
     from spar_scale.evaluation.understanding import answers_right, held_out_questions
-    from spar_scale.models.mllm import own_features
     from spar_scale.training.export import trained_model
 
     root = Path(folder)

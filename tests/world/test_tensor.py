@@ -10,12 +10,12 @@ import torch
 from diffusers.models.transformers.sana_transformer import GLUMBConv
 from launching import preload, run_world
 from nano import NANO
+from spar_scale.models.layers import TransformerLayer
+from spar_scale.sharding.cuts import PLAN, check_tensor
 from torch import Tensor, nn
 
 from parallel.errors import UserError
 from parallel.tensor import ModulePlan, Plan, Split, apply_tensor_parallel
-from spar_scale.models.layers import TransformerLayer
-from spar_scale.sharding.cuts import PLAN, check_tensor
 
 preload("spar_scale.sharding.cuts", "megatron.core.tensor_parallel.layers")
 

@@ -47,7 +47,7 @@ class Autoencoder(AutoencoderShape):
         """Write the published layout; the scale of the latents is measured on images (n, 3, S, S), where given."""
         weights.save_autoencoder(autoencoder, directory, images)
 
-    def encoder_layer(
+    def encoding_layer(
         self,
         encoder: nn.Module,
         frozen: bool,
@@ -58,6 +58,6 @@ class Autoencoder(AutoencoderShape):
         """Return the way from images, resized to `side` pixels where given, to latents."""
         return layers.EncodePixels(encoder, side, reads, writes, frozen)
 
-    def decoder_layers(self, decoder: nn.Module, image_size: int) -> list[Layer]:
+    def reconstruction_layers(self, decoder: nn.Module, image_size: int) -> list[Layer]:
         """Return the way from `decoder_input` to `reconstruction` of `image_size` pixels."""
         return layers.decoder_layers(cast(Decoder, decoder), image_size)

@@ -9,12 +9,14 @@ from typing import Any, cast
 from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
 
+from parallel.errors import UserError
 from parallel.program import Layer
 from parallel.tensor import Plan
 from spar_scale.models.internvl import layers, model, sharding, vision, weights
 from spar_scale.models.internvl.language import Rotary
 from spar_scale.models.internvl.shapes import LanguageShape, VisionShape
 from spar_scale.models.published import PretrainedPart
+from spar_scale.models.roles import LanguageModel, VisionEncoder
 
 
 class Vision(VisionShape):
@@ -105,27 +107,36 @@ class Language(LanguageShape):
         return layers.BidirectionalLayer(layer)
 
 
-def build_mllm(vision: VisionShape, language: LanguageShape) -> nn.Module:
+def build_mllm(vision: VisionEncoder, language: LanguageModel) -> nn.Module:
     """Return the whole InternVL, weights at random from the global generator (call `initialise`)."""
-    return model.build_mllm(vision, language)
+    return model.build_mllm(*_own(vision, language))
 
 
-def spread_words(mllm: nn.Module, language: LanguageShape) -> None:
-    """Scale initial word embeddings to `language.word_range`."""
+def spread_words(mllm: nn.Module, language: LanguageModel) -> None:
+    """Scale initial word embeddings to the shape's `word_range`."""
+    assert isinstance(language, Language)
     model.spread_words(mllm, language)
 
 
-def training_layers(mllm: nn.Module, vision: VisionShape, language: LanguageShape) -> tuple[list[Layer], list[Layer]]:
+def training_layers(mllm: nn.Module, vision: VisionEncoder, language: LanguageModel) -> tuple[list[Layer], list[Layer]]:
     """Return the way from `images` to `features`, and from `tokens` and `features` to `logits`; all of it trains."""
+    seen, read = _own(vision, language)
     found = cast(Any, mllm)
     tower, projector, trunk = found.model.vision_tower, found.model.multi_modal_projector, found.model.language_model
-    return layers.vision_layers(tower, projector, vision.downsample_ratio, frozen=False), [
+    return layers.vision_layers(tower, projector, seen.downsample_ratio, frozen=False), [
         layers.PromptPositions(Rotary(trunk.config)),
-        *layers.prompt_layers(trunk, language.image_token_id, "features", frozen=False),
-        layers.logits_layer(found.lm_head, language.layers),
+        *layers.prompt_layers(trunk, read.image_token_id, "features", frozen=False),
+        layers.logits_layer(found.lm_head, read.layers),
     ]
 
 
 def save_mllm(mllm: nn.Module, directory: Path) -> None:
     """Write the whole InternVL in its published layout, without its tokenizer's files."""
     weights.save_mllm(mllm, directory)
+
+
+def _own(vision: VisionEncoder, language: LanguageModel) -> tuple[Vision, Language]:
+    """Return the two members, where both are of this family. Raises UserError for others."""
+    if not isinstance(vision, Vision) or not isinstance(language, Language):
+        raise UserError("model.preset: this phase trains InternVL; its vision encoder or language model is another")
+    return vision, language

@@ -40,7 +40,7 @@ class Sana(DiffusionShape):
         weights.save_diffusion(diffusion, directory)
 
     def velocity_layers(self, diffusion: nn.Module, tap: tuple[int, Layer] | None = None) -> list[Layer]:
-        """Return the way from `noisy_latent`, `timestep` and `captions` to `velocity`; a tap stands behind its block."""
+        """Return the way from `noisy_latent`, `timestep`, `captions` to `velocity`; a tap stands behind its block."""
         return layers.velocity_layers(cast(model.Diffusion, diffusion), tap)
 
     def alignment_head(self, teacher_width: int) -> nn.Module:
