@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from spar_scale.models.tokenizer import InitialEncoder, UnifiedTokenizer
-from spar_scale.models.unified import SPAR
-from spar_scale.stages.conditioning_layers import RouteTokens
-from spar_scale.stages.diffusion_layers import Alignment
-from spar_scale.stages.tokenizer_files import load_tokenizer
-from tiny_parts import TINY, make_parts
+from tiny_parts import TINY, encode, make_parts
 from tiny_runs import phase_values
 from torch import Tensor
 
 from parallel.errors import UserError
-from parallel.program import Program
+from parallel.program import Program, Subprogram
 from spar_scale.config.recipe import Recipe
 from spar_scale.data.prompts import TOKENS, editing_prompt, generation_prompt
-from spar_scale.models.presets import PRESETS
+from spar_scale.models.presets import PRESETS, resized
+from spar_scale.models.published import PretrainedPart
+from spar_scale.models.spar.layers import RouteTokens
 from spar_scale.stages import Stage, build
-from spar_scale.stages.parts import load_diffusion, load_vision
+from spar_scale.stages.align import Alignment
+from spar_scale.stages.forward import Forward
 
 CASES = [
     ("align/connector", "generation"),
@@ -104,9 +101,20 @@ def terms_of(stage: Stage, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(stage.terms, values.unbind(1), strict=True))
 
 
-def model_of(stage: Stage) -> SPAR:
-    assert isinstance(stage.model, SPAR)
+def model_of(stage: Stage) -> Any:
     return stage.model
+
+
+def part_of(parts: dict[str, str], name: str) -> PretrainedPart:
+    return PretrainedPart(name, Path(parts[name]), "tiny")
+
+
+def tokenizer_of(parts: dict[str, str]) -> Any:
+    return TINY.tokenizer.load(part_of(parts, "tokenizer"), TINY.vision, TINY.autoencoder)[0].eval()
+
+
+def features_of(encoder: torch.nn.Module, images: Tensor) -> Tensor:
+    return Subprogram(TINY.vision.feature_layers(encoder, frozen=True), ("features",))({"images": images})["features"]
 
 
 def layer_of(stage: Stage, kind: type) -> Any:
@@ -133,13 +141,18 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], rows: slice = s
 
 @torch.no_grad()
 def by_hand(stage: Stage, batch: dict[str, Tensor], latent: Tensor, block: int | None, teacher: Tensor | None = None):
-    """Both terms from the model's own methods and plain formulas; `latent` is scaled."""
+    """Both terms from captions, the library's own diffusion transformer and plain formulas; `latent` is scaled."""
     model, images, noise = model_of(stage), batch["images"], batch["latent_noise"]
     references = images[:, 1] if images.shape[1] > 1 else None
-    captions, real = model.condition(batch["tokens"], batch["keep"], references)
+    captions, real = Forward(stage, TINY).condition(batch["tokens"], batch["keep"], references)
     timestep = 1000 - (1000 / (1 + torch.exp(-batch["timestep_draw"]))).floor()
     sigma = (timestep / 1000).view(-1, 1, 1, 1)
-    velocity, tapped = model.diffusion((1 - sigma) * latent + sigma * noise, timestep, captions, real, tap=block)
+    transformer, seen = model.diffusion.transformer, []
+    hook = transformer.transformer_blocks[(block or 1) - 1].register_forward_hook(lambda *call: seen.append(call[-1]))
+    noisy, mask = (1 - sigma) * latent + sigma * noise, real.float()
+    velocity = transformer(noisy, captions, timestep, encoder_attention_mask=mask, return_dict=False)[0]
+    hook.remove()
+    (tapped,) = seen
     terms = {"flow_matching": (velocity - (noise - latent)).square().sum((1, 2, 3)) / latent[0].numel()}
     if teacher is not None:
         student = model.alignment_head(tapped)
@@ -168,17 +181,16 @@ def test_a_step_moves_every_weight_that_trains_and_not_a_bit_of_what_is_frozen(f
 @pytest.mark.parametrize("phase", ["align/connector", "align/joint"])
 def test_what_is_pretrained_starts_as_it_was_read(shared, parts, phase):
     model = model_of(shared(phase))
-    transformer = load_diffusion(Path(parts["diffusion"]), TINY).state_dict()
-    assert all(torch.equal(w, transformer[n]) for n, w in model.diffusion.transformer.state_dict().items())
+    diffusion = TINY.diffusion.load(part_of(parts, "diffusion")).state_dict()
+    assert all(torch.equal(weight, diffusion[name]) for name, weight in model.diffusion.state_dict().items())
     if phase == "align/joint":
-        tokenizer = load_tokenizer(Path(parts["tokenizer"]), TINY)[0].state_dict()
+        tokenizer = tokenizer_of(parts).state_dict()
         assert all(torch.equal(weight, tokenizer[name]) for name, weight in model.tokenizer.state_dict().items())
 
 
 @pytest.mark.parametrize("copies", [True, False])
 def test_the_connector_starts_as_the_last_layers_where_the_preset_says_so(fresh, monkeypatch, copies):
-    shape = dataclasses.replace(TINY.conditioning, connector_copies=copies)
-    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(TINY, conditioning=shape))
+    monkeypatch.setitem(PRESETS, "tiny", resized(TINY, name="tiny", conditioning={"connector_copies": copies}))
     model = model_of(fresh("align/connector"))
     language = model.language_model.state_dict()
     matrices = 0
@@ -204,7 +216,8 @@ def test_the_kind_of_routing_decides_which_weights_exist_and_which_states_are_re
     assert model.routing.scales.shape == (len(sampled),)
     states = {f"{part}_state_{k}" for part in ("prefix", "query") for k in sampled}
     assert set(layer_of(stage, RouteTokens).reads) == states | {"prefix_state_0", "tokens"}
-    assert {name for layer in stage.layers for name in layer.writes if "_state_" in name} == states | {"prefix_state_0"}
+    of_queries = {name for layer in stage.layers for name in layer.writes if name.startswith("query_state_")}
+    assert of_queries == {name for name in states if name.startswith("query")}
     other = model_of(shared("align/joint"))
     for name, weight in model.routing.named_parameters():
         assert weight.shape != other.routing.get_parameter(name).shape or torch.equal(
@@ -253,10 +266,10 @@ def test_an_external_teacher_must_be_named_and_only_it_may(fresh, parts):
 @pytest.mark.parametrize("task", WORDS)
 def test_both_terms_by_hand(shared, parts, task, block):
     stage, batch = shared("align/joint", objective__align_block=block), batch_of(task)
-    tokenizer, target = load_tokenizer(Path(parts["tokenizer"]), TINY)[0].eval(), batch["images"][:, 0]
+    tokenizer, target = tokenizer_of(parts), batch["images"][:, 0]
     with torch.no_grad():
-        latent = tokenizer.encode(target) * read_config(parts, "tokenizer")["latent_scale"]
-        teacher = tokenizer.features(target)
+        latent = encode(tokenizer, TINY, target) * read_config(parts, "tokenizer")["latent_scale"]
+        teacher = features_of(tokenizer, target)
     expected = by_hand(stage, batch, latent, block, teacher)
     close(terms_of(stage, batch), expected)
     assert expected["alignment"].abs().min() > 1e-3 and expected["flow_matching"].min() > 0.1
@@ -275,16 +288,14 @@ def test_an_external_teacher_is_the_one_that_is_followed(fresh, parts):
     stage = fresh("align/joint", model__alignment="external", model__pretrained__teacher=parts["mllm"])
     model, batch = model_of(stage), batch_of("editing")
     target = batch["images"][:, 0]
-    own = InitialEncoder(TINY)
-    for module, weights in zip((own.vision_tower, own.projector), load_vision(Path(parts["mllm"]), TINY), strict=True):
-        module.load_state_dict(weights.state_dict(), strict=True)
     with torch.no_grad():
-        teacher = own.eval()(target)
+        teacher = features_of(TINY.vision.load(part_of(parts, "mllm")).eval(), target)
         for disturbed in (None, model.tokenizer, model.diffusion):
             if disturbed is not None:
                 disturb(disturbed)
             before = terms_of(stage, batch)
-            close(before, by_hand(stage, batch, model.tokenizer.encode(target) * model.latent_scale, 3, teacher))
+            latent = encode(model.tokenizer, TINY, target) * stage.latent_scale
+            close(before, by_hand(stage, batch, latent, 3, teacher))
         disturb(model.teacher)
         after = terms_of(stage, batch)
     assert torch.equal(after["flow_matching"], before["flow_matching"])
@@ -338,9 +349,8 @@ def test_the_picture_to_edit_is_read_and_put_back_after_the_routing(shared):
     for name in stage.terms:
         assert (before[name] != after[name])[[0, 2]].all(), name
         torch.testing.assert_close(before[name][1], after[name][1], **TIGHT)  # whose picture stayed
-    assert isinstance(model.tokenizer, UnifiedTokenizer)
     with torch.no_grad():
-        reference = model.tokenizer.features(batch["images"][:, 1])
+        reference = features_of(model.tokenizer, batch["images"][:, 1])
     words = batch["tokens"].shape[1]
     for row in range(3):
         place = batch["tokens"][row] == TOKENS["<IMG_CONTEXT>"]

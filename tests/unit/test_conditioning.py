@@ -1,26 +1,20 @@
-"""Frozen-prefix conditioning equals the full pass, in values and in gradients to the queries."""
+"""A frozen prompt before trainable queries equals the library's full forward, in values and in gradients."""
 
 import copy
+import itertools
+from collections.abc import Sequence
 
 import pytest
-import spar_scale.models.vision  # noqa: F401  registers the attention that is named "spar"
 import torch
-from spar_scale.models.conditioning import (
-    QueryEmbeddings,
-    Rotary,
-    causal_masks,
-    conditioned_layer,
-    extend_padding_mask,
-    final_state,
-    positions,
-    prefix_layer,
-    query_layer,
-    sampled_hidden_states,
-)
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from transformers import Qwen2Config, Qwen2Model
 
+import spar_scale.models.internvl.vision  # noqa: F401  registers the attention that is named "spar"
+from parallel.program import Layer, Subprogram, run_layer
 from spar_scale.models.initialise import initialise
+from spar_scale.models.internvl.language import Rotary, causal_masks, extend_padding_mask, positions
+from spar_scale.models.internvl.layers import QueryPositions, decoding_layers, prompt_layers, query_layers
+from spar_scale.models.spar.model import QueryEmbeddings
 
 PREFIX, QUERIES, WIDTH, LAYERS = 7, 4, 32, 4
 LENGTHS = (7, 3, 1)
@@ -75,15 +69,30 @@ def full_pass(library, prefix, queries, keep) -> tuple[torch.Tensor, ...]:
     return tuple(torch.stack([row[index][0, -QUERIES:] for row in rows]) for index in range(LAYERS + 1))
 
 
+def layers_of(model: Qwen2Model, sampled: Sequence[int]) -> list[Layer]:
+    """The layers behind the embedding, as a phase lists them."""
+    prompt = prompt_layers(model, image_token_id=-1, features=None, frozen=True)[1:]
+    pairs = zip(prompt, query_layers(model, sampled), strict=True)
+    return [QueryPositions(Rotary(model.config), QUERIES), *itertools.chain.from_iterable(pairs)]
+
+
+def states_of(model: Qwen2Model, prefix: Tensor, queries: Tensor, keep: Tensor, sampled: Sequence[int]):
+    """Sampled hidden states of the prompt (B, K, P, D) and of the queries (B, K, Q, D)."""
+    names = {kind: [f"{kind}_state_{index}" for index in sampled] for kind in ("prefix", "query")}
+    program = Subprogram(layers_of(model, sampled), [*names["prefix"], *names["query"]])
+    slots = program({"prefix_state_0": prefix, "queries": queries, "keep": keep})
+    return tuple(torch.stack([slots[name] for name in names[kind]], dim=1) for kind in ("prefix", "query"))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_values_and_gradients_equal_the_full_pass(model, library, side):
-    keep, sampled = keep_of(side), tuple(range(LAYERS + 1))
+    keep, sampled = keep_of(side), tuple(range(1, LAYERS + 1))
     prefix, queries = embeddings()
-    mine = sampled_hidden_states(model, prefix, queries, keep, sampled)[1]
+    mine = states_of(model, prefix, queries, keep, sampled)[1]
     twin = queries.detach().clone().requires_grad_()
-    full = torch.stack(full_pass(library, prefix, twin, keep), dim=1)
+    full = torch.stack(full_pass(library, prefix, twin, keep)[1:], dim=1)
     torch.testing.assert_close(mine, full, atol=1e-5, rtol=1e-5)
-    for index in sampled[1:]:
+    for index in range(LAYERS):
         direction = torch.randn(full[:, index].shape, generator=torch.Generator().manual_seed(index))
         (gradient,) = torch.autograd.grad((mine[:, index] * direction).sum(), queries, retain_graph=True)
         (expected,) = torch.autograd.grad((full[:, index] * direction).sum(), twin, retain_graph=True)
@@ -91,10 +100,10 @@ def test_values_and_gradients_equal_the_full_pass(model, library, side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_library_batched_and_padded_says_the_same_of_prefix_and_queries(model, library, side):
+def test_the_library_batched_and_padded_gives_the_same_prefix_and_queries(model, library, side):
     keep = keep_of(side)
     prefix, queries = embeddings()
-    states = torch.cat(sampled_hidden_states(model, prefix, queries, keep, (2, LAYERS)), dim=2)
+    states = torch.cat(states_of(model, prefix, queries, keep, (2, LAYERS)), dim=2)
     whole = extend_padding_mask(keep, QUERIES)
     batched = library(
         inputs_embeds=torch.cat([prefix, queries], dim=1), attention_mask=whole, position_ids=positions(whole),
@@ -109,90 +118,108 @@ def test_what_stands_in_the_padding_changes_nothing(model):
     keep = keep_of("right")
     prefix, queries = embeddings()
     other = torch.where(keep.bool()[..., None], prefix, torch.full_like(prefix, 9.0))
-    one, two = (sampled_hidden_states(model, p, queries, keep, (LAYERS,))[1] for p in (prefix, other))
+    one, two = (states_of(model, p, queries, keep, (LAYERS,))[1] for p in (prefix, other))
     assert torch.equal(one, two)
 
 
 def test_the_prefix_comes_out_without_gradient_and_the_queries_with(model):
     prefix, queries = embeddings()
-    prefix.requires_grad_()  # as it arrives from a stage that trained the embeddings
-    keep = keep_of("left")
-    pairs = [
-        conditioned_layer(model.layers[0], Rotary(model.config), prefix, queries, keep),
-        final_state(model.norm, prefix, queries),
-        sampled_hidden_states(model, prefix, queries, keep, (0, LAYERS)),
-    ]
-    assert [(before.requires_grad, after.requires_grad) for before, after in pairs] == [(False, True)] * 3
+    prefix.requires_grad_()  # as it arrives from a pipeline stage that trained the embeddings
+    of_prefix, of_queries = states_of(model, prefix, queries, keep_of("left"), (1, LAYERS))
+    assert not of_prefix.requires_grad
+    assert torch.autograd.grad(of_queries.sum(), prefix, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(of_queries.square().sum(), queries)[0].abs().max() > 0
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_halves_are_bit_equal_to_the_whole(model, side):
-    rotary, keep, layer = Rotary(model.config), keep_of(side), model.layers[2]
+def test_queries_on_stored_states_are_bit_equal_to_those_behind_the_prompt(model, side):
+    """What `data.encoded` stores are the prompt's states; the rest of the list reads them instead of computing them."""
+    keep, sampled = keep_of(side), (1, LAYERS)
     prefix, queries = embeddings()
+    stored = {"prefix_state_0": prefix}
+    wanted = [f"prefix_state_{index}" for index in range(1, LAYERS + 1)]
+    stored |= Subprogram(layers_of(model, sampled), wanted)({"prefix_state_0": prefix, "keep": keep})
+    rest = Subprogram(layers_of(model, sampled), [f"query_state_{k}" for k in sampled], given=stored)
+    assert not any("prefix_state" in name for layer in rest.layers for name in layer.writes)
     twin = queries.detach().clone().requires_grad_()
-    whole = conditioned_layer(layer, rotary, prefix, queries, keep)
-    halves = prefix_layer(layer, rotary, prefix, keep), query_layer(layer, rotary, prefix, twin, keep)
-    assert all(torch.equal(one, other) for one, other in zip(whole, halves, strict=True))
-    (gradient,) = torch.autograd.grad(halves[1].square().sum(), twin)
-    assert torch.equal(gradient, torch.autograd.grad(whole[1].square().sum(), queries)[0])
+    slots = rest({**stored, "queries": twin, "keep": keep})
+    whole = states_of(model, prefix, queries, keep, sampled)[1]
+    halves = torch.stack([slots[f"query_state_{k}"] for k in sampled], dim=1)
+    assert torch.equal(halves, whole)
+    (gradient,) = torch.autograd.grad(halves.square().sum(), twin)
+    assert torch.equal(gradient, torch.autograd.grad(whole.square().sum(), queries)[0])
 
 
-def test_a_layer_recomputed_as_one_block_has_the_same_gradients(model):
-    rotary, keep = Rotary(model.config), keep_of("right")
-    gradients = []
+def test_a_recomputed_list_has_the_same_gradients_and_runs_the_prompt_once(model, monkeypatch):
+    keep, gradients, runs = keep_of("right"), [], []
+    calls = [0]
+    forward = type(model.layers[0].mlp).forward
+
+    def counted(module, hidden):
+        calls[0] += hidden.shape[1] == PREFIX
+        return forward(module, hidden)
+
+    monkeypatch.setattr(type(model.layers[0].mlp), "forward", counted)
     for recompute in (False, True):
         prefix, queries = embeddings()
-        arguments = (model.layers[0], rotary, prefix, queries, keep)
-        if recompute:
-            out = checkpoint(conditioned_layer, *arguments, use_reentrant=False)
-        else:
-            out = conditioned_layer(*arguments)
-        assert isinstance(out, tuple)
-        gradients += torch.autograd.grad(out[1].square().sum(), queries)
+        layers, calls[0] = layers_of(model, (LAYERS,)), 0
+        live = {"prefix_state_0": prefix, "queries": queries, "keep": keep}
+        for layer in layers:
+            live |= run_layer(layer, live, [*live, *layer.writes], recompute)
+        gradients += torch.autograd.grad(live[f"query_state_{LAYERS}"].square().sum(), queries)
+        runs.append(calls[0])
     assert torch.equal(gradients[0], gradients[1])
+    assert runs == [LAYERS, LAYERS]
+
+
+def test_decoding_with_kept_keys_and_values_equals_the_library(model, library):
+    """Each further token alone, past the keys and values of those before it."""
+    head = torch.nn.Linear(WIDTH, 50, bias=False).requires_grad_(False)
+    tokens = torch.tensor([[3, 7, 11, 2, 30, 4, 9]])
+    start = 3
+    kept = [f"prefix_{kind}_{index}" for index in range(1, LAYERS + 1) for kind in ("keys", "values")]
+    prompt = [QueryPositions(Rotary(model.config), 0), *prompt_layers(model, -1, None, frozen=True)]
+    keep = torch.ones(1, start, dtype=torch.uint8)
+    slots = Subprogram(prompt, kept)({"tokens": tokens[:, :start], "keep": keep})
+    step = Subprogram(decoding_layers(model, head, Rotary(model.config)), ("logits", *kept))
+    whole = head(library(input_ids=tokens, use_cache=False).last_hidden_state)
+    for place in range(start, tokens.shape[1]):
+        slots = step({**slots, "token": tokens[:, place : place + 1], "position": torch.tensor([place])})
+        torch.testing.assert_close(slots["logits"][:, 0], whole[:, place], atol=1e-5, rtol=1e-5)
 
 
 def test_masks_by_hand():
     prefix, queries = causal_masks(torch.tensor([[0, 1, 1]]), num_queries=2)
-    assert prefix[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]  # padding sees itself alone
+    assert prefix[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]  # padding reads itself alone
     assert queries[0, 0].int().tolist() == [[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
     assert positions(torch.tensor([[0, 1, 1, 0, 1]])).tolist() == [[0, 0, 1, 1, 2]]
 
 
-def test_rotary_positions_stay_in_fp32_when_the_model_goes_to_bf16(model):
-    rotary, places = Rotary(model.config), torch.tensor([[0, 1000]])
-    cos, sin = rotary(torch.zeros(1, 2, WIDTH), places)
-    low = rotary(torch.zeros(1, 2, WIDTH, dtype=torch.bfloat16), places)
-    assert torch.equal(low[0], cos.bfloat16()) and torch.equal(low[1], sin.bfloat16())
+def test_rotary_angles_are_fp32_and_have_values_also_for_a_model_without_them(model):
+    places = torch.tensor([[0, 1000]])
+    cos, _ = Rotary(model.config)(places)
+    head_width = WIDTH // 4
+    frequency = model.config.rope_parameters["rope_theta"] ** -(torch.arange(0, head_width, 2) / head_width)
+    assert cos.dtype == torch.float32
+    torch.testing.assert_close(cos[0, 1, : head_width // 2], (1000 * frequency).cos(), atol=1e-4, rtol=0)
     with torch.device("meta"):
-        assert Rotary(model.config)(torch.zeros(1, device="cpu"), places)[0].device.type == "cpu"
+        assert Rotary(model.config)(places)[0].device.type == "cpu"
 
 
 def test_a_layer_of_another_model_is_refused(model):
-    prefix, queries = embeddings()
+    other = copy.deepcopy(model)
+    other.layers[1] = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="Linear is not a Qwen2DecoderLayer"):
-        conditioned_layer(torch.nn.Linear(2, 2), Rotary(model.config), prefix, queries, keep_of("left"))
+        query_layers(other, ())
 
 
-@pytest.mark.parametrize(
-    ("backend", "change", "message"),
-    [
-        ("eager", {}, "attention 'eager' does not read a boolean mask"),
-        ("sdpa", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}, "sliding-window attention"),
-        ("spar", {}, "gradient checkpointing drops the cache"),
-    ],
-)
-def test_a_layer_that_would_be_silently_wrong_is_refused(backend, change, message):
+def test_a_model_with_sliding_window_attention_is_refused():
     config = Qwen2Config(
         vocab_size=8, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=8, **change,
+        intermediate_size=8, use_sliding_window=True, sliding_window=4, max_window_layers=0,
     )  # fmt: skip
-    small = Qwen2Model(config).train()
-    small.set_attn_implementation(backend)
-    setattr(small.layers[0], "gradient_checkpointing", backend == "spar" and not change)  # noqa: B010
-    prefix, queries = embeddings()
-    with pytest.raises(ValueError, match=message):
-        conditioned_layer(small.layers[0], Rotary(small.config), prefix, queries, keep_of("left"))
+    with pytest.raises(ValueError, match="sliding-window attention"):
+        prompt_layers(Qwen2Model(config), -1, None, frozen=True)
 
 
 def test_queries_start_standard_normal_and_are_shared_by_the_batch():

@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 from nano import NANO
-from spar_scale.models.layers import TransformerLayer
-from spar_scale.sharding.costs import micro_batch, pipeline_costs
 from tiny_parts import TINY, make_parts
 from tiny_runs import phase_values
 from torch import Tensor, nn
@@ -24,8 +22,10 @@ from parallel.errors import UserError
 from parallel.pipeline import describe, stage_bounds
 from parallel.program import Layer, Program
 from spar_scale.config.recipe import Recipe
+from spar_scale.models.blocks import TransformerLayer
 from spar_scale.models.presets import Preset
 from spar_scale.stages import Stage, build
+from spar_scale.stages.costs import micro_batch, pipeline_costs
 
 BATCH = 3
 
@@ -156,7 +156,7 @@ def test_the_joint_phase_is_cut_more_evenly_than_by_the_number_of_layers(tmp_pat
 def test_stored_slots_have_the_shapes_that_the_encoding_gives(tmp_path: Path):
     recipe, stage = joint(tmp_path, NANO, parallel={"pipeline": 2, "micro_batch": 2})
     shapes = micro_batch(recipe, stage.encoded())
-    tokens, width = NANO.conditioning.max_words + NANO.vision.tokens + 2, NANO.streams.width
+    tokens, width = NANO.conditioning.max_words + NANO.vision.tokens + 2, NANO.language.width
     assert shapes["latent"].shape == (2, *NANO.latent_shape) and "images" not in shapes
     assert shapes["prefix_state_0"].shape == (2, tokens, width)
     assert len(pipeline_costs(recipe, stage.encoded())) == len(stage.encoded().layers)

@@ -6,17 +6,13 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0, SanaTransformer2DModel
-from spar_scale.models.diffusion import (
-    AlignmentHead,
-    CrossAttention,
-    Diffusion,
-    DiffusionInput,
-    DiffusionOutput,
-)
 from torch import nn
 
+from parallel.program import Apply, Subprogram
 from spar_scale.models.initialise import initialise
-from spar_scale.models.presets import DiffusionShape
+from spar_scale.models.sana.layers import velocity_layers
+from spar_scale.models.sana.model import AlignmentHead, CrossAttention, Diffusion, DiffusionInput, DiffusionOutput
+from spar_scale.models.sana.shapes import DiffusionShape
 
 SHAPE = DiffusionShape(
     latent_channels=4, sample_size=4, layers=3, heads=4, head_width=8, cross_heads=2, cross_head_width=16,
@@ -46,18 +42,24 @@ def own_forward(transformer: SanaTransformer2DModel, latents, timestep, captions
     return transformer(latents, captions, timestep, encoder_attention_mask=KEEP.float(), return_dict=False)[0]
 
 
+def predicted(diffusion: Diffusion, latents, timestep, captions, keep=KEEP) -> torch.Tensor:
+    """The velocity by the list of layers."""
+    slots = {"noisy_latent": latents, "timestep": timestep, "captions": captions, "caption_keep": keep}
+    return Subprogram(velocity_layers(diffusion), ("velocity",))(slots)["velocity"]
+
+
 @pytest.mark.parametrize("changes", [{}, {"patch_size": 2}, {"interpolation_scale": None}])
 def test_the_pieces_are_bit_equal_to_the_own_forward_of_the_class(changes):
     diffusion = built(**changes)
-    velocity, tapped = diffusion(*batch(), KEEP)
-    assert tapped is None and velocity.shape == (2, 4, 4, 4)
+    velocity = predicted(diffusion, *batch())
+    assert velocity.shape == (2, 4, 4, 4)
     assert torch.equal(velocity, own_forward(diffusion.transformer, *batch()))
 
 
 def test_the_gradients_are_those_of_the_own_forward(diffusion):
     pieces, own = (
         torch.autograd.grad(out.square().sum(), list(diffusion.parameters()))
-        for out in (diffusion(*batch(), KEEP)[0], own_forward(diffusion.transformer, *batch()))
+        for out in (predicted(diffusion, *batch()), own_forward(diffusion.transformer, *batch()))
     )
     assert all(torch.equal(one, other) for one, other in zip(pieces, own, strict=True))
 
@@ -67,24 +69,28 @@ def test_our_cross_attention_equals_the_library_s(diffusion):
     processors = {type(module.processor) for module in stock.modules() if isinstance(module, Attention)}
     assert SanaAttnProcessor2_0 in processors and CrossAttention not in processors
     stock.load_state_dict(diffusion.transformer.state_dict(), strict=True)
-    torch.testing.assert_close(diffusion(*batch(), KEEP)[0], own_forward(stock, *batch()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(predicted(diffusion, *batch()), own_forward(stock, *batch()), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3])
-def test_the_tap_is_the_output_of_the_block_counted_from_one(diffusion, block):
+def test_a_tap_reads_the_output_of_the_block_counted_from_one(diffusion, block):
     seen = []
     module = diffusion.transformer.transformer_blocks[block - 1]
     handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    velocity, tapped = diffusion(*batch(), KEEP, tap=block)
+    tap = Apply(torch.clone, ("image_tokens",), "tapped")
+    layers = velocity_layers(diffusion, (block, tap))
+    latents, timestep, captions = batch()
+    slots = {"noisy_latent": latents, "timestep": timestep, "captions": captions, "caption_keep": KEEP}
+    found = Subprogram(layers, ("velocity", "tapped"))(slots)
     handle.remove()
-    assert tapped is seen[0] and tapped.shape == (2, 16, 32)
-    assert torch.equal(velocity, diffusion(*batch(), KEEP)[0])
+    assert torch.equal(found["tapped"], seen[0]) and found["tapped"].shape == (2, 16, 32)
+    assert torch.equal(found["velocity"], predicted(diffusion, *batch()))
 
 
 @pytest.mark.parametrize("block", [0, 4])
 def test_a_tap_that_is_no_block_is_refused(diffusion, block):
     with pytest.raises(ValueError, match=f"block {block} cannot be tapped, the blocks are 1 to 3"):
-        diffusion(*batch(), KEEP, tap=block)
+        velocity_layers(diffusion, (block, Apply(torch.clone, ("image_tokens",), "tapped")))
 
 
 def test_padding_is_not_read_and_captions_are(diffusion):
@@ -92,9 +98,9 @@ def test_padding_is_not_read_and_captions_are(diffusion):
     padding, real = captions.clone(), captions.clone()
     padding[1, 2:4] = 7.0
     real[1, 4] = 7.0
-    velocity = diffusion(latents, timestep, captions, KEEP)[0]
-    assert torch.equal(diffusion(latents, timestep, padding, KEEP)[0], velocity)
-    assert not torch.equal(diffusion(latents, timestep, real, KEEP)[0][1], velocity[1])
+    velocity = predicted(diffusion, latents, timestep, captions)
+    assert torch.equal(predicted(diffusion, latents, timestep, padding), velocity)
+    assert not torch.equal(predicted(diffusion, latents, timestep, real)[1], velocity[1])
 
 
 def test_positions_tell_places_apart_only_when_asked_for():
@@ -111,7 +117,7 @@ def test_gates_start_open_and_the_output_at_zero_when_asked_for():
     expected = torch.tensor([0, 0, 0.5, 0, 0, 0.5])[:, None].expand(3, 6, 32)
     torch.testing.assert_close(block_tables(opened) - block_tables(plain), expected)
     assert block_tables(plain).std().item() == pytest.approx(32**-0.5, rel=0.15)
-    assert shut(*batch(), KEEP)[0].abs().max() == 0 < plain(*batch(), KEEP)[0].abs().max()
+    assert predicted(shut, *batch()).abs().max() == 0 < predicted(plain, *batch()).abs().max()
 
 
 def block_tables(diffusion: Diffusion) -> torch.Tensor:

@@ -123,7 +123,7 @@ def test_the_loader_changes_nothing_but_the_slots_that_are_stored(folder, stored
 
 def test_the_stage_without_its_frozen_part_reads_no_picture(folder):
     stage = build(recipe_of(folder)).encoded()
-    assert {*stage.inputs} == {"tokens", "keep", "latent_noise", "timestep_draw", "latent", "features"} | {
+    assert {*stage.inputs} == {"tokens", "keep", "latent_noise", "timestep_draw", "latent", "target_features"} | {
         f"prefix_state_{k}" for k in range(5)
     }
     kept = {id(parameter) for layer in stage.layers for parameter in layer.parameters()}

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDER = (
-    "ops", "objectives", "models", "phases", "config", "files", "data", "stages", "sharding", "training", "planning",
+    "ops", "objectives", "models", "phases", "config", "files", "data", "stages", "training", "planning",
     "doctor", "cluster", "inference", "evaluation", "runs", "cli",
 )  # fmt: skip
 """The folders of spar_scale: each imports from those before it alone."""
@@ -16,10 +16,23 @@ BUILDERS = "phases"
 LOOSE = 5  # modules at the root of spar_scale, at most
 FORBIDDEN = {
     "parallel": ("spar_scale",),
-    "spar_scale/models": ("parallel",),
     "spar_scale/objectives": ("parallel",),
     "spar_scale/ops": ("parallel",),
 }
+MODELS = ROOT / "spar_scale/models"
+FAMILIES = sorted(path.parent for path in MODELS.glob("*/__init__.py"))
+FILES = {"__init__.py", "shapes.py", "model.py", "layers.py", "sharding.py", "weights.py"}
+"""What every family of models has: its face, shapes, mathematics, layers, cuts, published layouts."""
+OF_PARALLEL = {
+    "__init__.py": ("errors", "program", "tensor"),
+    "layers.py": ("program",),
+    "sharding.py": ("errors", "tensor", "topology"),
+    "weights.py": ("errors", "files"),
+    "presets.py": ("errors",),
+    "published.py": ("errors",),
+    "roles.py": ("program", "tensor"),
+}
+"""File of models -> the modules of `parallel` that it may import; others, which hold mathematics, may import none."""
 LIGHT = [
     path.relative_to(ROOT).as_posix()
     for folder in ("cli", "config", "phases")
@@ -75,6 +88,30 @@ def test_a_folder_imports_from_those_before_it_alone(folder: str) -> None:
 def test_no_arrow_points_the_other_way(folder: str):
     assert list((ROOT / folder).rglob("*.py")), f"{folder} is empty"
     assert offences(folder, FORBIDDEN[folder]) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_family_has_the_same_files_as_the_others_and_is_known_by_its_face_alone(family: Path):
+    assert {path.name for path in family.glob("*.py")} >= FILES
+    inside = tuple(f"spar_scale.models.{family.name}.{path.stem}" for path in family.glob("*.py"))
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sorted((ROOT / "spar_scale").rglob("*.py"))
+        if path.parent != family
+        for name in sorted(imported(path.read_text(), ".".join(path.relative_to(ROOT).parent.parts)))
+        if within(name, inside)
+    ]
+    assert found == []
+
+
+def test_a_model_s_mathematics_knows_nothing_of_how_it_is_spread():
+    found = []
+    for path in sorted(MODELS.rglob("*.py")):
+        allowed = tuple(f"parallel.{module}" for module in OF_PARALLEL.get(path.name, ()))
+        for name in sorted(imported(path.read_text(), ".".join(path.relative_to(ROOT).parent.parts))):
+            if within(name, ("parallel",)) and not within(name, allowed):
+                found.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert found == []
 
 
 @pytest.mark.parametrize("path", sorted(LIGHT))

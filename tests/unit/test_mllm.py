@@ -1,7 +1,7 @@
 """The language model: its layers against the class's own forward, the loss by hand, asking."""
 
+import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,23 +11,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from spar_scale.models.mllm import build_mllm, causal_mask, greedy, merge, mllm_config, next_token_loss, rotary
-from spar_scale.models.tokenizer import UnifiedTokenizer
-from spar_scale.models.unified import SPAR
-from spar_scale.models.vision import features, normalise
-from transformers import AutoTokenizer, InternVLForConditionalGeneration
+from tiny_parts import make_parts
+from tiny_runs import phase_values
+from transformers import AutoTokenizer, InternVLForConditionalGeneration, Qwen2Config
 
 from parallel.errors import UserError
 from parallel.program import Program
+from spar_scale.config.recipe import Recipe
 from spar_scale.data.patches import NUM_LABELS, UNKNOWN
 from spar_scale.data.prompts import TOKENS, decode, encode, opening
 from spar_scale.inference.ask import answer, ask
 from spar_scale.inference.words import spaced
-from spar_scale.models.initialise import initialise
-from spar_scale.models.presets import PRESETS
+from spar_scale.models.internvl.language import Rotary, merge
+from spar_scale.models.internvl.layers import PromptPositions
+from spar_scale.models.internvl.model import mllm_config
+from spar_scale.models.internvl.vision import normalise
+from spar_scale.models.presets import PRESETS, resized
+from spar_scale.models.published import PretrainedPart
+from spar_scale.objectives.next_token import next_token_loss
 from spar_scale.stages import build
-from spar_scale.stages.bootstrap_mllm import NUM_TOKENS, NamePatches, NextTokenLoss
-from spar_scale.stages.parts import load_vision
+from spar_scale.stages.bootstrap_mllm import NUM_TOKENS, NamePatches
+from spar_scale.stages.forward import Forward
 
 TINY = PRESETS["tiny"]
 
@@ -70,7 +74,7 @@ def terms_of(stage, batch):
 
 def published(stage):
     """The library's own model with the stage's weights, without the head that is thrown away."""
-    own = InternVLForConditionalGeneration(mllm_config(TINY))
+    own = InternVLForConditionalGeneration(mllm_config(TINY.vision, TINY.language))
     own.set_attn_implementation("eager")
     weights = stage.model.state_dict()
     own.load_state_dict({name: weight for name, weight in weights.items() if not name.startswith("naming_head")})
@@ -82,7 +86,7 @@ def test_words_start_as_far_apart_as_the_preset_says_and_other_weights_as_near(m
     assert language.embed_tokens.weight.std().item() == pytest.approx(TINY.language.word_range, rel=0.03)
     hidden = language.layers[3].mlp.up_proj.weight
     assert hidden.std().item() == pytest.approx(TINY.language.initializer_range, rel=0.03)
-    monkeypatch.setitem(PRESETS, "tiny", replace(TINY, language=replace(TINY.language, word_range=0.3)))
+    monkeypatch.setitem(PRESETS, "tiny", resized(TINY, name="tiny", language={"word_range": 0.3}))
     nearer = new_stage().model.model.language_model
     assert nearer.embed_tokens.weight.std().item() == pytest.approx(0.3, rel=0.03)
     assert torch.equal(nearer.layers[3].mlp.up_proj.weight, hidden)
@@ -113,13 +117,16 @@ def test_the_layers_equal_the_classs_own_forward_in_loss_and_gradients(stage):
 
 
 def test_the_layers_logits_equal_the_classs_own(stage):
-    batch, seen = batch_of(), {}
-    (head,) = [layer for layer in stage.layers if isinstance(layer, NextTokenLoss)]
-    head.head.register_forward_hook(lambda module, given, logits: seen.update(logits=logits))
-    terms_of(stage, batch)
+    batch = batch_of()
+    found = Forward(stage, TINY).run("logits", images=batch["images"], tokens=batch["tokens"])["logits"]
     own = published(stage)
     expected = own(input_ids=batch["tokens"], pixel_values=normalise(batch["images"])).logits
-    torch.testing.assert_close(seen["logits"], expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    ends = torch.tensor([17, 30, 5])
+    keep = (torch.arange(batch["tokens"].shape[1]) < ends[:, None]).to(torch.uint8)
+    forward = Forward(stage, TINY)
+    next_token = forward.next_token(batch["tokens"], keep, forward.features(batch["images"]))
+    torch.testing.assert_close(next_token, expected[torch.arange(3), ends - 1], rtol=1e-5, atol=1e-4)
 
 
 def test_a_samples_loss_depends_on_nothing_but_the_sample(stage):
@@ -181,34 +188,37 @@ def test_merge_puts_features_in_order_where_the_picture_stands():
 
 
 def test_rotary_angles_and_mask_by_hand():
-    cos, sin = rotary(3, 4, 100.0, torch.device("cpu"))
+    config = Qwen2Config(
+        hidden_size=4, num_attention_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 100.0}
+    )
+    slots = PromptPositions(Rotary(config))(torch.zeros(2, 3, dtype=torch.int64))
     angles = [[p, p / 10, p, p / 10] for p in range(3)]
-    torch.testing.assert_close(cos[0], torch.tensor([[math.cos(a) for a in row] for row in angles]))
-    torch.testing.assert_close(sin[0], torch.tensor([[math.sin(a) for a in row] for row in angles]))
-    mask = causal_mask(3, torch.device("cpu"))[0, 0]
-    assert mask.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    for name, function in (("rotary_cos", math.cos), ("rotary_sin", math.sin)):
+        expected = torch.tensor([[[function(a) for a in row] for row in angles]] * 2)
+        torch.testing.assert_close(slots[name], expected)
+    mask = slots["prefix_mask"]
+    assert mask.shape == (2, 1, 3, 3)
+    assert mask[1, 0].tolist() == [[True, False, False], [True, True, False], [True, True, True]]
 
 
 def test_greedy_words_are_those_of_the_librarys_generate(stage):
     model = stage.model.eval()
-    images = batch_of(1)["images"]
-    tokens = torch.tensor([opening(16).ask("describe :").tokens])
-    parts = model.model
-    seen = features(parts.vision_tower, parts.multi_modal_projector, images, TINY.vision.downsample_ratio)
-    given = merge(parts.language_model.embed_tokens(tokens), seen, tokens == TINY.language.image_token_id)
-    found = greedy(parts.language_model, model.lm_head, given, frozenset(), limit=6)
+    images, forward = batch_of(1)["images"], Forward(stage, TINY)
+    tokens = opening(16).ask("describe :").tokens
+    found = forward.continue_prompt(tokens, forward.features(images), frozenset(), limit=6)
     expected = model.generate(
-        input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=normalise(images), do_sample=False,
-        max_new_tokens=6, eos_token_id=None, pad_token_id=0,
+        input_ids=torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens), dtype=torch.int64),
+        pixel_values=normalise(images), do_sample=False, max_new_tokens=6, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    assert found == expected[0, tokens.shape[1] :].tolist() and len(found) == 6
-    assert greedy(parts.language_model, model.lm_head, given, frozenset(found[:1]), limit=6) == []
+    assert found == expected[0, len(tokens) :].tolist() and len(found) == 6
+    assert forward.continue_prompt(tokens, forward.features(images), frozenset(found[:1]), limit=6) == []
 
 
 def test_the_published_layout_gives_the_next_stages_their_tower_and_the_words(stage, tmp_path):
-    stage.export.write(stage.model, tmp_path, None)
-    tower, projector = load_vision(tmp_path, TINY)
-    for part, own in ((tower, stage.model.model.vision_tower), (projector, stage.model.model.multi_modal_projector)):
+    stage.export.write(stage, tmp_path, None)
+    encoder: Any = TINY.vision.load(PretrainedPart("mllm", tmp_path, "tiny"))
+    found = stage.model.model
+    for part, own in ((encoder.vision_tower, found.vision_tower), (encoder.projector, found.multi_modal_projector)):
         assert all(torch.equal(value, own.state_dict()[name]) for name, value in part.state_dict().items())
     model = InternVLForConditionalGeneration.from_pretrained(tmp_path, use_safetensors=True)
     batch = batch_of(1)
@@ -219,11 +229,11 @@ def test_the_published_layout_gives_the_next_stages_their_tower_and_the_words(st
     )
 
 
-def test_an_answer_is_words_about_a_picture_of_any_size():
-    model = build_mllm(TINY)
-    initialise(model, 1)
-    said = answer(model.eval(), Image.new("RGB", (70, 41), "red"), "what color is the circle ?", TINY.image_size)
-    assert set(said.split()) <= set(TOKENS)
+def test_an_answer_is_words_about_a_picture_of_any_size(stage):
+    stage.model.eval()
+    reply = answer(Forward(stage, TINY), Image.new("RGB", (70, 41), "red"), "what color is the circle ?")
+    beyond = {f"<{token}>" for token in range(len(TOKENS), TINY.language.vocab_size)}  # a vocabulary is padded
+    assert reply and set(reply.split()) <= set(TOKENS) | beyond
 
 
 QUESTIONS = {
@@ -268,13 +278,19 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_loaded(tmp_path):
         ask(run, run / "picture.png", "what color is the circle?")
 
 
-def test_within_spar_the_language_model_says_what_the_librarys_generate_says(stage):
-    tokenizer = UnifiedTokenizer(TINY, pixel_encoder=False)
-    initialise(tokenizer, 3)
-    spar = SPAR(TINY, stage.model, tokenizer, latent_scale=1.0).eval()
-    whole = stage.model.eval()
-    whole.model.vision_tower.load_state_dict(tokenizer.vision_tower.state_dict())
-    whole.model.multi_modal_projector.load_state_dict(tokenizer.projector.state_dict())
+def test_within_spar_the_language_model_answers_as_the_librarys_generate(tmp_path):
+    """The prompt shows features of the tokenizer's vision tower."""
+    values = phase_values(tmp_path / "run", "align/joint", tmp_path, make_parts(tmp_path))
+    stage = build(Recipe.model_validate_json(json.dumps(values)))
+    spar: Any = stage.model.eval()
+    with torch.no_grad():
+        for parameter in spar.language_model.parameters():
+            parameter.mul_(2)
+    whole = InternVLForConditionalGeneration(mllm_config(TINY.vision, TINY.language)).eval()
+    whole.model.language_model.load_state_dict(spar.language_model.state_dict())
+    whole.lm_head.load_state_dict(spar.lm_head.state_dict())
+    whole.model.vision_tower.load_state_dict(spar.tokenizer.vision_tower.state_dict())
+    whole.model.multi_modal_projector.load_state_dict(spar.tokenizer.projector.state_dict())
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     tokens = torch.tensor([opening(16).ask("question : how many objects are there ? answer :").tokens])
     expected = whole.generate(
@@ -282,6 +298,6 @@ def test_within_spar_the_language_model_says_what_the_librarys_generate_says(sta
         pixel_values=normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255),
         eos_token_id=[TOKENS["."], TOKENS["<eos>"]], pad_token_id=0,
     )[0, tokens.shape[1] :].tolist()  # fmt: skip
-    spoken = decode([token for token in expected if token not in (TOKENS["."], TOKENS["<eos>"])])
-    assert answer(spar, Image.fromarray(pixels), "how many objects are there ?", 32) == spoken
-    assert spoken
+    words = decode([token for token in expected if token not in (TOKENS["."], TOKENS["<eos>"])])
+    assert answer(Forward(stage, TINY), Image.fromarray(pixels), "how many objects are there ?") == words
+    assert words

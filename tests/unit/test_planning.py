@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from nano import NANO
-from spar_scale.sharding.parts import part_of
 from tiny_runs import phase_values
 
 from parallel.errors import UserError
@@ -21,6 +20,7 @@ from spar_scale.config.recipe import Recipe
 from spar_scale.planning import plan as planning
 from spar_scale.planning import rehearsal
 from spar_scale.planning.gpus import GPUS
+from spar_scale.planning.model_parts import part_of
 from spar_scale.planning.plan import Plan, count, plan
 from spar_scale.planning.rehearsal import rehearse
 

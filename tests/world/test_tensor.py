@@ -10,14 +10,14 @@ import torch
 from diffusers.models.transformers.sana_transformer import GLUMBConv
 from launching import preload, run_world
 from nano import NANO
-from spar_scale.models.layers import TransformerLayer
-from spar_scale.sharding.cuts import PLAN, check_tensor
 from torch import Tensor, nn
 
 from parallel.errors import UserError
 from parallel.tensor import ModulePlan, Plan, Split, apply_tensor_parallel
+from spar_scale.models.blocks import TransformerLayer
+from spar_scale.models.sharding import check_tensor, tensor_plan
 
-preload("spar_scale.sharding.cuts", "megatron.core.tensor_parallel.layers")
+preload("spar_scale.models.sharding", "megatron.core.tensor_parallel.layers")
 
 
 class Speech(nn.Module):
@@ -31,6 +31,7 @@ class Speech(nn.Module):
         return self.head(self.words(tokens))
 
 
+PLAN = tensor_plan(NANO)
 SPEECH: Plan = {Speech: ModulePlan({"words": Split("vocabulary"), "head": Split("head")})}
 CASES = {
     "transformer layer": lambda: (TransformerLayer(16, 4), torch.randn(2, 5, 16)),

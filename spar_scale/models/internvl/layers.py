@@ -20,6 +20,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from parallel.program import Apply, Layer
 from spar_scale.models.internvl import vision
@@ -245,7 +246,15 @@ def logits_layer(head: nn.Module, num_layers: int) -> Layer:
 
 
 def _numbered(trunk: nn.Module) -> list[tuple[int, nn.Module, nn.Module | None]]:
-    """The layers with their numbers from 1, the last with the final norm."""
+    """The layers with their numbers from 1, the last with the final norm.
+
+    Raises TypeError for another model's layers, and ValueError for attention that `decoder_layer` would not honour.
+    """
     layers = list(trunk.get_submodule("layers").children())
+    for layer in layers:
+        if not isinstance(layer, Qwen2DecoderLayer):
+            raise TypeError(f"{type(layer).__name__} is not a Qwen2DecoderLayer")
+        if layer.self_attn.sliding_window is not None:
+            raise ValueError("a language model with sliding-window attention is not supported")
     norms = [None] * (len(layers) - 1) + [trunk.get_submodule("norm")]
     return list(zip(range(1, len(layers) + 1), layers, norms, strict=True))

@@ -61,8 +61,11 @@ class PredictVelocity(Layer):
 def velocity_layers(diffusion: Diffusion, tap: tuple[int, Layer] | None = None) -> list[Layer]:
     """Return the way from `noisy_latent` and `captions` to `velocity`.
 
-    `tap` is a layer with the number, from 1, of the block behind which it stands.
+    `tap` is a layer with the number, from 1, of the block behind which it stands. Raises ValueError for a number that
+    is no block's.
     """
+    if tap is not None and not 1 <= tap[0] <= diffusion.shape.layers:
+        raise ValueError(f"block {tap[0]} cannot be tapped, the blocks are 1 to {diffusion.shape.layers}")
     grid = diffusion.shape.sample_size // diffusion.shape.patch_size
     layers: list[Layer] = [EmbedLatent(diffusion)]
     for number, block in enumerate(diffusion.transformer.transformer_blocks, start=1):
