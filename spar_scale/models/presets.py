@@ -74,12 +74,27 @@ class Preset:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, rows and columns of a latent."""
-        return self.autoencoder.latent_channels, self.vision.grid, self.vision.grid
+        return self.autoencoder.latent_channels, self.grid, self.grid
+
+    @property
+    def grid(self) -> int:
+        """Latent positions on a side: the vision encoder's tokens, or, without one, those of the diffusion model."""
+        return self.diffusion.sample_size if isinstance(self.vision, Absent) else self.vision.grid
+
+    @property
+    def latent_positions(self) -> int:
+        """Positions of a latent."""
+        return self.grid**2
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of a picture in a prompt; 0 without a vision encoder."""
+        return 0 if isinstance(self.vision, Absent) else self.vision.tokens
 
     @property
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt, its picture between `<img>` and `</img>`, and the queries."""
-        return self.conditioning.max_words + self.vision.tokens + 2 + self.conditioning.num_queries
+        return self.conditioning.max_words + self.image_tokens + 2 + self.conditioning.num_queries
 
     @property
     def members(self) -> dict[str, Member]:
@@ -115,7 +130,7 @@ _RULES = (
     ("language.heads", "divide", "language.width"),
     ("language.key_value_heads", "divide", "language.heads"),
     ("language.image_token_id", "be below", "language.vocab_size"),
-    ("conditioning.num_queries", "equal", "vision.tokens"),
+    ("conditioning.num_queries", "equal", "latent_positions"),
     ("conditioning.sampled_states", "be at most", "language.layers"),
     ("conditioning.connector_layers", "be at most", "language.layers"),
     ("longest_sequence", "be at most", "language.max_positions"),

@@ -42,7 +42,7 @@ def build(recipe: Recipe) -> Stage:
     tokenizer, scale = pixels.load(parts["pixel_autoencoder"])
     model = align.build_spar(recipe, preset, parts, tokenizer, aligned=False)
     encoder, decoder = (tokenizer.get_submodule(name) for name in ("encoder", "decoder"))
-    side = preset.vision.grid * pixels.compression  # the size whose latent has the tokens' grid
+    side = preset.grid * pixels.compression  # the size whose latent has the tokens' grid
     return Stage(
         model=model,
         layers=[

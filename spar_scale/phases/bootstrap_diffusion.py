@@ -46,7 +46,7 @@ def build(recipe: Recipe) -> Stage:
     model = CaptionedDiffusion(preset, tokenizer)
     initialise(model, recipe.seed, loaded=("tokenizer",))
     encoder, decoder = (tokenizer.get_submodule(name) for name in ("encoder", "decoder"))
-    side = preset.vision.grid * pixels.compression  # the size whose latent has the tokens' grid
+    side = preset.grid * pixels.compression  # the size whose latent has the tokens' grid
     return Stage(
         model=model,
         layers=[

@@ -61,7 +61,7 @@ def build(recipe: Recipe) -> Stage:
             task="language",
             image_size=preset.image_size,
             task_tokens=NUM_TOKENS,
-            image_tokens=vision.tokens,
+            image_tokens=preset.image_tokens,
         ),
         export=Export(save_mllm),
         decoding=language.decoding_layers(*language.parts(model)),

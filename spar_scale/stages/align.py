@@ -59,7 +59,7 @@ def conditioned_sample(preset: Preset, caption_dropout: float, task: str) -> Sam
         task=task,
         image_size=preset.image_size,
         num_tokens=preset.conditioning.max_words,
-        image_tokens=preset.vision.tokens,
+        image_tokens=preset.image_tokens,
         caption_dropout=caption_dropout,
         draws={"latent_noise": Draw(preset.latent_shape, "normal"), "timestep_draw": Draw((), "normal")},
     )

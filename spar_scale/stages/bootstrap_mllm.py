@@ -62,7 +62,7 @@ def published_forward(part: PretrainedPart, preset: Preset) -> Forward:
     """Return the forward of a language model with its vision tower, read from its published layout."""
     model = preset.language.load(part, preset.vision).eval()
     seeing, reading = internvl.training_layers(model, preset.vision, preset.language)
-    sample = SampleSpec(task="language", image_size=preset.image_size, image_tokens=preset.vision.tokens)
+    sample = SampleSpec(task="language", image_size=preset.image_size, image_tokens=preset.image_tokens)
     return Forward(Stage(model, [*seeing, *reading], ("images", "tokens"), {}, {}, sample), preset)
 
 

@@ -97,7 +97,7 @@ def tokenizer_layers(model: nn.Module, preset: Preset, frozen_encoder: bool, lat
         layers.append(Apply(semantic_distillation, ("features", "initial_features"), "semantic_distillation"))
     layers += preset.tokenizer.latent_layers(model)
     if hasattr(model, "pixel_encoder"):
-        side = vision.grid * pixels.compression  # pixels: the size whose latent has the tokens' grid
+        side = preset.grid * pixels.compression  # pixels: the size whose latent has the tokens' grid
         encoder = model.get_submodule("pixel_encoder")
         layers += [
             pixels.encoding_layer(encoder, frozen=True, side=side, writes="teacher_latent"),

@@ -30,7 +30,7 @@ def recipe_of(run_dir: Path) -> Recipe:
 
 
 def trained_forward(run_dir: Path) -> tuple[Forward, Path]:
-    """Return a run's forward, on the CPU in eval mode, with the EMA of its newest whole checkpoint; and that checkpoint."""
+    """Return a run's forward, in eval mode on the CPU, with the EMA of its newest whole checkpoint, and its path."""
     recipe = recipe_of(run_dir)
     found = checkpoint.find(run_dir / "checkpoints")
     if found is None:
