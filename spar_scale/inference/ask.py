@@ -24,7 +24,7 @@ def ask(run_dir: Path, image: Path, question: str) -> str:
     preset = preset_of(fit_recipe(run_dir, "ask"))
     words, picture = spaced(question), open_image(image)
     encode(words)  # refuse unknown words before anything is loaded
-    check_length(len(answering_prompt(words, preset.vision.tokens).tokens), MAX_ANSWER_TOKENS, preset)
+    check_length(len(answering_prompt(words, preset.image_tokens).tokens), MAX_ANSWER_TOKENS, preset)
     run = load_run(run_dir, "ask")
     reply = answer(run.forward, picture, words)
     return f"{reply}\n({run}; {image} at {preset.image_size} pixels)"

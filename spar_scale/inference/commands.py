@@ -59,15 +59,15 @@ def generate(run_dir: Path, prompt: str, out: Path, options: SamplingOptions) ->
 def edit(run_dir: Path, image: Path, instruction: str, out: Path, options: SamplingOptions) -> str:
     """Edit the middle square of a picture of any size, write one of the model's size, return what was done."""
     preset = preset_of(fit_recipe(run_dir, "edit"))
-    words = _known(instruction, lambda said: editing_prompt(said, preset.vision.tokens), preset)
+    words = _known(instruction, lambda text: editing_prompt(text, preset.image_tokens), preset)
     source = middle_square(image, preset.image_size)
     check_picture(out, image)
 
     def pictures(model: Forward, noise: Tensor, sampling: SamplingShape) -> Tensor:
         return drawing.edit(model, source.expand(options.number, -1, -1, -1), [words] * options.number, noise, sampling)
 
-    said = f"{image}, its middle square at {preset.image_size} pixels; edit : {words}"
-    return _drawn(run_dir, "edit", pictures, said, out, options)
+    request = f"{image}, its middle square at {preset.image_size} pixels; edit : {words}"
+    return _drawn(run_dir, "edit", pictures, request, out, options)
 
 
 def routes(run_dir: Path, prompt: str, out: Path, image: Path | None = None) -> str:
@@ -76,8 +76,8 @@ def routes(run_dir: Path, prompt: str, out: Path, image: Path | None = None) -> 
     With a picture to edit the prompt is an instruction.
     """
     preset = preset_of(fit_recipe(run_dir, "routes" if image is None else "edit"))
-    num_picture = 0 if image is None else preset.vision.tokens
-    ask = generation_prompt if image is None else lambda said: editing_prompt(said, num_picture)
+    num_picture = 0 if image is None else preset.image_tokens
+    ask = generation_prompt if image is None else lambda text: editing_prompt(text, num_picture)
     words = _known(prompt, ask, preset)
     source = None if image is None else middle_square(image, preset.image_size)[None]
     check_picture(out, image)
@@ -110,7 +110,7 @@ def _drawn(
     run_dir: Path,
     use: Command,
     pictures: Callable[[Forward, Tensor, SamplingShape], Tensor],
-    said: str,
+    request: str,
     out: Path,
     options: SamplingOptions,
 ) -> str:
@@ -122,4 +122,4 @@ def _drawn(
     write_picture(sheet([to_image(image) for image in images]), out)
     named = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     how = f"{sampling.steps} steps, guidance {sampling.guidance:g}, flow shift {sampling.flow_shift:g}"
-    return f"{run}\n{said}\n{out}: {named}, {how}"
+    return f"{run}\n{request}\n{out}: {named}, {how}"

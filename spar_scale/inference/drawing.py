@@ -26,7 +26,7 @@ def edit(
     model: Forward, pictures: Tensor, instructions: Sequence[str], noise: Tensor, sampling: SamplingShape
 ) -> Tensor:
     """Edit pictures (B, 3, S, S) in [0, 1] by an instruction each: images of the same shape."""
-    num_image_tokens = model.preset.vision.tokens
+    num_image_tokens = model.preset.image_tokens
     prompts = [editing_prompt(instruction, num_image_tokens) for instruction in instructions]
     return draw(model, prompts, editing_prompt("", num_image_tokens), noise, sampling, pictures)
 

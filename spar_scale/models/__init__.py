@@ -1,1 +1,1 @@
-"""Mathematics on one device: SPAR's parts and the published classes they wrap."""
+"""Models: one folder for each family, the roles that their members play (roles.py), and the presets (presets.py)."""
