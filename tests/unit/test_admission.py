@@ -20,6 +20,8 @@ from parallel.launch.exit_codes import DEFECT, DONE, REFUSED
 from parallel.launch.run_lock import RunLock
 from spar_scale.config.recipe import Recipe
 from spar_scale.doctor.preflight import preflight, sample_bytes, shared_memory
+from spar_scale.models.internvl import build_mllm, save_mllm
+from spar_scale.models.presets import resized
 from spar_scale.phases import Phase, declared
 from spar_scale.stages import meta_stage
 from spar_scale.training.admission import _LOADERS, refusals
@@ -71,14 +73,8 @@ def test_what_can_be_trained_is_not_refused(phase: str, recipe: Callable[..., Re
 def test_an_encoder_is_read_out_of_an_mllm_of_another_language_model(
     recipe: Callable[..., Recipe], parts: dict[str, str], tmp_path: Path
 ):
-    from dataclasses import replace
-
-    from spar_scale.models.mllm import build_mllm
-
-    from spar_scale.stages.bootstrap_mllm import save_mllm
-
-    other = replace(NANO, language=replace(NANO.language, mlp_width=128))
-    save_mllm(build_mllm(other), tmp_path / "other")
+    other = resized(NANO, name="other", language={"mlp_width": 128})
+    save_mllm(build_mllm(other.vision, other.language), tmp_path / "other")
     assert preflight(with_pretrained(recipe("tokenizer/init"), mllm=str(tmp_path / "other"))) == DONE
     assert preflight(with_pretrained(recipe("align/connector"), mllm=str(tmp_path / "other"))) == REFUSED
 

@@ -9,22 +9,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
-from spar_scale.models.conditioning import sampled_hidden_states
-from spar_scale.models.connector import Connector
-from spar_scale.models.diffusion import Diffusion
-from spar_scale.models.mllm import build_mllm, mllm_config
-from spar_scale.models.tokenizer import UnifiedTokenizer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen2Config
 
+from parallel.program import Layer, Subprogram
 from spar_scale.models.initialise import initialise
+from spar_scale.models.internvl import build_mllm, training_layers
 from spar_scale.models.presets import PRESETS
+from spar_scale.models.spar.model import SPAR
 from spar_scale.ops.attention import attention
 
-Run = Callable[[Any], object]
-TINY = PRESETS["tiny"]
-WIDTH = TINY.streams.width
+Run = Callable[[], None]
+TINY: Any = PRESETS["tiny"]
+WIDTH = TINY.language.width
 
 
 class Watch(TorchDispatchMode):
@@ -47,7 +44,7 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def images() -> torch.Tensor:
+def images() -> Tensor:
     return torch.rand(1, 3, TINY.image_size, TINY.image_size, generator=torch.Generator().manual_seed(0))
 
 
@@ -56,59 +53,74 @@ def made(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def run(layers: list[Layer], wanted: str, **slots: Tensor) -> None:
+    Subprogram(layers, (wanted,))(slots)
+
+
 def tokenizer() -> tuple[nn.Module, Run, int]:
     """The vision tower, and the pixel stream's Transformer layers."""
-    model = made(UnifiedTokenizer(TINY))
-    return model, lambda model: model.encode(images()), TINY.vision.layers + TINY.streams.pixel_layers
+    model = made(TINY.tokenizer.build(TINY.vision, TINY.autoencoder))
+    layers = [*TINY.vision.feature_layers(model, frozen=True), *TINY.tokenizer.latent_layers(model)]
+    number = TINY.vision.layers + TINY.tokenizer.pixel_layers
+    return model, lambda: run(layers, "tokenizer_latent", images=images()), number
 
 
 def language() -> tuple[nn.Module, Run, int]:
-    """The vision tower and Qwen2 by the class's own forward."""
-    tokens = torch.full((1, TINY.vision.grid**2 + 4), TINY.language.image_token_id)
+    """The vision tower and the language model on a prompt with a picture, as they train."""
+    tokens = torch.full((1, TINY.vision.tokens + 4), TINY.language.image_token_id)
     tokens[:, :4] = 5
-    run = lambda model: model(input_ids=tokens, pixel_values=images())  # noqa: E731
-    return made(build_mllm(TINY)), run, TINY.vision.layers + TINY.language.layers
+    model = made(build_mllm(TINY.vision, TINY.language))
+    seeing, reading = training_layers(model, TINY.vision, TINY.language)
+    number = TINY.vision.layers + TINY.language.layers
+    return model, lambda: run([*seeing, *reading], "logits", images=images(), tokens=tokens), number
+
+
+def decoding() -> tuple[nn.Module, Run, int]:
+    """One further token of the language model, past two kept ones."""
+    model = made(build_mllm(TINY.vision, TINY.language))
+    layers = TINY.language.decoding_layers(*TINY.language.parts(model))
+    shape = (1, 2, TINY.language.key_value_heads, WIDTH // TINY.language.heads)
+    kept = {name: torch.randn(shape) for layer in layers for name in layer.reads if name.startswith("prefix_")}
+    token, position = torch.tensor([[5]]), torch.tensor([2])
+    return model, lambda: run(layers, "logits", token=token, position=position, **kept), TINY.language.layers
 
 
 def conditioning() -> tuple[nn.Module, Run, int]:
-    """A frozen prefix and queries: each layer attends twice."""
-    keep = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    prefix, queries = torch.randn(2, 3, WIDTH), torch.randn(2, 4, WIDTH)
-    run = lambda model: sampled_hidden_states(model.language_model, prefix, queries, keep, (0, 1))  # noqa: E731
-    return made(build_mllm(TINY).model), run, 2 * TINY.language.layers
-
-
-def connector() -> tuple[nn.Module, Run, int]:
-    """The bidirectional layers between language model and diffusion transformer."""
-    config = mllm_config(TINY).text_config
-    assert isinstance(config, Qwen2Config)
-    model = made(Connector(config, TINY.conditioning.connector_layers, TINY.diffusion.caption_channels))
-    keep = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    return model, lambda model: model(torch.randn(2, 3, WIDTH), keep), TINY.conditioning.connector_layers
+    """A frozen prompt and queries, for which each layer attends twice, and the connector's bidirectional layers."""
+    mllm, shape = build_mllm(TINY.vision, TINY.language), TINY.conditioning
+    spar = SPAR(shape, TINY.language, TINY.diffusion, mllm, nn.Identity(), nn.Identity(), routing="uniform")
+    model = made(spar)  # the gate of the dynamic routing is a softmax too, and no attention
+    layers = shape.conditioning_layers(model, TINY.language, illustrated=False)
+    tokens, keep = torch.tensor([[5, 6, 0], [5, 6, 7]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    number = 2 * TINY.language.layers + shape.connector_layers
+    return model, lambda: run(layers, "captions", tokens=tokens, keep=keep), number
 
 
 def diffusion() -> tuple[nn.Module, Run, int]:
     """SANA's cross-attention; its self-attention is linear and has no softmax."""
-    shape = TINY.diffusion
-    latents = torch.randn(2, shape.latent_channels, shape.sample_size, shape.sample_size)
-    captions, keep = torch.randn(2, 3, shape.caption_channels), torch.tensor([[1, 1, 0], [1, 1, 1]])
-    run = lambda model: model(latents, torch.tensor([9.0, 500.0]), captions, keep)  # noqa: E731
-    return made(Diffusion(shape)), run, shape.layers
+    shape, model = TINY.diffusion, made(TINY.diffusion.build())
+    slots = {
+        "noisy_latent": torch.randn(2, shape.latent_channels, shape.sample_size, shape.sample_size),
+        "timestep": torch.tensor([9.0, 500.0]),
+        "captions": torch.randn(2, 3, shape.caption_channels),
+        "caption_keep": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+    }
+    return model, lambda: run(shape.velocity_layers(model), "velocity", **slots), shape.layers
 
 
-MODELS = (tokenizer, language, conditioning, connector, diffusion)
+MODELS = (tokenizer, language, decoding, conditioning, diffusion)
 
 
-def watched(model: nn.Module, run: Run) -> Watch:
+def watched(run: Run) -> Watch:
     with Watch() as watch:
-        run(model)
+        run()
     return watch
 
 
 @pytest.mark.parametrize("model_of", MODELS, ids=lambda function: function.__name__)
 def test_every_softmax_of_a_model_is_computed_by_the_one_entry_point(model_of):
-    model, run, layers = model_of()
-    watch = watched(model, run)
+    _, run, layers = model_of()
+    watch = watched(run)
     assert watch.elsewhere == []
     assert watch.within == layers
 
@@ -118,7 +130,7 @@ def by_torchs_own_choice(model: Any) -> None:
 
 
 def by_plain_products(model: Any) -> None:
-    model.language_model.set_attn_implementation("eager")
+    model.model.vision_tower.set_attn_implementation("eager")
 
 
 def by_diffusers(model: Any) -> None:
@@ -128,14 +140,14 @@ def by_diffusers(model: Any) -> None:
 
 def by_a_module_of_torch(model: Any) -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, 4, batch_first=True).eval()
-    model.norm.register_forward_hook(lambda module, args, output: layer(output))
+    model.connector.norm.register_forward_hook(lambda module, args, output: layer(output))
 
 
 BYPASSES = [
     (tokenizer, by_torchs_own_choice, "aten::_scaled_dot_product_flash_attention_for_cpu"),
     (language, by_plain_products, "aten::_softmax"),
     (diffusion, by_diffusers, "aten::_scaled_dot_product_flash_attention_for_cpu"),
-    (connector, by_a_module_of_torch, "aten::_transformer_encoder_layer_fwd"),
+    (conditioning, by_a_module_of_torch, "aten::_transformer_encoder_layer_fwd"),
 ]
 
 
@@ -143,5 +155,5 @@ BYPASSES = [
 @torch.no_grad()
 def test_the_watch_sees_a_bypass(model_of, bypass, expected: str):
     model, run, _ = model_of()
-    bypass(model.model if model_of is language else model)
-    assert set(watched(model, run).elsewhere) == {expected}
+    bypass(model)
+    assert set(watched(run).elsewhere) == {expected}

@@ -1,18 +1,31 @@
 """The connector: the language model's last layers, read in both directions."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from spar_scale.models.connector import Connector
+from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2Model
 
+from parallel.program import Subprogram
 from spar_scale.models.initialise import initialise
+from spar_scale.models.internvl import Language, build_mllm
+from spar_scale.models.presets import PRESETS, resized
+from spar_scale.models.spar import Conditioning
+from spar_scale.models.spar.connector import Connector
+from spar_scale.models.spar.model import SPAR
 
-WIDTH, CAPTIONS = 32, 24
+WIDTH, CAPTIONS, QUERIES = 32, 24, 2
 CONFIG = Qwen2Config(
     vocab_size=50, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=64,
 )  # fmt: skip
-KEEP = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 1]])
+LANGUAGE = Language(
+    width=WIDTH, layers=4, heads=4, key_value_heads=2, mlp_width=64, vocab_size=50, image_token_id=49, max_positions=64
+)
+SHAPE = Conditioning(num_queries=QUERIES, sampled_states=2, connector_layers=2, max_words=4)
+KEEP = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 1]])  # the queries are real
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +39,29 @@ def language_model() -> Qwen2Model:
 
 
 @pytest.fixture(scope="module")
-def connector(language_model) -> Connector:
-    connector = Connector(CONFIG, num_layers=2, caption_channels=CAPTIONS)
-    initialise(connector, seed=1)
-    connector.copy_last_layers(language_model)
-    return connector
+def spar(language_model) -> SPAR:
+    mllm: Any = SimpleNamespace(model=SimpleNamespace(language_model=language_model), lm_head=nn.Linear(WIDTH, 50))
+    diffusion = resized(PRESETS["tiny"], name="narrow", diffusion={"caption_channels": CAPTIONS}).diffusion
+    model = SPAR(SHAPE, LANGUAGE, diffusion, mllm, nn.Identity(), nn.Identity())
+    initialise(model.connector, seed=1)
+    model.connector.copy_last_layers(LANGUAGE, language_model)
+    return model
 
 
-def tokens() -> torch.Tensor:
+@pytest.fixture(scope="module")
+def connector(spar) -> Connector:
+    return spar.connector
+
+
+@pytest.fixture(scope="module")
+def connect(spar):
+    """The last layers of the list: routed tokens (B, N, D) to captions (B, N, C)."""
+    positions, *rest = SHAPE.conditioning_layers(spar, LANGUAGE, illustrated=False)
+    program = Subprogram([positions, *rest[-SHAPE.connector_layers - 1 :]], ("captions",))
+    return lambda hidden: program({"captions": hidden, "keep": KEEP[:, :-QUERIES]})["captions"]
+
+
+def tokens() -> Tensor:
     return torch.randn(3, 6, WIDTH, generator=torch.Generator().manual_seed(2))
 
 
@@ -48,7 +76,7 @@ def test_it_starts_as_the_last_layers_and_the_final_norm(connector, language_mod
     assert set(mine) == {n for n in mine if n.startswith(("layers.0.", "layers.1.", "norm.", "projection."))}
 
 
-def test_it_equals_the_library_with_the_published_additive_mask(connector):
+def test_it_equals_the_library_with_the_published_additive_mask(connector, connect):
     """Published: eager attention, a dense mask with -1e5 on padding, positions that count real tokens."""
     eager = Qwen2Model(CONFIG).eval()
     eager.set_attn_implementation("eager")
@@ -60,12 +88,12 @@ def test_it_equals_the_library_with_the_published_additive_mask(connector):
         hidden = its(hidden, attention_mask=mask, position_embeddings=rotary)
     eager.norm.load_state_dict(connector.norm.state_dict())
     expected = connector.projection(eager.norm(hidden))
-    torch.testing.assert_close(connector(tokens(), KEEP), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(connect(tokens()), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_every_token_reads_every_real_token_and_no_padding(connector):
+def test_every_token_reads_every_real_token_and_no_padding(connect):
     hidden = tokens().requires_grad_()
-    out = connector(hidden, KEEP)
+    out = connect(hidden)
     assert out.shape == (3, 6, CAPTIONS)
     for row, keep in enumerate(KEEP.bool()):
         first = int(keep.nonzero()[0])
@@ -74,30 +102,22 @@ def test_every_token_reads_every_real_token_and_no_padding(connector):
         assert gradient[[r for r in range(3) if r != row]].abs().sum() == 0
 
 
-def test_all_of_it_trains(connector):
-    connector(tokens(), KEEP).square().sum().backward()
+def test_all_of_it_trains(connector, connect):
+    connect(tokens()).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in connector.parameters())
 
 
-def test_it_leaves_the_config_of_the_language_model_alone(language_model):
-    before = language_model.config._attn_implementation
-    Connector(language_model.config, 2, CAPTIONS)
-    assert language_model.config._attn_implementation == before != "spar"
-
-
-def test_a_connector_deeper_than_the_language_model_is_refused():
+def test_a_connector_deeper_than_the_language_model_is_refused(language_model):
     with pytest.raises(ValueError, match="a connector of 5 layers from a model of 4"):
-        Connector(CONFIG, 5, CAPTIONS)
+        Connector(LANGUAGE, language_model, 5, CAPTIONS)
 
 
 def test_the_published_size():
     """Six layers of Qwen2.5-0.5B: about 90M, and the projection to 2304 channels."""
-    config = Qwen2Config(
-        vocab_size=151674, hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-        intermediate_size=4864,
-    )  # fmt: skip
+    preset = PRESETS["spar_1b"]
     with torch.device("meta"):
-        connector = Connector(config, 6, 2304)
+        trunk, _ = preset.language.parts(build_mllm(preset.vision, preset.language))
+        connector = Connector(preset.language, trunk, 6, 2304)
     layer = 896 * 896 + 896 + 2 * (896 * 128 + 128) + 896 * 896 + 3 * 896 * 4864 + 2 * 896
     assert sum(p.numel() for p in connector.parameters()) == 6 * layer + 896 + 896 * 2304 + 2304
     assert 85e6 < 6 * layer < 95e6

@@ -2,25 +2,30 @@
 
 import pytest
 import torch
-from spar_scale.models.discriminator import BlurDownsample, Discriminator
 from torch import nn
 
+from spar_scale.models.dual_stream import build_discriminator
+from spar_scale.models.dual_stream.discriminator import BlurDownsample
 from spar_scale.models.initialise import initialise
-from spar_scale.models.presets import PRESETS
+from spar_scale.models.presets import PRESETS, Preset
 from spar_scale.objectives.adversarial import discriminator_loss, generator_loss
 
 TINY = PRESETS["tiny"]
 
 
+def built(preset: Preset) -> nn.Module:
+    return build_discriminator(preset.autoencoder, preset.image_size)
+
+
 @pytest.fixture
 def discriminator():
-    model = Discriminator(TINY)
+    model = built(TINY)
     initialise(model, seed=0)
     return model
 
 
 def widths(model):
-    return [m.out_channels for m in model.stages.modules() if isinstance(m, nn.Conv2d)]
+    return [m.out_channels for m in model.get_submodule("stages").modules() if isinstance(m, nn.Conv2d)]
 
 
 def test_logits_of_the_tiny_preset(discriminator):
@@ -30,7 +35,7 @@ def test_logits_of_the_tiny_preset(discriminator):
 
 def test_the_published_size_follows_from_the_published_autoencoder():
     with torch.device("meta"):
-        model = Discriminator(PRESETS["spar_1b"])
+        model = built(PRESETS["spar_1b"])
         assert model(torch.rand(1, 3, 448, 448)).shape == (1, 1, 16, 16)
     assert widths(model) == [128, 256, 512]
     assert [m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)] == [32, 32, 32]
@@ -58,11 +63,12 @@ def test_a_samples_logits_do_not_depend_on_the_others(discriminator):
 
 
 def test_its_weights_depend_on_the_seed_alone(discriminator):
-    again, other = Discriminator(TINY), Discriminator(TINY)
+    again, other = built(TINY), built(TINY)
     initialise(again, seed=0)
     initialise(other, seed=1)
     weight = discriminator.logits.weight
-    assert torch.equal(again.logits.weight, weight) and not torch.equal(other.logits.weight, weight)
+    assert torch.equal(again.get_parameter("logits.weight"), weight)
+    assert not torch.equal(other.get_parameter("logits.weight"), weight)
     assert set(discriminator.state_dict()) == {name for name, _ in discriminator.named_parameters()}
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from ready_runs import make_run
 from tiny_parts import make_parts
+from torch import nn
 
 from parallel.errors import UserError
 from spar_scale.cli import main
@@ -20,20 +21,25 @@ from spar_scale.data.shapes_language import captions
 from spar_scale.data.shapes_render import render
 from spar_scale.data.shapes_world import World, is_unseen, sample_scene
 from spar_scale.data.shards import make_world
+from spar_scale.data.spec import SampleSpec
 from spar_scale.evaluation import editing, evaluate, generation
 from spar_scale.evaluation.requests import KINDS, UNSEEN_KINDS, requests
 from spar_scale.evaluation.scenes import edits_of, scenes_of
+from spar_scale.models.presets import PRESETS
 from spar_scale.objectives.quality import ssim
 from spar_scale.runs import ablation, demo, parity
 from spar_scale.runs.processes import Step
+from spar_scale.stages import Stage
+from spar_scale.stages.forward import Forward
 
 WORLD = World(seed=4, scenes=0, heldout=40, edits=0, heldout_edits=24, unseen=0.3)
 TRAINED = [sample_scene(WORLD, "scenes", number) for number in range(1500)]
 HELD_OUT = [sample_scene(WORLD, "heldout", number) for number in range(1500)]
 
 
-class Model:
-    latent_shape = (2, 1, 1)
+TINY = PRESETS["tiny"]
+MODEL = Forward(Stage(nn.Identity(), [], (), {}, {}, SampleSpec(task="images", image_size=32)), TINY)
+"""Has no layers: what stands for drawing gives known pictures."""
 
 
 def by_caption(scenes):
@@ -86,7 +92,7 @@ def test_a_model_that_listens_reaches_1_and_the_control_stays_at_0(monkeypatch):
     asked = {(kind, unseen): [r for r in requests(WORLD, kind, unseen, 400) if r.prompt in scenes][:6]
              for kind in KINDS for unseen in (False, True)}  # fmt: skip
     monkeypatch.setattr(generation, "requests", lambda world, kind, unseen, count: asked[kind, unseen])
-    scores, section = generation.draw_and_judge(Model(), None, WORLD, 6)  # pyright: ignore[reportArgumentType]
+    scores, section = generation.draw_and_judge(MODEL, TINY.sampling, WORLD, 6)
     assert scores["t2i.average"] == scores["t2i.unseen.average"] == 1.0 and scores["t2i.control"] <= 0.04
     assert set(scores) == {
         *(f"t2i.{kind}" for kind in (*KINDS, "average", "control")),
@@ -100,7 +106,7 @@ def test_a_model_that_listens_reaches_1_and_the_control_stays_at_0(monkeypatch):
 def test_a_model_that_draws_one_picture_for_all_is_right_by_chance_alone(monkeypatch):
     scene = by_caption(HELD_OUT)["a red circle on the left"]
     monkeypatch.setattr(generation, "generate", lambda model, prompts, *_: images_of([scene] * len(prompts)))
-    scores, _ = generation.draw_and_judge(Model(), None, WORLD, 18)  # pyright: ignore[reportArgumentType]
+    scores, _ = generation.draw_and_judge(MODEL, TINY.sampling, WORLD, 18)
     assert scores["t2i.color"] == scores["t2i.control.color"] == pytest.approx(1 / 18)
     assert scores["t2i.two"] == scores["t2i.count"] == scores["t2i.relation"] == 0
 
@@ -115,13 +121,13 @@ def test_edits_that_are_the_target_are_exact_and_copies_are_not(data, monkeypatc
         return (torch.stack(of) + 0.01).clamp(0, 1)
 
     monkeypatch.setattr(editing, "edit", obey)
-    scores, section = editing.edit_and_judge(Model(), None, edits, WORLD.shapes)  # pyright: ignore[reportArgumentType]
+    scores, section = editing.edit_and_judge(MODEL, TINY.sampling, edits, WORLD.shapes)
     assert scores["edit.exact"] == scores["edit.objects"] == 1.0 and scores["edit.psnr"] > 38
     assert scores["edit.copy"] == 0 and scores["edit.control"] <= 0.1
     assert {name.rpartition(".")[2] for name in scores} >= {"color", "shape", "remove", "add"}
     assert section.columns == ("source", "target", "ours") and len(section.rows) == 24
     monkeypatch.setattr(editing, "edit", lambda model, sources, *_: sources)
-    copied, _ = editing.edit_and_judge(Model(), None, edits, WORLD.shapes)  # pyright: ignore[reportArgumentType]
+    copied, _ = editing.edit_and_judge(MODEL, TINY.sampling, edits, WORLD.shapes)
     assert copied["edit.exact"] == copied["edit.copy"] == 0
 
 

@@ -140,5 +140,5 @@ def test_a_phase_without_prompts_has_none_to_shuffle(tmp_path):
     stage = build(Recipe.model_validate_json(json.dumps(phase_values(
         tmp_path, "bootstrap/autoencoder", tmp_path, {}
     ))))  # fmt: skip
-    with pytest.raises(UserError, match="this phase reads images, latent_noise: there are no prompts to shuffle"):
+    with pytest.raises(UserError, match="this phase reads images: there are no prompts to shuffle"):
         stage_terms(stage, {"images": "none.tar"}, 4, shuffled=True)

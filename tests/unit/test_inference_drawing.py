@@ -1,4 +1,4 @@
-"""Drawing with the model's own methods against the stage's list of layers, and what a picture depends on."""
+"""Drawing with parts of a stage's forward against its whole list of layers, and what a picture depends on."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from spar_scale.inference.routes import route, routes_picture, routes_table
 from spar_scale.inference.sampler import seeded_noise
 from spar_scale.objectives.flow_matching import noisy_latents, timesteps, velocity_error
 from spar_scale.stages import build
+from spar_scale.stages.forward import Forward
 
 SAMPLING = replace(TINY.sampling, steps=3)
 CAPTIONS = ["a red circle on the left", "two blue squares"]
@@ -36,13 +37,18 @@ def stage_of(parts, stage, phase, routing="dynamic", shift=1.0) -> Any:
     return build(recipe)
 
 
+def forward_of(stage) -> Forward:
+    stage.model.eval()
+    return Forward(stage, TINY)
+
+
 @pytest.fixture
-def joint(parts):
+def joint(parts) -> Forward:
     stage = stage_of(parts, "align", "joint")
     with torch.no_grad():  # a gate that chooses, where the one of the seed is nearly even
         for parameter in stage.model.routing.gate.parameters():
             parameter.mul_(4)
-    return stage
+    return forward_of(stage)
 
 
 def images(*shape):
@@ -71,8 +77,8 @@ def test_velocity_is_that_of_the_layers(parts, stage, phase, task, shift):
     prompts = [editing_prompt(said, 16) for said in EDITS] if edits else [generation_prompt(said) for said in CAPTIONS]
     batch = batch_of(prompts, 2 if edits else 1)
     terms = Program(built.layers, built.inputs, list(built.terms))(batch)
-    model = built.model.eval()
-    latents = model.tokenizer.encode(batch["images"][:, 0]) * model.latent_scale
+    model = forward_of(built)
+    latents = model.encode(batch["images"][:, 0]) * built.latent_scale
     timestep = timesteps(batch["timestep_draw"], shift)
     noisy = noisy_latents(latents, batch["latent_noise"], timestep)
     captions, keep = model.condition(batch["tokens"], batch["keep"], batch["images"][:, 1] if edits else None)
@@ -86,7 +92,7 @@ def test_velocity_is_that_of_the_layers(parts, stage, phase, task, shift):
 
 
 def test_prompts_are_drawn_alike_together_and_alone(joint):
-    model, noise, pictures = joint.model.eval(), seeded_noise(TINY.latent_shape, [0, 1]), images(2)
+    model, noise, pictures = joint, seeded_noise(TINY.latent_shape, [0, 1]), images(2)
     together = generate(model, CAPTIONS, noise, SAMPLING)
     edited = edit(model, pictures, EDITS, noise, SAMPLING)
     for place in range(2):
@@ -98,7 +104,7 @@ def test_prompts_are_drawn_alike_together_and_alone(joint):
 
 
 def test_an_edit_depends_on_the_picture_under_any_guidance(joint):
-    model, noise = joint.model.eval(), seeded_noise(TINY.latent_shape, [0])
+    model, noise = joint, seeded_noise(TINY.latent_shape, [0])
     for guidance in (0.0, 2.5):  # at 0 the bare branch alone is drawn, which keeps the picture
         sampling = replace(SAMPLING, guidance=guidance)
         one, other = (edit(model, picture, EDITS[:1], noise, sampling) for picture in images(2).split(1))
@@ -109,22 +115,23 @@ def test_an_edit_depends_on_the_picture_under_any_guidance(joint):
 
 
 def test_an_altered_router_changes_the_picture(joint):
-    model, noise = joint.model.eval(), seeded_noise(TINY.latent_shape, [0])
+    model, noise = joint, seeded_noise(TINY.latent_shape, [0])
     before = generate(model, CAPTIONS[:1], noise, SAMPLING)
     with torch.no_grad():
-        model.routing.gate[2].bias.copy_(torch.tensor([4.0, 0, 0, -4]))
+        model.stage.model.get_parameter("routing.gate.2.bias").copy_(torch.tensor([4.0, 0, 0, -4]))
     assert (generate(model, CAPTIONS[:1], noise, SAMPLING) - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("pictured", [False, True], ids=["words", "picture"])
 def test_routes_sum_to_one_and_are_those_that_draw(joint, pictured):
-    model, source = joint.model.eval(), images(1) if pictured else None
+    model, source = joint, images(1) if pictured else None
+    routing: Any = model.stage.model.get_submodule("routing")
     prompt = editing_prompt(EDITS[0], 16) if pictured else generation_prompt(CAPTIONS[0])
     used = []
-    inner = model.routing.weights
-    model.routing.weights = lambda states: used.append(inner(states)) or used[-1]
+    inner = routing.weights
+    routing.weights = lambda states: used.append(inner(states)) or used[-1]
     model.condition(*padded([prompt]), source)
-    del model.routing.weights
+    del routing.weights
     routes = route(model, prompt, source)
     assert routes.layers == (2, 4, 6, 8)
     assert routes.weights.shape == (len(prompt.tokens) + 16, 4)
@@ -135,7 +142,7 @@ def test_routes_sum_to_one_and_are_those_that_draw(joint, pictured):
 
 
 def test_routes_are_shown_word_by_word_and_as_grids(joint):
-    routes = route(joint.model.eval(), generation_prompt(CAPTIONS[0]))
+    routes = route(joint, generation_prompt(CAPTIONS[0]))
     lines = routes_table(routes).splitlines()
     assert [line.split()[0] for line in lines[1:-2]] == ["<bos>", "draw", ":", *CAPTIONS[0].split(), "<img>"]
     red = [float(number) for number in lines[5].split()[1:]]
@@ -153,6 +160,6 @@ def test_routes_are_shown_word_by_word_and_as_grids(joint):
 
 @pytest.mark.parametrize(("kind", "states"), [("uniform", 4), ("last_layer", 1)])
 def test_routes_of_the_ablations(parts, kind, states):
-    routes = route(stage_of(parts, "align", "joint", kind).model.eval(), generation_prompt(CAPTIONS[0]))
+    routes = route(forward_of(stage_of(parts, "align", "joint", kind)), generation_prompt(CAPTIONS[0]))
     assert torch.equal(routes.weights, torch.full((len(routes.weights), states), 1 / states))
     assert routes_picture(routes).width > 200

@@ -1,33 +1,48 @@
 """Pictures of any size through tiles, and PSNR."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
+from parallel.program import Apply, Layer
+from spar_scale.data.spec import SampleSpec
 from spar_scale.inference.pictures import image_psnr
 from spar_scale.inference.pipeline import reconstruct_image
+from spar_scale.models.presets import PRESETS
 from spar_scale.objectives.quality import psnr
+from spar_scale.stages import Stage
+from spar_scale.stages.forward import Forward
+
+
+def forward_of(change: Callable[[Tensor], Tensor]) -> Forward:
+    """The forward of a stage whose latents are images, and whose decoder is `change`."""
+    layers: list[Layer] = [
+        Apply(torch.clone, ("images",), "tokenizer_latent"),
+        Apply(change, ("decoder_input",), "reconstruction"),
+    ]
+    stage = Stage(nn.Identity(), layers, ("images",), {}, {}, SampleSpec(task="images", image_size=32))
+    return Forward(stage, PRESETS["tiny"])
 
 
 class Identity:
     """Hands the images back, and remembers the tiles it saw."""
 
     def __init__(self):
-        self.seen = []
+        self.seen: list[Tensor] = []
 
-    def reconstruct(self, images):
+    def __call__(self, images: Tensor) -> Tensor:
         self.seen.append(images)
         return images
 
 
-class TopLeft:
-    """Paints each tile with its own top-left pixel, so that tiles put in the wrong place are seen."""
-
-    def reconstruct(self, images):
-        return images[:, :, :1, :1].expand_as(images)
+def top_left(images: Tensor) -> Tensor:
+    """Paint each tile with its own top-left pixel, so that tiles put in the wrong place are seen."""
+    return images[:, :, :1, :1].expand_as(images)
 
 
 def picture(width, height):
@@ -37,21 +52,21 @@ def picture(width, height):
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 65), (70, 40), (5, 3), (64, 31)])
 def test_any_size_comes_back_as_it_went_in(size):
-    model, image = Identity(), picture(*size)
-    assert np.array_equal(np.array(reconstruct_image(model, image, 32, batch=2)), np.array(image))
-    assert all(tiles.shape[1:] == (3, 32, 32) and len(tiles) <= 2 for tiles in model.seen)
+    decoder, image = Identity(), picture(*size)
+    assert np.array_equal(np.array(reconstruct_image(forward_of(decoder), image, 32, batch=2)), np.array(image))
+    assert decoder.seen and all(tiles.shape[1:] == (3, 32, 32) and len(tiles) <= 2 for tiles in decoder.seen)
 
 
 def test_tiles_stay_in_their_place():
     image = picture(12, 8)
     expected = np.array(image)[::4, ::4].repeat(4, axis=0).repeat(4, axis=1)
-    assert np.array_equal(np.array(reconstruct_image(TopLeft(), image, 4)), expected)
+    assert np.array_equal(np.array(reconstruct_image(forward_of(top_left), image, 4)), expected)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_other_modes_become_rgb(mode):
     image = picture(10, 10).convert(mode)
-    result = reconstruct_image(Identity(), image, 8)
+    result = reconstruct_image(forward_of(Identity()), image, 8)
     assert result.mode == "RGB" and np.array_equal(np.array(result), np.array(image.convert("RGB")))
 
 

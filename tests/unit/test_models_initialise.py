@@ -1,14 +1,15 @@
 """Initial weights depend on module name and seed only."""
 
+from typing import Any
+
 import pytest
 import torch
-from spar_scale.models.tokenizer import UnifiedTokenizer
 from torch import nn
 
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import PRESETS
 
-TINY = PRESETS["tiny"]
+TINY: Any = PRESETS["tiny"]
 
 
 class TwoParts(nn.Module):
@@ -24,9 +25,13 @@ class Unknown(nn.Module):
         self.scale = nn.Parameter(torch.randn(3))
 
 
+def new_tokenizer() -> nn.Module:
+    return TINY.tokenizer.build(TINY.vision, TINY.autoencoder, pixel_encoder=True)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
-    model = UnifiedTokenizer(TINY)
+    model = new_tokenizer()
     initialise(model, seed=0)
     return model
 
@@ -55,7 +60,7 @@ def test_the_seed_changes_random_weights_and_the_global_generator_stays():
 
 def test_two_builds_of_the_tokenizer_are_equal_whatever_the_global_generator(tokenizer):
     torch.manual_seed(99)
-    again = UnifiedTokenizer(TINY)
+    again = new_tokenizer()
     initialise(again, seed=0)
     for (name, weight), other in zip(tokenizer.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(weight, other), name

@@ -12,19 +12,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from spar_scale.models.autoencoder import build_autoencoder
-from spar_scale.models.conditioning import QueryEmbeddings, Rotary, sampled_hidden_states
-from spar_scale.models.connector import Connector
-from spar_scale.models.diffusion import AlignmentHead, Diffusion
-from spar_scale.models.mllm import build_mllm, mllm_config
-from spar_scale.models.routing import TokenRouting
-from spar_scale.models.tokenizer import UnifiedTokenizer
+from torch import Tensor
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
+from parallel.errors import UserError
+from parallel.program import Layer, Subprogram
 from spar_scale.models.initialise import initialise
-from spar_scale.models.presets import PRESETS
-from spar_scale.stages.parts import load_mllm
+from spar_scale.models.internvl.language import Rotary
+from spar_scale.models.internvl.model import build_mllm, mllm_config
+from spar_scale.models.presets import PRESETS, Preset, resized
+from spar_scale.models.published import PretrainedPart
+from spar_scale.models.spar.model import SPAR
 
 LARGE = ("spar_1b", "spar_3b")
 QWEN_VOCABULARY = 151936  # of Qwen2.5; InternVL3 cut it to its 151674 words
@@ -55,27 +54,30 @@ def preset(request):
 @pytest.fixture(scope="module")
 def parts(preset) -> dict[str, Any]:
     """Every part of the preset, on the meta device."""
-    width, shape, diffusion = preset.streams.width, preset.conditioning, preset.diffusion
+    language, diffusion = preset.language, preset.diffusion
     with torch.device("meta"):
-        mllm, tokenizer = build_mllm(preset), UnifiedTokenizer(preset, initial_encoder=True)
-        language: Any = mllm.model.language_model
+        mllm = build_mllm(preset.vision, language)
+        tokenizer = preset.tokenizer.build(preset.vision, preset.autoencoder, pixel_encoder=True, initial_encoder=True)
+        transformer = diffusion.build()
+        spar = SPAR(preset.conditioning, language, diffusion, mllm, tokenizer, transformer, aligned=True)
         return {
+            "spar": spar,
             "mllm": mllm,
             "vision": mllm.model.vision_tower,
             "projector": mllm.model.multi_modal_projector,
-            "language": language,
+            "language": mllm.model.language_model,
             "head": mllm.lm_head,
             "tokenizer": tokenizer,
             "pixel_layers": tokenizer.pixel_stream.layers,
             "residual_blocks": torch.nn.ModuleList([tokenizer.semantic_stream.blocks, tokenizer.pixel_stream.blocks]),
             "latent_heads": torch.nn.ModuleList([tokenizer.semantic_stream.head, tokenizer.pixel_stream.head]),
             "fusion": tokenizer.fusion,
-            "autoencoder": build_autoencoder(preset),
-            "queries": QueryEmbeddings(shape.num_queries, width),
-            "routing": TokenRouting(width, preset.language.layers, shape.sampled_states),
-            "connector": Connector(language.config, shape.connector_layers, diffusion.caption_channels),
-            "diffusion": Diffusion(diffusion),
-            "alignment_head": AlignmentHead(diffusion.width, diffusion.align_hidden, width),
+            "autoencoder": preset.autoencoder.build(),
+            "queries": spar.queries,
+            "routing": spar.routing,
+            "connector": spar.connector,
+            "diffusion": transformer,
+            "alignment_head": spar.alignment_head,
         }
 
 
@@ -89,7 +91,7 @@ def linear(inputs, outputs):
 
 def decoder_layer(preset):
     """Qwen2: biases on queries, keys and values alone; three matrices of the SwiGLU; two RMS norms."""
-    width, shape = preset.streams.width, preset.language
+    width, shape = preset.language.width, preset.language
     key_value = width // shape.heads * shape.key_value_heads
     attention = linear(width, width) + 2 * linear(width, key_value) + width * width
     return attention + 3 * width * shape.mlp_width + 2 * width
@@ -98,7 +100,7 @@ def decoder_layer(preset):
 def expected(preset):
     """Parameters of each part but the autoencoder, from the shapes."""
     vision, language, diffusion = preset.vision, preset.language, preset.diffusion
-    width, channels, image = preset.streams.width, preset.autoencoder.latent_channels, vision.width
+    width, channels, image = preset.language.width, preset.autoencoder.latent_channels, vision.width
     patches = (vision.image_size // vision.patch_size) ** 2
     block = 4 * image + 4 * linear(image, image) + linear(image, vision.mlp_width) + linear(vision.mlp_width, image)
     folded = image * 4  # 2 x 2 patches
@@ -152,7 +154,7 @@ def test_counts_agree_with_published_ones(preset, parts):
 
 
 def test_the_language_model_is_qwens_with_fewer_words(preset, parts):
-    missing = (QWEN_VOCABULARY - preset.language.vocab_size) * preset.streams.width
+    missing = (QWEN_VOCABULARY - preset.language.vocab_size) * preset.language.width
     assert count(parts["language"]) == QWEN_PARAMETERS[preset.name] - missing
     assert parts["head"].weight is not parts["language"].embed_tokens.weight
 
@@ -162,23 +164,37 @@ def test_nothing_is_allocated(parts):
         assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {"meta"}
 
 
+def shapes_of(layers: list[Layer], *wanted: str, **slots: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Run layers on the meta device; return the shapes of the wanted slots."""
+    found = Subprogram(layers, wanted)({name: slot.to("meta") for name, slot in slots.items()})
+    return tuple(tuple(found[name].shape) for name in wanted)
+
+
 def test_the_parts_read_what_the_parts_before_them_write(preset, parts):
     """448 pixels to 16 x 16 latents, decoded at 512 pixels and resized; 1024 captions read by 256 tokens."""
-    with torch.device("meta"):
-        latents = parts["tokenizer"].encode(torch.rand(1, 3, 448, 448))
-        assert latents.shape == (1, *preset.latent_shape) == (1, 32, 16, 16)
-        assert parts["autoencoder"].decoder(latents).shape == (1, 3, 512, 512)
-        assert parts["tokenizer"].decode(latents).shape == (1, 3, 448, 448)
-        prefix, keep = torch.rand(1, preset.conditioning.max_words, preset.streams.width), torch.ones(1, 1024)
-        sampled = parts["routing"].sampled
-        before, states = sampled_hidden_states(
-            parts["language"], prefix, parts["queries"](1), keep[:, : prefix.shape[1]], sampled
-        )
-        captions = parts["connector"](parts["routing"](torch.cat([before, states], dim=2)), keep)
-        assert captions.shape == (1, 1024, 2304) and len(sampled) == 4
-        velocity, tapped = parts["diffusion"](latents, torch.rand(1), captions, keep, tap=6)
-        assert velocity.shape == latents.shape
-        assert parts["alignment_head"](tapped).shape == (1, preset.vision.tokens, preset.streams.width)
+    tokenizer, spar, width = parts["tokenizer"], parts["spar"], preset.language.width
+    latent = (1, *preset.latent_shape)
+    assert latent == (1, 32, 16, 16)
+    seen = [*preset.vision.feature_layers(tokenizer, frozen=True), *preset.tokenizer.latent_layers(tokenizer)]
+    images, latents = torch.rand(1, 3, 448, 448), torch.rand(latent)
+    assert shapes_of(seen, "features", "tokenizer_latent", images=images) == ((1, 256, width), latent)
+    assert parts["autoencoder"].decoder(latents.to("meta")).shape == (1, 3, 512, 512)
+    drawn = preset.autoencoder.reconstruction_layers(tokenizer.decoder, preset.image_size)
+    assert shapes_of(drawn, "reconstruction", decoder_input=latents) == ((1, 3, 448, 448),)
+    conditioned = preset.conditioning.conditioning_layers(spar, preset.language, illustrated=False)
+    tokens, keep = torch.ones(1, preset.conditioning.max_words, dtype=torch.int64), torch.ones(1, 768)
+    captions, routed, whole = shapes_of(
+        conditioned, "captions", "routing_weights", "caption_keep", tokens=tokens, keep=keep
+    )
+    assert captions == (1, 1024, 2304) and routed == (1, 1024, 4) and whole == (1, 1024)
+    velocity = preset.diffusion.velocity_layers(parts["diffusion"])
+    predicted, tapped = shapes_of(
+        velocity, "velocity", "image_tokens", noisy_latent=latents, timestep=torch.rand(1),
+        captions=torch.rand(captions), caption_keep=torch.ones(whole),
+    )  # fmt: skip
+    assert predicted == latent
+    aligned = parts["alignment_head"](torch.rand(tapped, device="meta"))
+    assert aligned.shape == (1, preset.vision.tokens, width)
 
 
 def test_what_the_counts_cannot_see_is_as_published(preset):
@@ -186,7 +202,7 @@ def test_what_the_counts_cannot_see_is_as_published(preset):
     config = preset.autoencoder.config()
     assert (config["downsample_block_type"], config["upsample_block_type"]) == ("Conv", "interpolate")
     assert (config["attention_head_dim"], config["scaling_factor"]) == (32, 0.41407)
-    model = mllm_config(preset)
+    model = mllm_config(preset.vision, preset.language)
     assert isinstance(model.text_config, Qwen2Config)
     assert (model.image_token_id, model.image_seq_length, model.tie_word_embeddings) == (151667, 256, False)
     heads = (model.text_config.num_attention_heads, model.text_config.num_key_value_heads)
@@ -203,21 +219,23 @@ def test_the_published_rotary_scaling_changes_nothing_below_its_limit():
     """The config as InternVL3 publishes it; transformers' class at the same positions, bit for bit."""
     scaling: Any = {"rope_theta": 1e6, "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}}
     published = Qwen2Config(hidden_size=128, num_attention_heads=2, max_position_embeddings=2048, **scaling)
-    language = replace(PRESETS["tiny"].language, heads=2, max_positions=2048, rope_theta=1e6, rope_factor=2.0)
-    ours = mllm_config(replace(PRESETS["tiny"], language=language)).text_config
+    sizes = {"heads": 2, "max_positions": 2048, "rope_theta": 1e6, "rope_factor": 2.0}
+    preset: Any = resized(PRESETS["tiny"], name="scaled", language=sizes)
+    ours = mllm_config(preset.vision, preset.language).text_config
     for config in (published, ours):
         assert isinstance(config, Qwen2Config)
         assert dict(config.rope_parameters or {}).items() >= {"rope_type": "dynamic", "factor": 2.0}.items()
         hidden, whole = torch.zeros(1), torch.arange(2049)[None]
         rotary, scaled = Rotary(config), Qwen2RotaryEmbedding(config)
-        for mine, its in zip(rotary(hidden, whole[:, :2048]), scaled(hidden, whole[:, :2048]), strict=True):
+        for mine, its in zip(rotary(whole[:, :2048]), scaled(hidden, whole[:, :2048]), strict=True):
             assert torch.equal(mine, its)
-        assert not torch.equal(rotary(hidden, whole)[0], scaled(hidden, whole)[0])  # one position more
+        assert not torch.equal(rotary(whole)[0], scaled(hidden, whole)[0])  # one position more
 
 
 def test_a_directory_as_internvl_publishes_it_loads(tmp_path):
     """The published config.json has `rope_scaling` and no word on tied embeddings; its head is its own matrix."""
-    model = build_mllm(PRESETS["tiny"])
+    preset: Any = PRESETS["tiny"]
+    model = build_mllm(preset.vision, preset.language)
     initialise(model, seed=0)
     model.save_pretrained(str(tmp_path))
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
@@ -230,11 +248,10 @@ def test_a_directory_as_internvl_publishes_it_loads(tmp_path):
     scaling = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
     config["text_config"] |= {"rope_theta": 1e4, "rope_scaling": scaling}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded = load_mllm(tmp_path, PRESETS["tiny"])
+    loaded: Any = preset.language.load(PretrainedPart("mllm", tmp_path, "tiny"), preset.vision)
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight), name
-    language: Any = loaded.model.language_model
-    assert language.config.rope_parameters["rope_type"] == "dynamic"
+    assert loaded.model.language_model.config.rope_parameters["rope_type"] == "dynamic"
 
 
 def test_another_rotary_scaling_is_refused():
@@ -250,9 +267,10 @@ def test_another_rotary_scaling_is_refused():
         ("vision.image_size", 512, "vision.image_size = 512 must equal image_size = 448"),
         ("vision.patch_size", 15, "vision.pixels_per_token = 30.0 must divide vision.image_size = 448"),
         ("vision.heads", 15, "vision.heads = 15 must divide vision.width = 1024"),
-        ("streams.pixel_heads", 15, "streams.pixel_heads = 15 must divide streams.width = 896"),
-        ("streams.pixel_heads", 0, "streams.pixel_heads = 0 must divide streams.width = 896"),
-        ("language.heads", 12, "language.heads = 12 must divide streams.width = 896"),
+        ("vision.output_width", 1536, "vision.output_width = 1536 must equal language.width = 896"),
+        ("tokenizer.pixel_heads", 15, "tokenizer.pixel_heads = 15 must divide vision.output_width = 896"),
+        ("tokenizer.pixel_heads", 0, "tokenizer.pixel_heads = 0 must divide vision.output_width = 896"),
+        ("language.heads", 12, "language.heads = 12 must divide language.width = 896"),
         ("language.key_value_heads", 4, "language.key_value_heads = 4 must divide language.heads = 14"),
         ("language.image_token_id", 151674, "language.image_token_id = 151674 must be below language.vocab_size"),
         ("language.max_positions", 1281, "longest_sequence = 1282 must be at most language.max_positions = 1281"),
@@ -271,3 +289,15 @@ def test_shapes_that_cannot_work_together_are_refused(field, value, said):
     with pytest.raises(ValueError) as refusal:
         replace(preset, **changed)
     assert str(refusal.value).startswith(f"preset 'spar_1b': {said}")
+
+
+def test_a_role_that_is_absent_is_named_where_it_is_used_and_breaks_no_rule():
+    """A preset of a vision encoder and a tokenizer alone; rules between roles that are there still hold."""
+    tiny: Any = PRESETS["tiny"]
+    preset = Preset(name="half", image_size=32, vision=tiny.vision, tokenizer=tiny.tokenizer)
+    assert set(preset.members) == {"vision", "tokenizer"}
+    with pytest.raises(UserError, match=r"^model\.preset: 'half' has no language, which this phase or command needs$"):
+        _ = preset.language.width
+    assert resized(preset, name="other", vision={"layers": 2}).vision == replace(tiny.vision, layers=2)
+    with pytest.raises(ValueError, match=r"preset 'half': tokenizer\.pixel_heads = 3 must divide vision\.output_width"):
+        replace(preset, tokenizer=replace(tiny.tokenizer, pixel_heads=3))

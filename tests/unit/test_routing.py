@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from spar_scale.models.routing import TokenRouting, sampled_states
 
 from spar_scale.models.initialise import initialise
+from spar_scale.models.spar.routing import TokenRouting, sampled_states
 
 
 def built(**options) -> TokenRouting:
@@ -51,7 +51,7 @@ def test_routed_tokens_by_hand():
     # alpha = (2, 4): 1.5 H_1 + 1 H_2 = (3.5, 4.5); LN -> (-1, 1); W_p = [[1, 2], [3, 4]], b = (10, 20).
     routing = TokenRouting(width=2, num_layers=2, num_states=2, temperature=2.0)
     silu = 1 / (1 + math.exp(-1))
-    weights = {
+    values = {
         "gate.0.weight": [[0.5, 7.0]],
         "gate.0.bias": [0.0],
         "gate.2.weight": [[2 * math.log(3) / silu], [0.0]],
@@ -62,10 +62,11 @@ def test_routed_tokens_by_hand():
         "projection.weight": [[1.0, 2.0], [3.0, 4.0]],
         "projection.bias": [10.0, 20.0],
     }
-    routing.load_state_dict({name: torch.tensor(value) for name, value in weights.items()}, strict=True)
+    routing.load_state_dict({name: torch.tensor(value) for name, value in values.items()}, strict=True)
     hidden = torch.tensor([[[[1.0, 3.0]], [[2.0, 0.0]]]])  # (B, K, N, D)
-    torch.testing.assert_close(routing.weights(hidden), torch.tensor([[[0.75, 0.25]]]))
-    torch.testing.assert_close(routing(hidden), torch.tensor([[[11.0, 21.0]]]), rtol=1e-4, atol=0)
+    routed, weights = routing(hidden)
+    torch.testing.assert_close(weights, torch.tensor([[[0.75, 0.25]]]))
+    torch.testing.assert_close(routed, torch.tensor([[[11.0, 21.0]]]), rtol=1e-4, atol=0)
 
 
 def test_weights_sum_to_one_per_token_and_differ_between_tokens():
@@ -83,7 +84,7 @@ def test_a_low_temperature_sharpens_the_choice():
 def test_every_parameter_of_each_kind_is_trained():
     for kind in ("dynamic", "uniform", "last_layer"):
         routing = built(kind=kind)
-        routing(states(len(routing.sampled))).square().sum().backward()
+        routing(states(len(routing.sampled)))[0].square().sum().backward()
         for name, parameter in routing.named_parameters():
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, (kind, name)
 
@@ -92,15 +93,17 @@ def test_uniform_is_the_mean_of_all_states():
     routing, hidden = built(kind="uniform"), states()
     assert routing.sampled == (2, 4, 6, 8) and routing.gate is None
     expected = routing.projection(routing.norm(hidden.mean(dim=1)))
-    torch.testing.assert_close(routing(hidden), expected)
-    assert (routing.weights(hidden) == 0.25).all()
+    routed, weights = routing(hidden)
+    torch.testing.assert_close(routed, expected)
+    assert (weights == 0.25).all()
 
 
 def test_last_layer_reads_hidden_state_l_alone():
     routing, hidden = built(kind="last_layer"), states(1)
     assert routing.sampled == (8,) and routing.gate is None
-    torch.testing.assert_close(routing(hidden), routing.projection(routing.norm(hidden[:, 0])))
-    assert (routing.weights(hidden) == 1).all()
+    routed, weights = routing(hidden)
+    torch.testing.assert_close(routed, routing.projection(routing.norm(hidden[:, 0])))
+    assert (weights == 1).all()
 
 
 def test_scales_start_at_one_and_the_published_size_is_right():

@@ -4,36 +4,50 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from spar_scale.models.autoencoder import build_autoencoder, latent_scale
-from spar_scale.models.tokenizer import Streams, UnifiedTokenizer
-from spar_scale.stages.bootstrap import save_autoencoder
-from spar_scale.stages.tokenizer_files import load_tokenizer, save_tokenizer
 from tiny_parts import make_parts
-from torch import Tensor
+from tiny_runs import phase_values
+from torch import Tensor, nn
 
 from parallel.errors import UserError
+from parallel.program import Subprogram
+from spar_scale.config.recipe import Recipe
+from spar_scale.models.dc_ae import latent_scale
+from spar_scale.models.dual_stream import Streams
 from spar_scale.models.initialise import initialise
+from spar_scale.models.internvl import save_mllm
 from spar_scale.models.presets import PRESETS
-from spar_scale.stages.parts import load_autoencoder, load_diffusion, load_mllm
+from spar_scale.models.published import PretrainedPart
+from spar_scale.stages import build
 
-TINY = PRESETS["tiny"]
+TINY: Any = PRESETS["tiny"]
 STREAMS = ("dual", "semantic", "pixel")
 TEACHERS = ("pixel_encoder.", "initial_encoder.")
+LOADERS: dict[str, Callable[[PretrainedPart], Any]] = {
+    "mllm": lambda part: TINY.language.load(part, TINY.vision),
+    "diffusion": TINY.diffusion.load,
+    "pixel_autoencoder": TINY.autoencoder.load,
+}
 
 
 def pictures(number: int = 6) -> Tensor:
     return torch.rand(number, 3, 32, 32, generator=torch.Generator().manual_seed(4))
 
 
-def tokenizer_of(streams: Streams = "dual", teachers: bool = True) -> UnifiedTokenizer:
-    model = UnifiedTokenizer(TINY, streams, pixel_encoder=teachers, initial_encoder=teachers)
+def tokenizer_of(streams: Streams = "dual") -> Any:
+    model = TINY.tokenizer.build(TINY.vision, TINY.autoencoder, streams, pixel_encoder=True, initial_encoder=True)
     initialise(model, seed=2)
     return model.eval()
+
+
+def load_tokenizer(directory: Path) -> tuple[Any, float]:
+    return TINY.tokenizer.load(PretrainedPart("tokenizer", directory, "tiny"), TINY.vision, TINY.autoencoder)
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +65,37 @@ def part(parts, tmp_path):
     return copy
 
 
+def encode(model: nn.Module, images: Tensor) -> Tensor:
+    layers = [*TINY.vision.feature_layers(model, frozen=True), *TINY.tokenizer.latent_layers(model)]
+    return Subprogram(layers, ("tokenizer_latent",))({"images": images})["tokenizer_latent"]
+
+
 @pytest.mark.parametrize("streams", STREAMS)
 def test_a_tokenizer_comes_back_bit_by_bit_without_its_teachers(tmp_path, streams):
-    model, images = tokenizer_of(streams), pictures()
-    save_tokenizer(model, tmp_path / "part", images)
-    loaded, scale = load_tokenizer(tmp_path / "part", TINY)
+    model = tokenizer_of(streams)
+    TINY.tokenizer.save(model, tmp_path / "part", "tiny", 1.75, 6)
+    loaded, scale = load_tokenizer(tmp_path / "part")
     kept = {name: weight for name, weight in model.state_dict().items() if not name.startswith(TEACHERS)}
-    assert len(kept) < len(model.state_dict())
+    assert {name.split(".")[0] + "." for name in model.state_dict().keys() - kept.keys()} == set(TEACHERS)
     assert loaded.streams == streams and loaded.state_dict().keys() == kept.keys()
     assert all(torch.equal(weight, kept[name]) for name, weight in loaded.state_dict().items())
-    latents = torch.cat([model.encode(image[None]) for image in images]).double()
+    assert scale == 1.75
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+def test_a_phase_of_the_tokenizer_hands_on_the_scale_that_was_measured(parts, tmp_path, streams):
+    values = phase_values(tmp_path, "tokenizer/encoder", tmp_path, parts, model__streams=streams)
+    stage = build(Recipe.model_validate_json(json.dumps(values)))
+    stage.model.eval()
+    assert stage.export is not None and stage.export.calibrated
+    with pytest.raises(AssertionError):
+        stage.export.write(stage, tmp_path / "part", None)
+    assert not (tmp_path / "part").exists()
+    stage.export.write(stage, tmp_path / "part", pictures())
+    loaded, scale = load_tokenizer(tmp_path / "part")
+    own = stage.model.state_dict()
+    assert loaded.streams == streams and all(torch.equal(own[name], w) for name, w in loaded.state_dict().items())
+    latents = torch.cat([encode(loaded, image[None]) for image in pictures()]).double()
     deviation = ((latents - latents.mean()) ** 2).sum().div(latents.numel() - 1).sqrt()
     assert scale == pytest.approx(1 / deviation.item(), rel=1e-4) and abs(scale - 1) > 0.1
 
@@ -73,21 +108,28 @@ def test_the_scale_is_the_inverse_deviation_over_all_images_whatever_the_batches
 
 
 def test_an_autoencoder_hands_on_the_scale_that_was_measured(tmp_path):
-    model = build_autoencoder(TINY)
+    model = TINY.autoencoder.build()
     initialise(model, seed=3)
-    save_autoencoder(model, tmp_path, pictures())
-    loaded, scale = load_autoencoder(tmp_path, TINY)
+    TINY.autoencoder.save(model, tmp_path, pictures())
+    loaded, scale = LOADERS["pixel_autoencoder"](PretrainedPart("pixel_autoencoder", tmp_path, "tiny"))
     with torch.no_grad():
         latents = torch.cat([model.encoder(image[None] * 2 - 1) for image in pictures()])
     assert scale == pytest.approx(1 / latents.std().item(), rel=1e-4) and abs(scale - 1) > 0.1
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("given", ["no images", "another model"])
-def test_a_tokenizer_is_not_written_unmeasured_and_nothing_else_is(tmp_path, given):
-    model = tokenizer_of(teachers=False) if given == "no images" else build_autoencoder(TINY)
-    with pytest.raises(TypeError, match="a unified tokenizer and images"):
-        save_tokenizer(model, tmp_path / "part", None if given == "no images" else pictures())
+WRITERS = {
+    "UnifiedTokenizer": lambda model, directory: TINY.tokenizer.save(model, directory, "tiny", 1.0, 6),
+    "AutoencoderDC": lambda model, directory: TINY.autoencoder.save(model, directory, pictures()),
+    "Diffusion": TINY.diffusion.save,
+    "InternVLForConditionalGeneration": save_mllm,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_another_model_than_that_of_the_layout_is_not_written(tmp_path, kind):
+    with pytest.raises(TypeError, match=f"^expected {kind}, got Linear$"):
+        WRITERS[kind](nn.Linear(2, 2), tmp_path / "part")
     assert not (tmp_path / "part").exists()
 
 
@@ -150,7 +192,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_by_its_key(part, case):
     directory, (damage, message) = part("tokenizer"), TOKENIZER_DAMAGE[case]
     damage(directory)
     with pytest.raises(UserError, match=message) as refusal:
-        load_tokenizer(directory, TINY)
+        load_tokenizer(directory)
     assert str(refusal.value).startswith(f"model.pretrained.tokenizer: {directory}")
 
 
@@ -205,7 +247,6 @@ PARTS_DAMAGE = {
         "pixel_autoencoder", lambda d: edit_config(d, "scaling_factor", value=0), "has scaling_factor = 0",
     ),
 }  # fmt: skip
-LOADERS = {"mllm": load_mllm, "diffusion": load_diffusion, "pixel_autoencoder": load_autoencoder}
 
 
 @pytest.mark.parametrize("case", PARTS_DAMAGE)
@@ -214,5 +255,5 @@ def test_a_part_that_does_not_fit_is_refused_by_its_key(part, case):
     directory = part(name)
     damage(directory)
     with pytest.raises(UserError, match=message) as refusal:
-        LOADERS[name](directory, TINY)
+        LOADERS[name](PretrainedPart(name, directory, "tiny"))
     assert str(refusal.value).startswith(f"model.pretrained.{name}: ")

@@ -5,10 +5,8 @@ import logging
 
 import pytest
 import torch
-from spar_scale.models.autoencoder import build_autoencoder
-from spar_scale.models.tokenizer import UnifiedTokenizer
-from spar_scale.models.vision import features
-from spar_scale.stages.bootstrap import save_autoencoder
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC, Decoder
+from transformers import InternVLModel, Qwen2Config
 
 from parallel.program import Program, pack, run_layer, unpack
 from spar_scale.config.recipe import OptimizerConfig, Recipe
@@ -29,9 +27,9 @@ PARTS = {
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    model = build_autoencoder(PRESETS["tiny"])
+    model = TINY.autoencoder.build()
     initialise(model, seed=7)
-    save_autoencoder(model, directory := tmp_path_factory.mktemp("autoencoder"))
+    TINY.autoencoder.save(model, directory := tmp_path_factory.mktemp("autoencoder"))
     return directory
 
 
