@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,32 +13,27 @@ from tiny_runs import metrics
 from parallel.checkpoint.manifest import read_manifest
 from spar_scale.config.recipe import load_recipe
 from spar_scale.data.commands import index
-from spar_scale.models.presets import PRESETS
+from spar_scale.models.presets import PRESETS, resized
 from spar_scale.runs.curves import curve, distance
 from spar_scale.runs.parity import MUON
 from spar_scale.training.trainer import STATE_VERSION
 
 VERSION_1 = Path(__file__).parent / "version_1" / "run.tar.xz"
 CHECKPOINT, DONE, STEPS = "run/checkpoints/step-00000003", 3, 6
-_TINY = PRESETS["tiny"]
-PRESETS["pico"] = replace(  # a few thousand weights: the fixture holds them five times
-    _TINY,
+PRESETS["pico"] = resized(  # a few thousand weights: the fixture holds them five times
+    PRESETS["tiny"],
     name="pico",
-    vision=replace(_TINY.vision, width=8, layers=1, heads=2, mlp_width=8),
-    autoencoder=replace(
-        _TINY.autoencoder,
-        channels=(4, 4, 4, 4),
-        latent_channels=4,
-        encoder_layers=(0, 1, 1, 1),
-        decoder_layers=(0, 1, 1, 1),
-    ),
-    streams=replace(_TINY.streams, width=8, residual_blocks=1, pixel_layers=1, pixel_heads=2),
-    language=replace(_TINY.language, layers=4, heads=4, key_value_heads=2, mlp_width=8),
-    conditioning=replace(_TINY.conditioning, sampled_states=2, connector_layers=2),
-    diffusion=replace(
-        _TINY.diffusion, latent_channels=4, layers=4, heads=2, head_width=4, cross_heads=2, cross_head_width=4,
-        caption_channels=8, align_hidden=8,
-    ),
+    vision={"width": 8, "layers": 1, "heads": 2, "mlp_width": 8, "output_width": 8},
+    autoencoder={
+        "channels": (4, 4, 4, 4), "latent_channels": 4, "encoder_layers": (0, 1, 1, 1), "decoder_layers": (0, 1, 1, 1),
+    },
+    tokenizer={"residual_blocks": 1, "pixel_layers": 1, "pixel_heads": 2},
+    language={"width": 8, "layers": 4, "heads": 4, "key_value_heads": 2, "mlp_width": 8},
+    conditioning={"sampled_states": 2, "connector_layers": 2},
+    diffusion={
+        "latent_channels": 4, "layers": 4, "heads": 2, "head_width": 4, "cross_heads": 2, "cross_head_width": 4,
+        "caption_channels": 8, "align_hidden": 8,
+    },
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Stages: the list of layers against the model's own forward, frozen parts, parts read from disk."""
+"""Stages: the list of layers against the libraries' own forward, frozen parts, parts read from disk."""
 
 import json
 import logging
@@ -11,23 +11,21 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from safetensors.torch import load_file, save_file
-from spar_scale.models.tokenizer import UnifiedTokenizer
-from spar_scale.models.vision import vision_config
-from spar_scale.stages.bootstrap import save_autoencoder
 from tiny_parts import make_parts, parts_of
 from transformers import InternVLForConditionalGeneration, Qwen2Config
 
 from parallel.errors import UserError
 from parallel.program import Program, pack, run_layer, unpack
 from spar_scale.data.tasks import find_task
-from spar_scale.inference.pipeline import reconstruct
 from spar_scale.models.initialise import initialise
+from spar_scale.models.internvl.vision import vision_config
 from spar_scale.models.presets import PRESETS
 from spar_scale.objectives.reconstruction import gradient_difference, mean_squared_error
 from spar_scale.phases import declared
 from spar_scale.stages import build
+from spar_scale.stages.forward import Forward
 
-TINY = PRESETS["tiny"]
+TINY: Any = PRESETS["tiny"]
 
 
 def recipe_of(stage, phase, run_dir=".", pretrained=None, preset="tiny", **objective) -> Any:
@@ -47,7 +45,7 @@ def published(tmp_path_factory):
     directory = tmp_path_factory.mktemp("published")
     stage = build(recipe_of("bootstrap", "autoencoder"))
     initialise(stage.model, seed=7)
-    save_autoencoder(stage.model, directory)
+    TINY.autoencoder.save(stage.model, directory)
     return directory
 
 
@@ -60,11 +58,6 @@ def parts(tmp_path_factory):
 def stage(request, parts):
     name, phase = request.param
     return build(recipe_of(name, phase, pretrained=parts_of(name, phase, parts)))
-
-
-def tokenizer_of(stage) -> UnifiedTokenizer:
-    assert isinstance(stage.model, UnifiedTokenizer)
-    return stage.model
 
 
 def batch_of(stage, size=2, task=None):
@@ -92,12 +85,18 @@ USED_LATER = ("lm_head", "tokenizer.decoder")
 """Frozen parts that no layer holds: for answers, for pictures."""
 
 
-def test_layers_hold_the_models_parameters_and_none_twice(stage):
-    seen = [p for layer in stage.layers for p in layer.parameters()]
-    assert len({id(p) for p in seen}) == len(seen)
+def test_layers_hold_the_models_parameters_and_none_twice_but_the_frozen_language_models(stage):
+    """A layer of that stands for the prompt and, right behind, for the queries."""
+    places: dict[int, list[int]] = {}
+    for number, layer in enumerate(stage.layers):
+        for parameter in layer.parameters():
+            places.setdefault(id(parameter), []).append(number)
     own = {id(p): name for name, p in stage.model.named_parameters()}
-    assert {id(p) for p in seen} <= own.keys()
-    left = [name for key, name in own.items() if key not in {id(p) for p in seen}]
+    assert places.keys() <= own.keys()
+    for key, (first, *again) in places.items():
+        frozen = own[key].startswith("language_model.") and stage.group_of(own[key]) is None
+        assert not again or (frozen and again == [first + 1]), own[key]
+    left = [name for key, name in own.items() if key not in places]
     assert all(name.startswith(USED_LATER) and stage.group_of(name) is None for name in left), left
 
 
@@ -146,22 +145,28 @@ def test_every_boundary_can_be_cut_and_the_gradients_stay(stage):
                 assert distance <= 2e-6 * expected[name].norm(), (cut, name, distance)
 
 
-def test_the_tokenizers_layers_equal_its_own_forward(published):
+def test_the_tokenizers_layers_equal_the_libraries_around_the_streams(published):
     stage = build(recipe_of("tokenizer", "init", pretrained={"pixel_autoencoder": str(published)}))
-    model, generator = tokenizer_of(stage), torch.Generator().manual_seed(3)
+    model: Any = stage.model
     with torch.no_grad():  # away from the start, where the fusion is the identity
-        model.fusion.linear_2.weight.normal_(generator=generator)
+        model.fusion.linear_2.weight.normal_(generator=torch.Generator().manual_seed(3))
     batch = batch_of(stage)
     terms = Program(stage.layers, stage.inputs, list(stage.terms))(batch)
     images = batch["images"]
-    reconstruction = model.decode(model.encode(images) + 0.1 * batch["latent_noise"])
-    assert torch.equal(terms[:, 0], mean_squared_error(reconstruction, images))
-    assert torch.equal(terms[:, 1], gradient_difference(reconstruction, images))
-    teacher = AutoencoderDC.from_pretrained(str(published), low_cpu_mem_usage=False).encoder(images * 2 - 1)
     tower = model.vision_tower(images.sub(torch.tensor([[0.485], [0.456], [0.406]])[..., None]).div(
         torch.tensor([[0.229], [0.224], [0.225]])[..., None])).last_hidden_state  # fmt: skip
-    shuffled = tower[:, 1:]  # nothing to fold: a patch is a token
-    pixel_latent = model.pixel_stream(model.projector(shuffled))
+    features = model.projector(tower[:, 1:])  # nothing to fold: a patch is a token
+    hidden = features
+    for layer in model.pixel_stream.layers:
+        hidden = layer(hidden)
+    pixel_latent = model.pixel_stream.head(model.pixel_stream.blocks(hidden))
+    fused = model.fusion(model.semantic_stream(features), pixel_latent)
+    latent = fused.transpose(1, 2).contiguous().view(2, 32, 4, 4)
+    autoencoder = AutoencoderDC.from_pretrained(str(published), low_cpu_mem_usage=False)
+    (decoded,) = autoencoder.decode(latent + 0.1 * batch["latent_noise"], return_dict=False)
+    assert torch.equal(terms[:, 0], mean_squared_error((decoded + 1) / 2, images))
+    assert torch.equal(terms[:, 1], gradient_difference((decoded + 1) / 2, images))
+    teacher = autoencoder.encoder(images * 2 - 1)
     expected = (pixel_latent.transpose(1, 2).view(2, 32, 4, 4) - teacher).square().mean((1, 2, 3))
     torch.testing.assert_close(terms[:, 2], expected, rtol=1e-5, atol=0)
 
@@ -182,7 +187,8 @@ def test_lambda_p_zero_leaves_the_teacher_out(published):
     given = {"pixel_autoencoder": str(published)}
     stage = build(recipe_of("tokenizer", "init", pretrained=given, pixel_alignment_weight=0))
     assert "pixel_alignment" not in stage.terms
-    assert "PixelTeacher" not in [type(layer).__name__ for layer in stage.layers]
+    assert not hasattr(stage.model, "pixel_encoder")
+    assert not any("teacher_latent" in layer.writes for layer in stage.layers)
 
 
 def test_the_published_layout_round_trips_strictly(published, tmp_path):
@@ -197,7 +203,9 @@ def test_the_published_layout_round_trips_strictly(published, tmp_path):
     images = torch.rand(2, 3, 32, 32)
     (decoded,) = first.decode(first.encode(images * 2 - 1, return_dict=False)[0], return_dict=False)
     expected = ((decoded + 1) / 2).clamp(0, 1)
-    assert torch.equal(reconstruct(first, images), expected)
+    trained = build(recipe_of("bootstrap", "autoencoder"))
+    trained.model.load_state_dict(first.state_dict())
+    assert torch.equal(Forward(trained, TINY).reconstruct(images), expected)
 
 
 def test_relative_directories_start_at_the_run_directory(published):
@@ -213,7 +221,7 @@ def test_a_vision_tower_that_is_not_given_is_said_and_one_that_is_given_is_used(
     assert [r.message for r in caplog.records] == [
         "model.pretrained.mllm is not given: the part is initialised from seed 0 and stays frozen"
     ]
-    config = vision_config(TINY)
+    config = vision_config(TINY.vision)
     config.text_config = Qwen2Config(
         hidden_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=8,
         vocab_size=8,
@@ -224,9 +232,9 @@ def test_a_vision_tower_that_is_not_given_is_said_and_one_that_is_given_is_used(
     stage = build(recipe_of("tokenizer", "init", pretrained={**given, "mllm": str(tmp_path / "mllm")}))
     assert not caplog.records
     for name, weight in mllm.model.vision_tower.state_dict().items():
-        assert torch.equal(tokenizer_of(stage).vision_tower.state_dict()[name], weight), name
+        assert torch.equal(stage.model.get_parameter(f"vision_tower.{name}"), weight), name
     for name, weight in mllm.model.multi_modal_projector.state_dict().items():
-        assert torch.equal(tokenizer_of(stage).projector.state_dict()[name], weight), name
+        assert torch.equal(stage.model.get_parameter(f"projector.{name}"), weight), name
     _edit_config(tmp_path / "mllm", lambda c: c["vision_config"].update(num_hidden_layers=5))
     with pytest.raises(UserError, match=r"model\.pretrained\.mllm: .*num_hidden_layers = 5, preset 'tiny' needs 4"):
         build(recipe_of("tokenizer", "init", pretrained={**given, "mllm": str(tmp_path / "mllm")}))

@@ -22,13 +22,11 @@ MUON = {"name": "muon", "muon_lr": 0.015, "lr": 1.5e-3, "warmup_steps": 5, "clip
 
 def learn(rank: int, world: int, folder: str) -> dict[str, Any]:
     """Train three phases and measure each; the diffusion transformer reads a language model from the seed."""
-    from spar_scale.models.mllm import own_features
-
     from spar_scale.data.shapes_world import World
     from spar_scale.data.shards import make_world
     from spar_scale.evaluation.held_out import difference, held_out_terms
     from spar_scale.evaluation.understanding import answers_right, held_out_questions
-    from spar_scale.training.export import trained_model
+    from spar_scale.training.export import trained_forward
 
     root = Path(folder)
     data, parts = root / "data", make_parts(root / "parts")
@@ -51,12 +49,9 @@ def learn(rank: int, world: int, folder: str) -> dict[str, Any]:
         32,
         data__sources=[{"name": "questions", "shards": str(data / "scenes-*.tar")}],
     )
-    mllm: Any = trained_model(mllm_run)[0]
+    mllm, _ = trained_forward(mllm_run)
     questions = held_out_questions(str(data / "heldout-*.tar"), HELD_OUT, 32)
-    seen, blind = (
-        answers_right(mllm.model.language_model, mllm.lm_head, features, questions)
-        for features in (own_features(mllm), None)
-    )
+    seen, blind = (answers_right(mllm, features, questions) for features in (mllm.features, None))
     measured["questions"] = (float(seen.mean()), float(blind.mean()), difference(seen, blind))
     held_out = str(data / "heldout-*.tar")
     diffusion = run("diffusion", "bootstrap/diffusion", DIFFUSION_STEPS, 32)
