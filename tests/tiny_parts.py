@@ -24,12 +24,13 @@ def make_parts(folder: Path, preset: Preset = TINY) -> dict[str, str]:
     The diffusion model's output is not zero.
     """
     generator = torch.Generator().manual_seed(11)
+    tokenizer: Any = preset.tokenizer
     images = torch.rand(16, 3, preset.image_size, preset.image_size, generator=generator)
     directories = {name: folder / name for name in ("mllm", "pixel_autoencoder", "tokenizer", "diffusion")}
     models: dict[str, Any] = {
         "mllm": build_mllm(preset.vision, preset.language),
         "pixel_autoencoder": preset.autoencoder.build(),
-        "tokenizer": preset.tokenizer.build(preset.vision, preset.autoencoder),
+        "tokenizer": tokenizer.build(preset.vision, preset.autoencoder),
         "diffusion": preset.diffusion.build(),
     }
     for seed, model in enumerate(models.values(), start=20):
@@ -41,7 +42,7 @@ def make_parts(folder: Path, preset: Preset = TINY) -> dict[str, str]:
     build_tokenizer().save_pretrained(str(directories["mllm"]))
     preset.autoencoder.save(models["pixel_autoencoder"], directories["pixel_autoencoder"], images)
     scale = latent_scale(lambda part: encode(models["tokenizer"], preset, part), images)
-    preset.tokenizer.save(models["tokenizer"], directories["tokenizer"], preset.name, scale, len(images))
+    tokenizer.save(models["tokenizer"], directories["tokenizer"], preset.name, scale, len(images))
     preset.diffusion.save(models["diffusion"], directories["diffusion"])
     return {name: str(directory) for name, directory in directories.items()}
 

@@ -134,7 +134,8 @@ def tokenizer_stage(
     def save(stage: Stage, directory: Path, images: Tensor | None) -> None:
         from spar_scale.stages.forward import Forward
 
-        assert images is not None
+        if images is None:
+            raise TypeError("images are needed, on which the scale of the latents is measured")
         scale = latent_scale(Forward(stage, preset).encode, images)
         tokenizer.save(stage.model, directory, preset.name, scale, len(images))
 

@@ -33,7 +33,7 @@ from spar_scale.stages import build
 from spar_scale.stages.bootstrap_mllm import NUM_TOKENS, NamePatches
 from spar_scale.stages.forward import Forward
 
-TINY = PRESETS["tiny"]
+TINY: Any = PRESETS["tiny"]
 
 
 def new_stage() -> Any:
@@ -286,7 +286,7 @@ def test_within_spar_the_language_model_answers_as_the_librarys_generate(tmp_pat
     with torch.no_grad():
         for parameter in spar.language_model.parameters():
             parameter.mul_(2)
-    whole = InternVLForConditionalGeneration(mllm_config(TINY.vision, TINY.language)).eval()
+    whole: Any = InternVLForConditionalGeneration(mllm_config(TINY.vision, TINY.language)).eval()
     whole.model.language_model.load_state_dict(spar.language_model.state_dict())
     whole.lm_head.load_state_dict(spar.lm_head.state_dict())
     whole.model.vision_tower.load_state_dict(spar.tokenizer.vision_tower.state_dict())

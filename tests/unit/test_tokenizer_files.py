@@ -88,7 +88,7 @@ def test_a_phase_of_the_tokenizer_hands_on_the_scale_that_was_measured(parts, tm
     stage = build(Recipe.model_validate_json(json.dumps(values)))
     stage.model.eval()
     assert stage.export is not None and stage.export.calibrated
-    with pytest.raises(AssertionError):
+    with pytest.raises(TypeError, match="images are needed"):
         stage.export.write(stage, tmp_path / "part", None)
     assert not (tmp_path / "part").exists()
     stage.export.write(stage, tmp_path / "part", pictures())
