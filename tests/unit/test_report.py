@@ -94,8 +94,8 @@ def test_prompts_keep_their_order_and_the_verdict_is_said_in_words(root: Path):
         < grid.index("two blue squares")
     )
     assert re.search(r"a red circle ✓ right", grid)
-    assert re.search(r"alert\(1\).* ✗ wrong judge saw red square", grid)
-    assert grid.index("never showed") < grid.index("two blue squares")
+    assert re.search(r"alert\(1\).* ✗ wrong judge found red square", grid)
+    assert grid.index("contents held out of training") < grid.index("two blue squares")
     edits = text[text.index("Edits Not curated") : text.index("Questions The first")]
     assert "make it blue ✓ exact scene" in edits
     assert "add a red circle ✓ right objects ✗ not exact 9.88 dB" in edits
@@ -107,7 +107,7 @@ def test_what_was_trained(root: Path):
     assert page.row("tokenizer init") == ["tokenizer init", "1", "5", "33", "1 min 15 s", "0.457", "streams and fusion"]
     assert page.row("instruct")[1:6] == ["3", "4", ABSENT, ABSENT, f"flow 0.500, align {MINUS}0.900"]
     assert page.row("all")[2:4] == ["9", "1,234"]
-    assert "2 phases, 9 steps, 1,234 core-seconds; 2 min 10 s for all of it" in page.text
+    assert "2 phases, 9 steps, 1,234 core-seconds; 2 min 10 s in total" in page.text
     assert "Data: 4 core-seconds, in the sum." in page.text
     assert "Evaluation: 61 core-seconds, not in the sum." in page.text
     labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
