@@ -50,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "torch" not in sys.modules:
             raise
-        from spar_scale.data.loader import is_lost_worker, lost_worker
+        from spar_scale.data.loader import is_lost_worker, lost_worker_message
 
         if not is_lost_worker(error):
             raise
-        return _refuse(lost_worker(error), everywhere=False, place=place)
+        return _refuse(lost_worker_message(error), everywhere=False, place=place)
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -105,7 +105,7 @@ def test_what_cannot_be_used_is_left_out_and_named(folder: Path, tmp_path: Path,
     for line in (
         "left out, outside of the folder: 2 (link.png, text.txt)",
         "left out, no text: 1 (alone.png)",
-        "left out, its text is no UTF-8: 1 (latin.png)",
+        "left out, its text is not UTF-8: 1 (latin.png)",
         "left out, unreadable image: 1 (cut.png (not a readable image",
         "left out, duplicate key: 1 (a.webp (as a.png))",
     ):
@@ -207,7 +207,7 @@ def test_pictures_with_transparent_pixels_are_counted_and_shrunk_over_white(fold
     for name, opacity in (("clear", 0), ("opaque", 255)):
         Image.new("RGBA", (40, 40), (9, 9, 9, opacity)).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text("a red circle")
-    assert "pictures with transparency, laid over white: 1\n" in import_folder(folder, tmp_path / "out", size=10)
+    assert "pictures with transparency, composited over white: 1\n" in import_folder(folder, tmp_path / "out", size=10)
     found = members(tmp_path / "out")
     for name, expected in (("clear", 255), ("opaque", 9)):
         assert Image.open(io.BytesIO(found[name]["png"])).getextrema() == ((expected, expected),) * 3
@@ -237,7 +237,7 @@ def test_larger_pictures_are_shrunk_where_asked_for(folder: Path, tmp_path: Path
 def test_unknown_words_are_counted_with_the_nearest_known(folder: Path, tmp_path: Path):
     (folder / "a.txt").write_text("a red circel")
     said = import_folder(folder, tmp_path / "out", check_words=True)
-    assert "words that the miniature does not know: 1" in said
+    assert "words outside the miniature's vocabulary: 1" in said
     assert "'circel' in 1; did you mean 'circle'?" in said
 
 

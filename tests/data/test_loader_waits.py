@@ -30,14 +30,14 @@ def load(shards: Path, steps: int = STEPS, **given) -> Loader:
 def release(monkeypatch) -> Callable[[], object]:
     """Micro-step 2 hangs in a read in its worker, until the function that this returns is called."""
     read_end, write_end = os.pipe()
-    read = loader._MicroBatches.load
+    read = loader._MicroBatchDataset.load
 
     def hanging(dataset, micro_step: int):
         if micro_step == 2:
             os.read(read_end, 1)
         return read(dataset, micro_step)
 
-    monkeypatch.setattr(loader._MicroBatches, "load", hanging)
+    monkeypatch.setattr(loader._MicroBatchDataset, "load", hanging)
     monkeypatch.setattr(loader, "POLL_S", 0.05)
     return lambda: os.write(write_end, b"x")
 
@@ -62,14 +62,14 @@ def begin(loading: Loader) -> tuple[Iterator[Batch], int]:
 def test_a_batch_that_does_not_fit_into_shared_memory_is_refused_at_once(
     tiny_world, monkeypatch, limit: int, value: int, cause: str, advice: str
 ):
-    read = loader._MicroBatches.load
+    read = loader._MicroBatchDataset.load
 
     def limited(dataset, micro_step: int):
         batch = read(dataset, micro_step)
         resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
         return batch
 
-    monkeypatch.setattr(loader._MicroBatches, "load", limited)
+    monkeypatch.setattr(loader._MicroBatchDataset, "load", limited)
     with pytest.raises(UserError) as refusal:
         list(load(tiny_world, timeout_s=5))
     message = str(refusal.value)

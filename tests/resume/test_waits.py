@@ -37,7 +37,7 @@ def train_and_hang(values: dict[str, Any], micro_step: int) -> int:
     """Train; the worker hangs in this micro-step, and in the wait for it SIGTERM comes. Returns the exit code."""
     from spar_scale.data import loader
 
-    read, next_batch, (empty, _) = loader._MicroBatches.load, loader.Loader._next, os.pipe()
+    read, next_batch, (empty, _) = loader._MicroBatchDataset.load, loader.Loader._next, os.pipe()
 
     def hanging_read(self: Any, number: int) -> Any:
         if number == micro_step:
@@ -49,13 +49,13 @@ def train_and_hang(values: dict[str, Any], micro_step: int) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
         return next_batch(self, batches, number)
 
-    loader._MicroBatches.load, loader.Loader._next = hanging_read, signalled  # type: ignore[method-assign]
+    loader._MicroBatchDataset.load, loader.Loader._next = hanging_read, signalled  # type: ignore[method-assign]
     try:
         train_all(0, 1, [values])
     except SystemExit as ended:
         return int(ended.code or 0)
     finally:
-        loader._MicroBatches.load, loader.Loader._next = read, next_batch  # type: ignore[method-assign]
+        loader._MicroBatchDataset.load, loader.Loader._next = read, next_batch  # type: ignore[method-assign]
     return 0
 
 

@@ -193,7 +193,7 @@ REFUSALS: list[tuple[str, Callable[[Recipe, Path], Recipe], str]] = [
     ("bootstrap/mllm", _tensor_that_divides_nothing, "parallel.tensor: found 7"),
     ("bootstrap/mllm", _source_of_no_task, "data.sources: 'questionss' is no task of this phase"),
     ("align/connector", _nothing_encoded, "encoded/manifest.json; run `spar-scale data encode RECIPE"),
-    ("align/connector", _encoded_otherwise, "was made of other things (precision bf16 there, fp32 here"),
+    ("align/connector", _encoded_otherwise, "was made from other inputs (precision: found bf16, expected fp32"),
 ]
 
 

@@ -244,7 +244,7 @@ def test_damaged_scores_are_refused_before_anything_is_measured(untrained, conte
         evaluate.evaluate(untrained)
     message = str(refusal.value)
     assert message.startswith(f"{untrained}/scores.json: ") and "\n" not in message
-    assert message.endswith(f"; remove it, then `spar-scale evaluate {untrained}` writes a new one")
+    assert message.endswith(f"; remove it and run `spar-scale evaluate {untrained}` to write a new one")
 
 
 @pytest.mark.parametrize("name", ["file", "fifo", "file/below", "/dev/null"])

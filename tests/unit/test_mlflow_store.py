@@ -197,7 +197,7 @@ def test_damaged_scores_are_refused_by_name_and_not_as_a_fault_of_mlflow(
         sync(root)
     assert str(refusal.value).startswith(f"{scores}: ") and "MLflow" not in str(refusal.value)
     assert str(refusal.value).endswith(
-        f"; remove it, then `spar-scale evaluate {shlex.quote(str(root))}` writes a new one"
+        f"; remove it and run `spar-scale evaluate {shlex.quote(str(root))}` to write a new one"
     )
 
 
