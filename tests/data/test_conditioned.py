@@ -168,7 +168,7 @@ def without(members: dict[str, bytes], *names: str) -> dict[str, bytes]:
 LONGEST = " ".join(["a"] * 6)  # with <bos>, draw, : and <img> ten tokens
 BAD = {
     "unknown words": ("generation", {**GENERATION, "json": said(["a mauve circle"])}, "unknown words: 'mauve'"),
-    "too long": ("generation", {**GENERATION, "json": said([f"{LONGEST} a"])}, "11 tokens; at most 10 are read"),
+    "too long": ("generation", {**GENERATION, "json": said([f"{LONGEST} a"])}, "11 tokens; the maximum is 10"),
     "captions are one text": (
         "generation",
         {**GENERATION, "json": said("a red circle")},
@@ -210,7 +210,7 @@ BAD = {
     ),
     "edit: empty txt": ("editing", {**EDITING, "txt": b"\n"}, "its txt is empty"),
     "edit: unknown words": ("editing", {**EDITING, "txt": b"make it mauve"}, "unknown words: 'it'"),
-    "edit: too long": ("editing", {**EDITING, "txt": f"{LONGEST} a".encode()}, "15 tokens; at most 14 are read"),
+    "edit: too long": ("editing", {**EDITING, "txt": f"{LONGEST} a".encode()}, "15 tokens; the maximum is 14"),
     "edit: a mark": ("editing", {**EDITING, "txt": b"make <IMG_CONTEXT> blue"}, "unknown words: '<IMG_CONTEXT>'"),
     "edit: no target": ("editing", without(EDITING, "output.png"), "no member output.png|output.jpg|"),
     "edit: no picture": ("editing", without(EDITING, "input.png"), "no member input.png|input.jpg|"),

@@ -103,7 +103,7 @@ def test_what_cannot_be_used_is_left_out_and_named(folder: Path, tmp_path: Path,
     said = import_folder(folder, tmp_path / "out")
     assert list(members(tmp_path / "out")) == ["a", "b%2Fa", "z%201"]
     for line in (
-        "left out, outside of the folder: 2 (link.png, text.txt)",
+        "left out, outside the folder: 2 (link.png, text.txt)",
         "left out, no text: 1 (alone.png)",
         "left out, its text is not UTF-8: 1 (latin.png)",
         "left out, unreadable image: 1 (cut.png (not a readable image",
@@ -119,7 +119,7 @@ def test_a_table_reaches_no_file_outside(folder: Path, tmp_path: Path, picture):
     (folder / "captions.csv").write_text("\n".join(rows))
     said = import_folder(folder, tmp_path / "out")
     assert (
-        f"left out, outside of the folder: 2 (../secret.png, {printable(f'{tmp_path}/secret.png', NAME_CHARACTERS)})"
+        f"left out, outside the folder: 2 (../secret.png, {printable(f'{tmp_path}/secret.png', NAME_CHARACTERS)})"
         in said
     )
     assert "left out, no such file: 1 (none.png)" in said and list(members(tmp_path / "out")) == ["a"]
@@ -280,7 +280,7 @@ def test_an_out_that_holds_something_is_refused(folder: Path, tmp_path: Path, ca
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()
     assert main(["data", "import", str(folder), "--out", str(tmp_path / "out")]) == 2
-    assert "out: is there and not empty" in capsys.readouterr().err
+    assert "out: already exists and is not empty" in capsys.readouterr().err
     (tmp_path / "out" / "x").unlink()
     assert main(["data", "import", str(folder), "--out", str(tmp_path / "out")]) == 0
     assert main(["data", "import", str(tmp_path / "none"), "--out", str(tmp_path / "new")]) == 2

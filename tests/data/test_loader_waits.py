@@ -82,7 +82,7 @@ def test_a_worker_that_does_not_answer_is_named_with_what_it_must_load(tiny_worl
     with pytest.raises(UserError) as refusal:
         next(batches)
     message = str(refusal.value)
-    assert message.startswith(f"data.workers: found no batch after 1 s (guards.timeout_s): worker 0 of 1 (pid {pid})")
+    assert message.startswith(f"data.workers: no batch after 1 s (guards.timeout_s): worker 0 of 1 (pid {pid})")
     assert "samples 8 to 11 from " in message and "scenes-0" in message and "raise guards.timeout_s" in message
     with pytest.raises(ProcessLookupError):  # a worker that hangs is ended
         os.kill(pid, 0)

@@ -182,7 +182,7 @@ BAD = {
     "one text": ({"captions": "a red circle"}, "its captions are one text"),
     "a mark": ({"captions": ["a <eos> circle"]}, "unknown words: '<eos>'"),
     "unknown word": ({"captions": ["a mauve circle"]}, "unknown words: 'mauve'"),
-    "too long": ({"captions": ["a " * 90]}, r"112 tokens; at most 30"),
+    "too long": ({"captions": ["a " * 90]}, r"112 tokens; the maximum is 30"),
 }
 
 

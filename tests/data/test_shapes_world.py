@@ -194,10 +194,10 @@ def test_a_look_that_is_kept_away_is_neither_shown_nor_named_in_training():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"shapes": ["circle", "square", "crss"]}, "'crss' is no shape; did you mean 'cross'?"),
+        ({"shapes": ["circle", "square", "crss"]}, "'crss' is not a shape; did you mean 'cross'?"),
         ({"shapes": ["circle", "circle", "square"]}, "a shape is listed twice"),
         ({"shapes": ["circle", "square"]}, "at least 3 items"),
-        ({"unseen_looks": ["red cross"]}, "'red cross' is no look of this world"),
+        ({"unseen_looks": ["red cross"]}, "'red cross' is not a look of this world"),
         ({"unseen_looks": [f"{c} {s}" for c in COLORS for s in SHAPES[:2]]}, "12 of 18 looks; at most half"),
         ({"unseen": 0.6}, "less than or equal to 0.5"),
     ],

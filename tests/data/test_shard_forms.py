@@ -207,7 +207,7 @@ BEHIND = {
         ONE + bytes(END) + MORE[:1100] + b"\xff" + MORE[1101:],
         f"is truncated or damaged at byte {2048 + 1024} of",
     ),
-    "a key again": (ONE + bytes(END) + MORE + tar_of(["a.png"]), "key 'a' comes back after another key"),
+    "a key again": (ONE + bytes(END) + MORE + tar_of(["a.png"]), "key 'a' reappears after another key"),
     "one zero block at the end": (ONE + bytes(512), "a complete tar ends with two zero blocks"),
     "no zero block at the end": (ONE, "a complete tar ends with two zero blocks"),
     "one zero block between tars": (ONE + bytes(512) + MORE, "is truncated or damaged at byte 1024 of"),

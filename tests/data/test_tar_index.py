@@ -91,7 +91,7 @@ DAMAGED = {
     "cut between members": (WHOLE[:1536], "is truncated or damaged at byte 1536 of 1536; a complete tar ends with"),
     "damaged header": (WHOLE[:1600] + b"\xff" * 64 + WHOLE[1664:], "is truncated or damaged at byte 1536 of"),
     "repeated member": (tar_bytes("a.txt", "a.txt"), "member 'a.txt' appears twice"),
-    "returning key": (tar_bytes("a.txt", "b.txt", "a.png"), "key 'a' comes back after another key"),
+    "returning key": (tar_bytes("a.txt", "b.txt", "a.png"), "key 'a' reappears after another key"),
 }
 
 

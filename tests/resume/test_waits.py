@@ -120,7 +120,7 @@ def test_a_step_without_a_usable_sample_stops_all_ranks_and_is_not_saved(tmp_pat
     messages = run_world(2, refused, recipes, initialise=False)
     assert messages[0] == messages[1]
     for name, message in zip(("data", "pipeline"), messages[0], strict=False):
-        assert message.startswith("step 1: found none of its 2 samples usable")
+        assert message.startswith("step 1: none of its 2 samples could be used")
         assert f"{none}: 00" in message and "not a readable image" in message and "bad_samples.jsonl" in message
         (line,) = metrics(tmp_path / name)
         assert line["loss"] is None and set(line["terms"].values()) == {None}

@@ -158,7 +158,7 @@ def test_a_job_of_higher_rank_preempts_and_the_run_goes_on_after_it(jobs: Jobs, 
     jobs.restarted(job)
     jobs.slurm.wait(high, "COMPLETED")
     jobs.slurm.wait(job, "COMPLETED")
-    assert "was asked to stop by SIGUSR1 after step" in jobs.said("preempted")
+    assert "stops on SIGUSR1 after step" in jobs.said("preempted")
     check_lineage(jobs, "preempted", alone)
 
 

@@ -185,13 +185,13 @@ def test_other_shards_are_refused(folder, stored, source):
         if entry["name"] == source:
             entry["shards"] = entry["shards"].replace("*", "00001")
     recipe = Recipe.model_validate_json(json.dumps(values))
-    with pytest.raises(UserError, match=f"manifest.json is of other shards of source '{source}'; run"):
+    with pytest.raises(UserError, match=f"manifest.json was made from other shards of source '{source}'; run"):
         open_encoded(recipe, build(recipe))
 
 
 def test_what_a_recipe_augments_is_refused(folder):
     stage = build(recipe_of(folder))
-    with pytest.raises(UserError, match="source 'generation' is cropped, mirrored or worded anew whenever it is read"):
+    with pytest.raises(UserError, match="of source 'generation' is drawn again in every epoch"):
         open_encoded(recipe_of(folder), replace(stage, sample=replace(stage.sample, task="images")))
 
 
@@ -203,7 +203,7 @@ def test_a_phase_that_reads_nothing_of_it_is_refused(folder, tmp_path, capsys):
 
 
 def test_a_recipe_that_names_no_directory_is_refused(folder):
-    with pytest.raises(UserError, match=r"data\.encoded: not given; name the directory"):
+    with pytest.raises(UserError, match=r"data\.encoded: not set; give the directory"):
         encode(recipe_of(folder, data__encoded=None))
 
 

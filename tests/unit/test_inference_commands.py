@@ -287,4 +287,4 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path, runs, capsys):
     bare.mkdir()
     (bare / "recipe.yaml").write_bytes((Path(runs["align_joint"]) / "recipe.yaml").read_bytes())
     assert "holds no checkpoint yet" in refused(capsys, "generate", bare, "a circle", "-o", tmp_path / "out.png")
-    assert "no recipe.yaml in it" in refused(capsys, "generate", tmp_path, "a circle", "-o", tmp_path / "out.png")
+    assert "holds no recipe.yaml" in refused(capsys, "generate", tmp_path, "a circle", "-o", tmp_path / "out.png")
