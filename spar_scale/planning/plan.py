@@ -18,7 +18,7 @@ import torch
 from parallel.costs import layer_costs
 from parallel.errors import UserError
 from parallel.optimizers import OPTIMIZERS, WHOLE_MATRICES, whole_matrix_groups
-from parallel.planner import ASSUMPTIONS, Counted, LayoutEstimate, Machine, Work, estimate_layout
+from parallel.planner import ASSUMPTIONS, CountedProgram, LayoutEstimate, Machine, Work, estimate_layout
 from parallel.rehearsal import fake_world
 from parallel.tensor import apply_tensor_parallel
 from parallel.topology import Layout
@@ -78,7 +78,7 @@ def layouts(gpus: int, machine: Machine) -> Iterator[Layout]:
                 yield Layout(tensor, pipeline, zero)
 
 
-def count(recipe: Recipe, tensor: int) -> Counted:
+def count(recipe: Recipe, tensor: int) -> CountedProgram:
     """The recipe's stage under a tensor size: what its layers hold, and cost on a micro-batch."""
     with fake_world(tensor, 0) as group:
         stage = meta_stage(recipe)
@@ -96,8 +96,8 @@ def count(recipe: Recipe, tensor: int) -> Counted:
     weights = {name: Weight(p.numel(), None) for name, p in stage.model.named_parameters() if not p.requires_grad}
     for index, group in enumerate(groups):
         weights |= {names[id(parameter)]: Weight(parameter.numel(), index) for parameter in _laid_out(group)}
-    return Counted(
-        held=[frozenset(names[id(parameter)] for parameter in layer.parameters()) for layer in stage.layers],
+    return CountedProgram(
+        parameter_names=[frozenset(names[id(parameter)] for parameter in layer.parameters()) for layer in stage.layers],
         weights=weights,
         costs=costs,
         num_groups=len(groups),
@@ -114,7 +114,7 @@ def _laid_out(group: dict[str, Any]) -> list[Any]:
 
 
 def _estimate(
-    recipe: Recipe, layout: Layout, gpus: int, machine: Machine, counted: dict[int, Counted]
+    recipe: Recipe, layout: Layout, gpus: int, machine: Machine, counted: dict[int, CountedProgram]
 ) -> LayoutEstimate:
     size = layout.tensor * layout.pipeline
     data_size, parallel = gpus // size, recipe.parallel
@@ -143,10 +143,10 @@ def refuse(recipe: Recipe, layout: Layout, data_size: int) -> None:
         )
 
 
-def _flops(recipe: Recipe, counted: Counted, gpus: int) -> dict[str, int]:
+def _flops(recipe: Recipe, counted: CountedProgram, gpus: int) -> dict[str, int]:
     """Operations of a step by part, all samples together, most first."""
     found: defaultdict[str, int] = defaultdict(int)
-    for held, cost in zip(counted.held, counted.costs, strict=True):
+    for held, cost in zip(counted.parameter_names, counted.costs, strict=True):
         found[part_of(held)] += cost.flops * recipe.global_batch // recipe.parallel.micro_batch
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 

@@ -16,8 +16,8 @@ from parallel.errors import UserError
 from parallel.launch.world import start
 from parallel.optimizers import OPTIMIZERS
 from parallel.pipeline import stage_bounds
-from parallel.planner import Counted
-from parallel.rehearsal import fake_world, give_memory
+from parallel.planner import CountedProgram
+from parallel.rehearsal import fake_world, materialize
 from parallel.tensor import apply_tensor_parallel
 from parallel.topology import Layout, Topology
 from parallel.zero.engine import Engine, name_parameters
@@ -53,7 +53,7 @@ def rehearse(recipe: Recipe, gpus: int, rank: int) -> str:
         topology, stage = Topology(layout), meta_stage(recipe)
         with torch.device("meta"):
             apply_tensor_parallel(stage.model, stage.layers, PLAN, topology.tensor_group)
-        first, end = bounds[topology.stage]
+        first, end = bounds[topology.pipeline_stage]
         seconds = time.monotonic() - began
         kinds = state_bytes(counted.stage_weights(first, end), counted.num_groups, shape, topology.data_rank)
         held = f"layers {first}-{end - 1}, {_weights(stage, counted, first, end, rank):,} weights, as planned"
@@ -61,11 +61,11 @@ def rehearse(recipe: Recipe, gpus: int, rank: int) -> str:
         if sum(kinds.values()) <= ENGINE_BYTES:
             kept = _engine_keeps(recipe, stage, topology, counted, kinds)
     told = ", ".join(f"{kind} {size:,}" for kind, size in kinds.items())
-    where = f"tensor rank {topology.tensor_rank}, data rank {topology.data_rank}, stage {topology.stage}"
+    where = f"tensor rank {topology.tensor_rank}, data rank {topology.data_rank}, stage {topology.pipeline_stage}"
     return f"rank {rank} of {gpus} ({where}) built in {seconds:.1f} s: {held}\nbytes: {told}\n{kept}"
 
 
-def _weights(stage: Stage, counted: Counted, first: int, end: int, rank: int) -> int:
+def _weights(stage: Stage, counted: CountedProgram, first: int, end: int, rank: int) -> int:
     """The number of weights of the rank's layers; RuntimeError where the plan has another."""
     layers = torch.nn.ModuleList(stage.layers[first:end])
     built = sum(parameter.numel() for parameter in layers.parameters())
@@ -75,9 +75,11 @@ def _weights(stage: Stage, counted: Counted, first: int, end: int, rank: int) ->
     return built
 
 
-def _engine_keeps(recipe: Recipe, stage: Stage, topology: Topology, counted: Counted, planned: dict[str, int]) -> str:
+def _engine_keeps(
+    recipe: Recipe, stage: Stage, topology: Topology, counted: CountedProgram, planned: dict[str, int]
+) -> str:
     """Build the engine on weights without values; RuntimeError where it keeps other bytes than planned."""
-    give_memory(torch.nn.ModuleList([stage.model, *stage.layers]))
+    materialize(torch.nn.ModuleList([stage.model, *stage.layers]))
     name_parameters(stage.model)
     groups = parameter_groups(stage, recipe.optimizer)
     for group in groups:

@@ -65,7 +65,7 @@ class StepMetrics:
         terms = self._topology.sum(local if self._topology.reports_metrics else torch.zeros_like(local))
         norms = torch.stack([step.record.grad_norm for step in self._pending]).cpu()
         # Tensor-parallel and pipeline-parallel ranks share the samples of their data-parallel rank: count them once.
-        counts = self._topology.tensor_rank == 0 and self._topology.stage == 0
+        counts = self._topology.tensor_rank == 0 and self._topology.pipeline_stage == 0
         by_rank = self._topology.gather([(step.samples, step.bad) if counts else ([], []) for step in self._pending])
         now = time.monotonic()
         rate = len(self._pending) * self._global_batch / (now - self._since)

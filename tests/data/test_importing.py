@@ -261,7 +261,10 @@ REFUSED = {
     ),
     "not json": ({"captions.jsonl": b"{\n"}, r"holds no sample\n  left out, not valid JSON: 1 \(row 1 at line 1"),
     "not text": ({"captions.csv": b"image,caption\n\xff,x\n"}, "captions.csv: cannot be read"),
-    "two tables": ({"captions.csv": b"", "captions.jsonl": b""}, "holds captions.csv and captions.jsonl; one of them"),
+    "two tables": (
+        {"captions.csv": b"", "captions.jsonl": b""},
+        "holds captions.csv and captions.jsonl, expected one table",
+    ),
 }
 
 

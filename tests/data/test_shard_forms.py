@@ -195,7 +195,7 @@ def cut(tar: bytes) -> bytes:
 
 ONE, MORE = cut(tar_of(["a.txt"])), tar_of(["b.txt", "c.txt"])
 BEHIND = {
-    "text": (ONE + bytes(END) + b"hello", f"found bytes that are not a tar at byte 2048 of {2048 + 5}, behind"),
+    "text": (ONE + bytes(END) + b"hello", f"found bytes that are not a tar at byte 2048 of {2048 + 5}, after"),
     "text far behind": (ONE + bytes(3 << 20) + b"x", f"found bytes that are not a tar at byte {1024 + (3 << 20)} of"),
     "text in a block": (
         ONE + bytes(END + 100) + b"x" + bytes(999),

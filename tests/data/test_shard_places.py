@@ -105,7 +105,7 @@ def test_an_index_that_cannot_lie_beside_its_shard_names_the_variable(make_shard
     shard = long_name(make_shard, SAMPLES)
     assert refusal(index, [shard]) == (
         f"{shard}.index.npz: cannot be written (File name too long);"
-        " set SPAR_INDEX_DIR to a directory that can be written, then run the same command"
+        " set SPAR_INDEX_DIR to a writable directory, then run the same command"
     )
 
 
@@ -148,7 +148,7 @@ def test_an_old_index_beside_the_shard_gives_way_to_one_in_the_directory(make_sh
 
 def test_the_directory_must_be_a_local_one(make_shard, monkeypatch):
     monkeypatch.setenv("SPAR_INDEX_DIR", "s3://bucket/indexes")
-    message = "SPAR_INDEX_DIR: found s3://bucket/indexes, must be a local directory"
+    message = "SPAR_INDEX_DIR: found s3://bucket/indexes, expected a local directory"
     assert refusal(index, [make_shard(SAMPLES, indexed=False)]) == message
 
 
@@ -216,7 +216,7 @@ def test_a_server_without_ranges_is_refused_in_true_words(make_shard, serve, act
 def test_a_server_without_sizes_is_refused(make_shard, serve):
     url = f"{serve(NoSize)}/{Path(make_shard(SAMPLES)).name}"
     assert refusal(read_header, url) == (
-        f"{url}.index.npz: the server does not give the size of the file; copy the shards to a disk"
+        f"{url}.index.npz: the server does not report the size of the file; copy the shards to a disk"
     )
 
 
@@ -224,7 +224,10 @@ def test_a_shard_on_a_server_is_indexed_in_the_directory_and_read(make_shard, se
     shard = make_shard({"a": {"txt": b"one"}, "b": {"png": bytes(9 << 20)}, "c": {"txt": b"three"}}, indexed=False)
     url = f"{serve(Ranges)}/{Path(shard).name}"
     error = refusal(index, [url])
-    assert error.startswith(f"{url}.index.npz: cannot be written (") and "set SPAR_INDEX_DIR to a directory" in error
+    assert (
+        error.startswith(f"{url}.index.npz: cannot be written (")
+        and "set SPAR_INDEX_DIR to a writable directory" in error
+    )
     monkeypatch.setenv("SPAR_INDEX_DIR", str(tmp_path / "indexes"))
     index([url])
     assert read_index(url).keys == ("a", "b", "c")

@@ -117,7 +117,7 @@ def test_a_stale_index_is_refused_with_both_sizes(make_shard, change):
     shard.write_bytes(shard.read_bytes() + change if change else shard.read_bytes()[:-512])
     after = shard.stat().st_size
     expected = (
-        f"{shard}: holds {after} bytes, but its index was made for {before};"
+        f"{shard}: found {after} bytes, but its index was made for {before};"
         f" if the shard is right, run `spar-scale data index {shard}`"
     )
     assert refusal(read_header, str(shard)) == expected

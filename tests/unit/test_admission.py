@@ -191,9 +191,9 @@ REFUSALS: list[tuple[str, Callable[[Recipe, Path], Recipe], str]] = [
     ("bootstrap/mllm", _other_recipe_there, "holds a run of another recipe; it differs in seed"),
     ("bootstrap/mllm", _too_many_tensor_ranks, "parallel: found tensor 2 x pipeline 1 in a world of 1 process"),
     ("bootstrap/mllm", _tensor_that_divides_nothing, "parallel.tensor: found 7"),
-    ("bootstrap/mllm", _source_of_no_task, "data.sources: 'questionss' is no task of this phase"),
+    ("bootstrap/mllm", _source_of_no_task, "data.sources: 'questionss' is not a task of this phase"),
     ("align/connector", _nothing_encoded, "encoded/manifest.json; run `spar-scale data encode RECIPE"),
-    ("align/connector", _encoded_otherwise, "was made from other inputs (precision: found bf16, expected fp32"),
+    ("align/connector", _encoded_otherwise, "(precision: found bf16, expected fp32"),
 ]
 
 

@@ -147,17 +147,29 @@ def with_slot(stage: Stage) -> Stage:
 
 
 REFUSED = {
-    "language model": ({}, lambda s: disturb(s, "language_model"), r"weights of language_model \w{12}\.\.\. there"),
+    "language model": (
+        {},
+        lambda s: disturb(s, "language_model"),
+        r"weights of language_model: found \w{12}\.\.\., expected",
+    ),
     "tokenizer": (
         {},
         lambda s: disturb(s, "tokenizer.fusion"),
-        r"\(weights of tokenizer \w+\.\.\. there, \w+\.\.\. here\);",
+        r"\(weights of tokenizer: found \w+\.\.\., expected \w+\.\.\.\);",
     ),
-    "latent scale": ({}, with_constant, r"latent_scale [\d.]+ there, 7.5 here"),
-    "prompt length": ({}, lambda s: replace(s, sample=replace(s.sample, num_tokens=9)), "num_tokens 14 there, 9 here"),
-    "image size": ({}, lambda s: replace(s, sample=replace(s.sample, image_size=64)), "image_size 32 there, 64 here"),
-    "precision": ({"precision": "bf16"}, lambda s: s, "precision fp32 there, bf16 here"),
-    "slot": ({}, with_slot, "slot teacher nothing there, of the pictures here"),
+    "latent scale": ({}, with_constant, r"latent_scale: found [\d.]+, expected 7.5"),
+    "prompt length": (
+        {},
+        lambda s: replace(s, sample=replace(s.sample, num_tokens=9)),
+        "num_tokens: found 14, expected 9",
+    ),
+    "image size": (
+        {},
+        lambda s: replace(s, sample=replace(s.sample, image_size=64)),
+        "image_size: found 32, expected 64",
+    ),
+    "precision": ({"precision": "bf16"}, lambda s: s, "precision: found fp32, expected bf16"),
+    "slot": ({}, with_slot, "slot teacher: found nothing, expected of the pictures"),
     "elsewhere": ({"data__encoded": "../nowhere"}, lambda s: s, r"there is no \S+nowhere/manifest.json"),
 }
 
@@ -234,7 +246,7 @@ def test_files_of_other_weights_are_not_kept(folder, stored, tmp_path):
     manifest["made_of"]["weights of tokenizer"] = "0" * 64
     (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
     manifest["made_of"] = made_of_stage(recipe, build(recipe))
-    with pytest.raises(UserError, match="weights of tokenizer 000000000000"):
+    with pytest.raises(UserError, match="weights of tokenizer: found 000000000000"):
         open_encoded(recipe, build(recipe))
     (tmp_path / "old" / "generation-00000.safetensors").unlink()
     encode(recipe)

@@ -226,7 +226,7 @@ def test_a_checkpoint_that_another_process_holds_is_not_waited_for_without_end(
     monkeypatch.setattr(manifest, "LOCK_S", 0.2)
     with (found / "manifest.json").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=r"manifest\.json: found locked by another process for 0\.2 s"):
+        with pytest.raises(UserError, match=r"manifest\.json: locked by another process for 0\.2 s"):
             checkpoint.protect(found, by="a run")
     checkpoint.protect(found, by="a run")
     assert manifest.references(found) == ["a run"]
