@@ -164,7 +164,7 @@ def test_stored_slots_have_the_shapes_that_the_encoding_gives(tmp_path: Path):
 
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(
-        UserError, match=r"parallel\.pipeline: found 3; this phase is a list of 2 layers.*pipeline=2 is"
+        UserError, match=r"parallel\.pipeline: found 3, but this phase has 2 layers.*maximum is parallel\.pipeline=2"
     ):
         stage_bounds([1.0, 1.0], 3)
     assert stage_bounds([1.0, 1.0], 2) == [0, 1, 2]

@@ -53,6 +53,6 @@ def test_a_pipeline_has_a_layer_for_every_stage() -> None:
     with pytest.raises(UserError) as error:
         Layout(tensor=2, pipeline=6).check_layers(5, world=12)
     assert str(error.value) == (
-        "parallel.pipeline: found 6, but this phase has 5 layers, and every pipeline stage needs at least one; nearest that fit "
-        "12 process(es): parallel.tensor=2 parallel.pipeline=3 or parallel.tensor=2 parallel.pipeline=2"
+        "parallel.pipeline: found 6, but this phase has 5 layers, and every pipeline stage needs at least one; nearest "
+        "that fit 12 process(es): parallel.tensor=2 parallel.pipeline=3 or parallel.tensor=2 parallel.pipeline=2"
     )
