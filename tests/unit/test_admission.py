@@ -182,7 +182,7 @@ REFUSALS: list[tuple[str, Callable[[Recipe, Path], Recipe], str]] = [
     ("tokenizer/decoder", _parent_gone, "manifest.json: missing; this run started from that checkpoint: restore it"),
     ("tokenizer/decoder", _another_checkpoint_there, "is not the checkpoint that this run started from; restore it"),
     ("tokenizer/decoder", _damaged_parent, "init_from: every checkpoint is damaged"),
-    ("tokenizer/decoder", _parent_behind_a_link, "is behind a symbolic link, whose target has"),
+    ("tokenizer/decoder", _parent_behind_a_link, "is a symbolic link, and"),
     ("tokenizer/init", _part_gone, "before/pretrained; train the phase that writes it first"),
     ("tokenizer/init", _part_of_another_preset, "of shape"),
     ("tokenizer/init", _part_torn, ".safetensors cannot be read"),

@@ -254,7 +254,7 @@ def test_commands_refuse_an_out_that_is_no_directory_before_anything_is_trained(
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "fifo")
     recipe = Path(__file__).parents[2] / "recipes" / "smoke" / "bootstrap_autoencoder.yaml"
-    message = f"^--out: {tmp_path / name}: a file or device has the name of this directory; name another directory$"
+    message = f"^--out: {tmp_path / name}: a file or device has the name of this directory; give another directory$"
     with pytest.raises(UserError, match=message):
         ablation.ablate(tmp_path / name, "smoke", [0])
     with pytest.raises(UserError, match=message):

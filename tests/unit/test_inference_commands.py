@@ -198,7 +198,7 @@ def test_what_was_read_is_never_written_over(runs, photograph, tmp_path, capsys)
     for out in (photograph, tmp_path / "link.png"):
         for command, words in (("edit", ["a circle"]), ("reconstruct", [])):
             error = refused(capsys, command, runs["align_joint"], photograph, *words, "-o", out)
-            assert "is the picture to read; write to another file" in error
+            assert "is the input picture; write to another file" in error
     assert photograph.read_bytes() == before
 
 

@@ -117,19 +117,19 @@ def test_tensor_ranks_share_operations_and_weights_and_pay_with_traffic(counted:
 @pytest.mark.parametrize("layout", [{"zero": 2}, {"zero": 3, "tensor": 2}, {"tensor": 2, "pipeline": 2}])
 def test_the_engine_of_a_rehearsed_rank_keeps_what_was_planned(layout: dict[str, int]):
     told = rehearse(recipe(global_batch=64, data__task_block=64, parallel={"micro_batch": 1, **layout}), 64, 37)
-    assert f"engine: ZeRO {layout.get('zero', 1)} built on CPU tensors keeps the same" in told
+    assert f"engine: ZeRO {layout.get('zero', 1)} built on CPU tensors, has the planned" in told
 
 
 @pytest.mark.parametrize(("rank", "place"), [(0, (0, 0, 0)), (37, (1, 2, 1)), (511, (1, 15, 15))])
 def test_a_rehearsed_rank_of_a_large_world_is_where_and_what_was_planned(rank: int, place: tuple[int, int, int]):
     large = recipe(data__task_block=24, parallel={"micro_batch": 2, "tensor": 2, "pipeline": 16})
     told = rehearse(large, 512, rank)
-    assert "(tensor rank {}, data rank {}, stage {})".format(*place) in told and "as planned" in told
+    assert "(tensor rank {}, data rank {}, pipeline stage {})".format(*place) in told and "as planned" in told
 
 
 def test_a_rehearsal_that_differs_from_the_plan_is_an_error(monkeypatch: pytest.MonkeyPatch, counted: CountedProgram):
     monkeypatch.setattr(rehearsal, "count", lambda *_: counted)  # planned whole, built in halves
-    with pytest.raises(RuntimeError, match=r"rank 1 holds \d+ weights by rehearsal and \d+ by the plan"):
+    with pytest.raises(RuntimeError, match=r"rank 1 has \d+ weights in the rehearsal and \d+ in the plan"):
         rehearse(recipe(parallel={"micro_batch": 2, "tensor": 2}), 4, 1)
 
 

@@ -178,7 +178,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(name: str, tmp_pa
     root = make_root(tmp_path)
     (root / name).unlink()
     os.mkfifo(root / name)
-    with pytest.raises(UserError, match=f"^{root / name}: is no regular file; move it away"):
+    with pytest.raises(UserError, match=f"^{root / name}: is not a regular file; move it away"):
         write_report(root)
 
 
