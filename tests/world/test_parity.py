@@ -54,8 +54,8 @@ def say(folder: str, seed: int | None, words: list[str]) -> None:
 
     whole = Parity.recipe
 
-    def other(self: Parity, spread: ParityLayout, name: str):
-        return whole(self, spread, name).model_copy(update={"seed": seed} if spread.data > 1 else {})
+    def other(self: Parity, layout: ParityLayout, name: str):
+        return whole(self, layout, name).model_copy(update={"seed": seed} if layout.data > 1 else {})
 
     if seed is not None:
         Parity.recipe = other
