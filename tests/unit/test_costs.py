@@ -127,7 +127,7 @@ def test_a_cut_is_as_good_as_the_best_of_all_cuts():
     for length, runs in itertools.product(range(1, 8), range(1, 5)):
         weights = [draws.choice([0, 1, 2, 5, 9]) for _ in range(length)]
         if runs > length:
-            with pytest.raises(ValueError, match=f"{length} entries cannot be cut into {runs} runs"):
+            with pytest.raises(ValueError, match=f"{length} entries cannot be cut into {runs} non-empty runs"):
                 balanced_cut(weights, runs)
             continue
         heaviest = [
