@@ -160,7 +160,7 @@ def test_rows_share_the_runs_that_their_switches_do_not_reach(chain: Chain):
 
 
 def test_an_unknown_row_is_refused_with_the_nearest(tmp_path: Path):
-    with pytest.raises(UserError, match="--row: 'frozen encodr' is no row; did you mean 'frozen encoder'"):
+    with pytest.raises(UserError, match="--row: 'frozen encodr' is not a row; did you mean 'frozen encoder'"):
         ablate(tmp_path, "smoke", [0], ["frozen encodr"])
 
 

@@ -193,7 +193,7 @@ def test_a_chain_that_is_refused_half_way_is_cancelled(
     with pytest.raises(UserError, match="no such partition"):
         submit(Path("recipes/tiny"), tmp_path / "runs", [], dry_run=False)
     assert (tmp_path / "cancelled").read_text().split() == ["1", "2"]
-    assert "cancelled what was submitted before: 1, 2" in capsys.readouterr().err
+    assert "cancelled the jobs submitted before: 1, 2" in capsys.readouterr().err
 
 
 # -- preflight --------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def test_tensor_ranks_share_operations_and_weights_and_pay_with_traffic(counted:
 @pytest.mark.parametrize("layout", [{"zero": 2}, {"zero": 3, "tensor": 2}, {"tensor": 2, "pipeline": 2}])
 def test_the_engine_of_a_rehearsed_rank_keeps_what_was_planned(layout: dict[str, int]):
     told = rehearse(recipe(global_batch=64, data__task_block=64, parallel={"micro_batch": 1, **layout}), 64, 37)
-    assert f"engine: ZeRO {layout.get('zero', 1)} built on CPU tensors, has the planned" in told
+    assert f"engine: ZeRO {layout.get('zero', 1)}, built on CPU tensors, has the planned" in told
 
 
 @pytest.mark.parametrize(("rank", "place"), [(0, (0, 0, 0)), (37, (1, 2, 1)), (511, (1, 15, 15))])
