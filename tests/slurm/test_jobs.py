@@ -209,7 +209,7 @@ def test_a_run_that_gets_nowhere_stops(jobs: Jobs) -> None:
     (run_dir / "attempts.json").write_text(json.dumps(earlier))
     job = jobs.submit("stuck", "--nodes=1", "--exclude=node4", env=site)
     assert jobs.slurm.wait(job, "FAILED")["Restarts"] == "0"
-    assert "3 attempts have brought no new checkpoint (exit code 137)" in jobs.said("stuck")
+    assert "3 attempts made no new checkpoint (exit code 137)" in jobs.said("stuck")
 
 
 def test_the_whole_chain_from_one_command_to_the_report(slurm: Cluster, jobs: Jobs) -> None:
