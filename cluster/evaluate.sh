@@ -4,7 +4,7 @@
 #SBATCH --open-mode=append
 #SBATCH --nodes=1
 #SBATCH --requeue
-# Scores and report of the phases that lie in RUN_DIR; words behind the script are options of `spar-scale evaluate`.
+# Evaluate the phases in RUN_DIR and write the report; arguments of the script are options of `spar-scale evaluate`.
 set -euo pipefail
 source "${SPAR_HOME:-${SLURM_SUBMIT_DIR:-.}}/cluster/environment.sh"
 "$SPAR_PYTHON" -m spar_scale.cli evaluate "${RUN_DIR:-runs/tiny}" "$@"

@@ -4,7 +4,7 @@
 #SBATCH --open-mode=append
 #SBATCH --nodes=1
 #SBATCH --requeue
-# The miniature's data: the world that RECIPE describes, as shards in RUN_DIR.
+# Make the miniature's data: write the world of RECIPE as shards in RUN_DIR.
 set -euo pipefail
 source "${SPAR_HOME:-${SLURM_SUBMIT_DIR:-.}}/cluster/environment.sh"
 exec "$SPAR_PYTHON" -m spar_scale.cli data make "${RECIPE:-recipes/tiny/world.yaml}" --out "${RUN_DIR:-data/tiny}"

@@ -5,11 +5,11 @@
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@300
-# Stage 2: a phase of the alignment (align_connector, align_joint).
-# RECIPE and RUN_DIR in the environment choose what is trained and where; nodes, GPUs and time are options of sbatch;
-# words behind the script are laid over the recipe:
+# Training stage 2: a phase of the alignment (align_connector, align_joint).
+# The variables RECIPE and RUN_DIR select the recipe and the run directory; nodes, GPUs and time are options of sbatch;
+# arguments after the script are overrides of the recipe:
 #   RECIPE=recipes/spar_1b/align_joint.yaml sbatch --nodes=8 --gres=gpu:8 cluster/stage2_align.sh train.log_every=20
-# USR1 comes 300 s before the time limit, of which SLURM may be 30 s late: enough to end a step and save.
+# USR1 comes 300 s before the time limit, up to 30 s late: enough time to end a step and save.
 set -euo pipefail
 source "${SPAR_HOME:-${SLURM_SUBMIT_DIR:-.}}/cluster/environment.sh"
 exec "$SPAR_PYTHON" -m spar_scale.cli cluster job "${RECIPE:-recipes/spar_1b/align_joint.yaml}" ${RUN_DIR:+"run_dir=$RUN_DIR"} "$@"

@@ -1,1 +1,1 @@
-"""How training is spread over processes: knows torch and DeepSpeed, imports nothing of spar_scale."""
+"""Distributed training: process groups, parallelism, the engine and checkpoints. Imports nothing of spar_scale."""

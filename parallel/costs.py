@@ -1,14 +1,15 @@
-"""What each layer of a program costs, counted on the meta device: operations, activations, what crosses its edges.
+"""Count the costs of each layer of a program on the meta device: operations, saved activations, bytes at its edges.
 
-Every layer runs forward and backward on tensors that have shapes and no values, under torch's counters, so the
-same program costs the same on every machine and at every start: all ranks agree on a pipeline's cut, and a model of
-billions of parameters is counted in seconds without its memory. What is counted is what happens: a frozen layer that
-no gradient passes costs its forward, one that a gradient passes about twice that, one that trains three times.
-The price of counting rather than measuring: what is no product of matrices (norms, softmax, resizing) costs nothing.
+Every layer runs forward and backward on tensors with shapes but without values, under torch's counters. So a program
+has the same costs on every machine and at every start: all ranks compute the same pipeline cut, and a model of billions
+of parameters is counted in seconds without allocating it. The counts are those of the actual computation: a frozen
+layer costs its forward pass, about twice that if a gradient passes through it, and a trained layer three times.
+The trade-off of counting instead of measuring: everything except matrix products and convolutions (norms, softmax,
+resizing) costs nothing.
 
-Attention is counted as a fused kernel does it, which keeps no matrix of probabilities. Written by hand, because
-`FlopCounterMode` (torch 2.13) counts nothing for the one fused kernel that has shapes on `meta`, and the backward of a
-depthwise convolution as if each channel read all others.
+Attention is counted like a fused kernel, which stores no attention probabilities. The formulas are our own, because
+`FlopCounterMode` (torch 2.13) counts nothing for the only fused kernel that works on `meta`, and counts the backward
+pass of a depthwise convolution as if each channel read all others.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer on one micro-batch.
+    """The costs of one layer for one micro-batch.
 
-    `saved` are the bytes of each storage that its backward needs, by a key that layers share which save the
-    same one; `reduced_bytes` what its collectives over tensor ranks carry, both ways; `sent_bytes` and
-    `returned_bytes` what a pipeline cut behind it sends on, and gets back as gradients.
+    `saved` maps a storage that the backward pass needs to its bytes; layers that save the same storage have the same
+    key. `reduced_bytes` are those of its tensor-parallel collectives, forward and backward. `sent_bytes` and
+    `returned_bytes` are the slots and the gradients that cross a pipeline cut after this layer.
     """
 
     forward_flops: int
@@ -64,21 +65,21 @@ def layer_costs(
     dtype: torch.dtype = torch.float32,
     recompute: bool = False,
 ) -> list[LayerCost]:
-    """Count each layer on one micro-batch of `slots`, of which only shapes and dtypes are read.
+    """Count each layer on one micro-batch of `slots`, of which only shapes and dtypes are used.
 
-    `dtype` is that of the weights in the run. The layers stay as they are: copies without values are run.
+    `dtype` is that of the weights in the run. The layers are not changed: copies on the meta device are run.
     """
-    shadows = _without_values(layers, dtype)
-    weights = {_key(tensor) for tensor in (*shadows.parameters(), *shadows.buffers())}
+    copies = _meta_copies(layers, dtype)
+    weights = {_storage_key(tensor) for tensor in (*copies.parameters(), *copies.buffers())}
     edges, crossing = live_slots(layers, list(slots), terms), crossing_slots(layers, list(slots), terms)
     live = {name: torch.empty_like(slots[name], device="meta") for name in edges[0]}
-    alive: list[Any] = []  # a storage's key is its own only as long as it lives
-    costs, seen = [], dict(live)
-    for layer, keep, sent in zip(shadows, edges[1:], crossing[1:], strict=True):
-        cost, live = _layer_cost(layer, live, keep, recompute, weights, alive)
-        seen |= live
-        sent_bytes = sum(_bytes(seen[name]) for name in sent)
-        returned_bytes = sum(_bytes(seen[name]) for name in sent if seen[name].requires_grad)
+    alive: list[Any] = []  # keeps storages alive: the key of a freed storage (its address) may be used again
+    costs, latest = [], dict(live)
+    for layer, live_after, sent in zip(copies, edges[1:], crossing[1:], strict=True):
+        cost, live = _layer_cost(layer, live, live_after, recompute, weights, alive)
+        latest |= live
+        sent_bytes = sum(_bytes(latest[name]) for name in sent)
+        returned_bytes = sum(_bytes(latest[name]) for name in sent if latest[name].requires_grad)
         costs.append(replace(cost, sent_bytes=sent_bytes, returned_bytes=returned_bytes))
     return costs
 
@@ -87,33 +88,35 @@ def shapes_after(layers: Sequence[Layer], slots: Mapping[str, Tensor]) -> dict[s
     """Return all slots after the layers have run, on the meta device and without gradient."""
     live = {name: torch.empty_like(tensor, device="meta") for name, tensor in slots.items()}
     with torch.no_grad():
-        for layer in _without_values(layers, torch.float32):
+        for layer in _meta_copies(layers, torch.float32):
             live |= layer(**{name: live[name] for name in layer.reads})  # type: ignore[union-attr]
     return live
 
 
 def activation_bytes(costs: Iterable[LayerCost]) -> int:
-    """Bytes that the layers keep for their backward pass, each storage once."""
-    kept: dict[int, int] = {}
+    """Return the bytes that the layers save for their backward pass, each storage once."""
+    saved: dict[int, int] = {}
     for cost in costs:
-        kept |= cost.saved
-    return sum(kept.values())
+        saved |= cost.saved
+    return sum(saved.values())
 
 
 def balanced_cut(weights: Sequence[float], stages: int) -> list[int]:
-    """Cut a list into consecutive runs, none empty, such that the heaviest is lightest; return their bounds.
+    """Cut a list into consecutive non-empty runs so that the heaviest run is as light as possible; return the bounds.
 
-    `stages` + 1 numbers from 0 to the length; of equally good cuts the one whose runs end earliest, from the last.
-    Raises ValueError for more runs than entries. DeepSpeed's `partition_balanced` (0.19.8) is not used: it lessens
-    the difference between the heaviest and the lightest, and step by step, which can leave a heavier one.
+    Returns `stages` + 1 numbers from 0 to the length. Of equally good cuts it returns the one with the earliest bounds,
+    compared from the last bound to the first. Raises ValueError for more runs than entries. DeepSpeed's
+    `partition_balanced` (0.19.8) is not used, because it reduces the difference between the heaviest and the lightest
+    run in local steps, which can leave a heavier run.
     """
     length = len(weights)
     if not 1 <= stages <= length:
-        raise ValueError(f"{length} entries do not make {stages} runs")
-    before = [0.0]
+        raise ValueError(f"{length} entries cannot be cut into {stages} non-empty runs")
+    before = [0.0]  # prefix sums of the weights
     for weight in weights:
         before.append(before[-1] + weight)
-    heaviest = [before]  # of runs - 1, entries: the heaviest run of the best cut
+    # Dynamic programming. heaviest[runs - 1][end]: the heaviest run of the best cut of the first `end` entries.
+    heaviest = [before]
     for runs in range(2, stages + 1):
         last = [float("inf")] * (length + 1)
         for end in range(runs, length + 1):
@@ -128,34 +131,39 @@ def balanced_cut(weights: Sequence[float], stages: int) -> list[int]:
 
 
 def _layer_cost(
-    layer: nn.Module, live: dict[str, Tensor], keep: Sequence[str], recompute: bool, weights: set[int], alive: list[Any]
+    layer: nn.Module,
+    live: dict[str, Tensor],
+    live_after: Sequence[str],
+    recompute: bool,
+    weights: set[int],
+    alive: list[Any],
 ) -> tuple[LayerCost, dict[str, Tensor]]:
-    """Run one layer both ways; return what it costs and the slots behind it, cut off from its graph."""
+    """Run one layer forward and backward; return its costs and the slots after it, detached from its graph."""
     assert isinstance(layer, Layer)
     saved: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
-        if _key(tensor) not in weights:
+    def record_saved(tensor: Tensor) -> Tensor:
+        if _storage_key(tensor) not in weights:
             storage = tensor.untyped_storage()
             alive.append(storage)
-            saved[_key(tensor)] = storage.nbytes()
+            saved[_storage_key(tensor)] = storage.nbytes()
         return tensor
 
     if recompute and layer.recomputes:
-        for name in layer.reads:
-            note(live[name])
+        for name in layer.reads:  # the recomputation needs the inputs; the hook below does not see them
+            record_saved(live[name])
     with _Collectives() as reduced:
-        with saved_tensors_hooks(note, lambda tensor: tensor):
-            after, forward = _counted(lambda: run_layer(layer, live, keep, recompute))
-        starts = [tensor for tensor in after.values() if tensor.grad_fn is not None]
-        _, backward = _counted(lambda: _backward(starts))
+        with saved_tensors_hooks(record_saved, lambda tensor: tensor):
+            after, forward = _count_flops(lambda: run_layer(layer, live, live_after, recompute))
+        outputs = [tensor for tensor in after.values() if tensor.grad_fn is not None]
+        _, backward = _count_flops(lambda: _backward(outputs))
     after = {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in after.items()}
     alive += after.values()
     return LayerCost(forward, backward, saved, reduced.bytes), after
 
 
-def _without_values(layers: Sequence[Layer], dtype: torch.dtype) -> nn.ModuleList:
-    """Copies of the layers on the meta device; what they share they go on sharing."""
+def _meta_copies(layers: Sequence[Layer], dtype: torch.dtype) -> nn.ModuleList:
+    """Return copies of the layers on the meta device; modules and tensors that layers share stay shared."""
     original = nn.ModuleList(layers)
     memo: dict[int, Any] = {}
     for tensor in (*original.parameters(), *original.buffers()):
@@ -163,27 +171,28 @@ def _without_values(layers: Sequence[Layer], dtype: torch.dtype) -> nn.ModuleLis
         is_weight = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if is_weight else shape
     for value in itertools.chain.from_iterable(vars(module).values() for module in original.modules()):
-        if isinstance(value, dist.ProcessGroup):
+        if isinstance(value, dist.ProcessGroup):  # cannot be copied
             memo[id(value)] = value
-    shadows = copy.deepcopy(original, memo).to(dtype)
-    for shadow in shadows:
-        shadow.forward = _with_fused_attention(shadow.forward)  # not around it: a recomputation begins here
-    return shadows
+    copies = copy.deepcopy(original, memo).to(dtype)
+    for layer in copies:
+        # The method is wrapped, not its caller, because a recomputation calls the method again in the backward pass.
+        layer.forward = _with_fused_attention(layer.forward)
+    return copies
 
 
-def _counted(run: Callable[[], Any]) -> tuple[Any, int]:
+def _count_flops(run: Callable[[], Any]) -> tuple[Any, int]:
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     with counter:
         result = run()
     return result, counter.get_total_flops()
 
 
-def _backward(starts: list[Tensor]) -> None:
-    if starts:
-        torch.autograd.backward(starts, [torch.empty_like(tensor) for tensor in starts])
+def _backward(outputs: list[Tensor]) -> None:
+    if outputs:
+        torch.autograd.backward(outputs, [torch.empty_like(tensor) for tensor in outputs])
 
 
-def _key(tensor: Tensor) -> int:
+def _storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
@@ -192,7 +201,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention by the one fused kernel that torch knows the shapes of without a device."""
+    """Replaces attention by the only fused kernel that torch supports on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -209,12 +218,12 @@ def _with_fused_attention(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-    bias = None if attn_mask is None else torch.zeros_like(attn_mask, dtype=q.dtype)  # as kernels read a mask
+    bias = None if attn_mask is None else torch.zeros_like(attn_mask, dtype=q.dtype)  # kernels take a mask as a bias
     return _ATTENTION(q, k, v, attn_mask=bias)[0]
 
 
 class _Collectives(TorchDispatchMode):
-    """Sums what collectives carry, and lets them be: no other rank is there."""
+    """Sums the bytes of collectives and runs them as they are: in a fake world they do nothing."""
 
     bytes = 0
 
@@ -230,20 +239,20 @@ def _flat(tensors: Any) -> list[Tensor]:
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
-    """Two products of (N_q, D) and (D, N_k) in each head."""
+    """Count two products of (N_q, D) and (D, N_k) per head, at 2 operations per multiply-add."""
     batch, heads, queries, width = q
     return 4 * batch * heads * queries * k[2] * width
 
 
 def _attention_backward_flops(grad: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
-    """Five such products, one of them the forward's again."""
+    """Count five such products, one of which recomputes the forward's."""
     return _attention_flops(q, k, k) * 5 // 2
 
 
 def _convolution_backward_flops(grad: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
-    """As many as the forward's for each gradient that is asked for, of the input and of the weight."""
-    wanted = rest[-1]
-    return 2 * math.prod(grad) * math.prod(weight[1:]) * (wanted[0] + wanted[1])
+    """Count the forward's operations once per required gradient, of the input and of the weight."""
+    output_mask = rest[-1]
+    return 2 * math.prod(grad) * math.prod(weight[1:]) * (output_mask[0] + output_mask[1])
 
 
 _FORMULAS = {

@@ -1,8 +1,8 @@
-"""The one exception whose message is written for the person who can mend its cause.
+"""`UserError`: the exception for errors whose cause the user can correct.
 
-Every refusal of the system (a bad recipe, a damaged shard, a checkpoint of another model, a full
-disk) is a `UserError`. The command line prints it as one message without a traceback and exits
-with code 2. Everything else that escapes is a defect of ours and keeps its traceback.
+Every refusal (a bad recipe, a damaged shard, a checkpoint of another model, a full disk) is a `UserError`. The command
+line prints its message without a traceback and exits with code 2. Any other exception that reaches the command line is
+a defect of this program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A refusal: what was found (dotted key or file), the rule, and the nearest valid choice.
+    """An error of the input or environment. Its message names the place (dotted key or file), the rule and a remedy.
 
-    `everywhere` says that every process of the run raises the same one, so only the first need tell.
+    `everywhere` means that every process of the run raises the same error, so only the first must print it.
     """
 
     def __init__(self, message: str, everywhere: bool = False):
@@ -23,6 +23,6 @@ class UserError(Exception):
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the closest of `allowed`, or an empty string."""
+    """Return `"; did you mean 'x'?"` with the entry of `allowed` that is most similar, or "" if none is similar."""
     match = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else ""

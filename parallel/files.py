@@ -1,11 +1,11 @@
-"""Write a file so that a reader sees the old content or the whole new one, and never a part of either.
+"""Write files atomically: a reader sees the complete old content or the complete new content.
 
-The content goes to a temporary name in the same directory, is flushed to disk and renamed over the target, and the
-directory is flushed. The price is one fsync of the file and one of its directory, a few milliseconds on a local disk.
+The content is written to a temporary name in the same directory, flushed to disk and renamed over the target; then the
+directory is flushed. The cost is one fsync of the file and one of its directory, a few milliseconds on a local disk.
 
-Renaming replaces whatever has the name. A target that exists and is no regular file (a device such as /dev/null, a
-FIFO, a socket, a directory) is refused, because as root the rename would put a file in its place. A symbolic link is
-followed: the file it points to is replaced and the link stays.
+Renaming would replace anything with that name. A target that exists and is not a regular file (a device such as
+/dev/null, a FIFO, a socket, a directory) is refused, because for root the rename would replace it by a file. A symbolic
+link is followed: the file that it points to is replaced, and the link stays.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from parallel.errors import UserError
 
-_NAME_CHARACTERS = 50  # of a target in a temporary name, which may have 255 bytes: 200 and the rest
+_NAME_CHARACTERS = 50  # of the target's name in a temporary name: at most 200 bytes in UTF-8 of the 255 allowed
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFCHR: "a device",
@@ -30,17 +30,17 @@ _KINDS = {
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Replace the file `path` by `content` (text as UTF-8). Raises UserError, naming the path, where it cannot."""
+    """Replace the file `path` by `content` (text as UTF-8). Raises UserError with the path if that fails."""
     with replaced(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; when the block ends it replaces `path`, after an exception it is removed.
+    """Yield a temporary path to write to. It replaces `path` when the block ends; after an exception it is removed.
 
-    Raises UserError, naming `path`, for a target that is no regular file and for what the disk refuses (its OSError
-    is the cause). Other exceptions of the block pass.
+    Raises UserError with `path` for a target that is not a regular file and for an OSError (which is its cause). Other
+    exceptions of the block are not changed.
     """
     target = regular_target(path)
     temporary = target.with_name(f".{target.name[:_NAME_CHARACTERS]}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -58,7 +58,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def regular_target(path: Path) -> Path:
-    """Return the file that writing to `path` replaces (links followed); UserError if something else has that name."""
+    """Return the file that writing to `path` replaces, links resolved. Raises UserError if it is not a regular file."""
     try:
         target = Path(os.path.realpath(path))
         kind = stat.S_IFMT(target.stat().st_mode)
@@ -67,12 +67,12 @@ def regular_target(path: Path) -> Path:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     if kind != stat.S_IFREG:
-        raise UserError(f"{path}: is {_KINDS.get(kind, 'no regular file')} and is not replaced; name another file")
+        raise UserError(f"{path}: is {_KINDS.get(kind, 'not a regular file')} and is not replaced; give another file")
     return target
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove what processes that were killed while they wrote `path` left; only where nobody else writes it now."""
+    """Remove temporary files that killed writers of `path` left. Call it only while no process writes `path`."""
     for temporary in path.parent.glob(f".{path.name[:_NAME_CHARACTERS]}.*.tmp"):
         temporary.unlink(missing_ok=True)
 

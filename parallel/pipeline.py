@@ -1,8 +1,8 @@
-"""The list of layers cut into consecutive DeepSpeed pipeline stages of nearly equal cost.
+"""Cut the list of layers into consecutive DeepSpeed pipeline stages of similar cost.
 
-Every layer becomes a function from tuple to tuple over the slots that are live at its edges, so a
-cut may fall anywhere; it falls where the costliest stage is cheapest, since all others wait for it.
-Memory is not weighed. Pipelines run under ZeRO-1.
+Every layer becomes a function from tuple to tuple over the slots that are live at its edges, so a cut is possible after
+any layer. The cut minimises the cost of the costliest pipeline stage, because all others wait for it. Memory is not
+considered. Pipelines run under ZeRO stage 1.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ log = logging.getLogger(__name__)
 
 
 class TupleLayer(nn.Module):
-    """One layer between two edges: unpack the slots before it, run it, pack those still read later."""
+    """One layer between two edges: unpacks the slots before it, runs it, packs the slots that later layers read."""
 
     def __init__(self, layer: Layer, before: Sequence[str], after: Sequence[str], recompute: bool):
         super().__init__()
         self.layer, self.before, self.after, self.recompute = layer, tuple(before), tuple(after), recompute
 
     def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Packed slots in, packed slots out."""
+        """Map packed slots to packed slots."""
         live = unpack(tensors, self.before)
         return pack(run_layer(self.layer, live, self.after, self.recompute), self.after)
 
 
 class StackTerms(nn.Module):
-    """The end of the list: the terms stacked as (B, T), fp32."""
+    """The last entry of the list: stacks the terms as (B, T), fp32."""
 
     def __init__(self, edge: Sequence[str], terms: Sequence[str]):
         super().__init__()
         self.edge, self.terms = tuple(edge), tuple(terms)
 
     def forward(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """Unpack the last edge and stack."""
+        """Unpack the last edge and stack its terms."""
         live = unpack(tensors, self.edge)
         return torch.stack([live[name].float() for name in self.terms], dim=1)
 
@@ -57,12 +57,12 @@ def pipeline_module(
     groups: int,
     costs: Sequence[float],
 ) -> Any:
-    """Cut a program into DeepSpeed stages, balanced by the `costs` of its layers.
+    """Cut a program into DeepSpeed pipeline stages, balanced by the `costs` of its layers.
 
-    `loss` maps (terms (B, T), weight (B,)) to the scalar of one micro-batch. Each stage gets one
-    unused 1-d parameter per learning-rate group (`dummies`): DeepSpeed 0.19.8 hangs when stages own
-    different sets of groups and refuses a stage without trainable parameters. Raises UserError where
-    there are more stages than layers.
+    `loss` maps (terms (B, T), weight (B,)) to the scalar of one micro-batch. Each pipeline stage gets one unused 1-d
+    parameter per learning-rate group (`dummies`): DeepSpeed 0.19.8 hangs if pipeline stages have different sets of
+    groups, and refuses a pipeline stage without trainable parameters. Raises UserError if there are more pipeline
+    stages than layers.
     """
     from deepspeed.pipe import PipelineModule
 
@@ -72,11 +72,11 @@ def pipeline_module(
     edges = live_slots(listed, program.inputs, program.terms)
 
     class Balanced(PipelineModule):
-        """DeepSpeed's, cut where we say."""
+        """DeepSpeed's module with our bounds."""
 
         def _partition_layers(self, method: str = "") -> None:
             self.parts = [*starts[:-1], len(listed) + 1]  # the last stage also stacks the terms
-            self._set_bounds(start=self.parts[topology.stage], stop=self.parts[topology.stage + 1])
+            self._set_bounds(start=self.parts[topology.pipeline_stage], stop=self.parts[topology.pipeline_stage + 1])
 
     layers: list[nn.Module] = [
         TupleLayer(layer, before, after, program.recompute)
@@ -96,27 +96,30 @@ def pipeline_module(
 
 
 def stage_bounds(costs: Sequence[float], stages: int) -> list[int]:
-    """Number of the first layer of each stage, and of all layers; UserError where a stage would have none."""
+    """Return the first layer of each pipeline stage, then the number of layers.
+
+    Raises UserError if a pipeline stage would be empty.
+    """
     if stages > len(costs):
         raise UserError(
-            f"parallel.pipeline: found {stages}; this phase is a list of {len(costs)} layers, and each stage needs"
-            f" one: parallel.pipeline={len(costs)} is the most"
+            f"parallel.pipeline: found {stages}, but this phase has {len(costs)} layers and each pipeline stage needs"
+            f" at least one; the maximum is parallel.pipeline={len(costs)}"
         )
     return balanced_cut(costs, stages)
 
 
 def describe(bounds: Sequence[int], costs: Sequence[float]) -> str:
-    """The layers of each stage and its share of the whole cost."""
-    whole = sum(costs) or 1
+    """Return the layers of each pipeline stage and its share of the total cost as text."""
+    total = sum(costs) or 1
     spans = itertools.pairwise(bounds)
-    return ", ".join(f"layers {a}-{b - 1} ({sum(costs[a:b]) / whole:.0%})" for a, b in spans)
+    return ", ".join(f"layers {a}-{b - 1} ({sum(costs[a:b]) / total:.0%})" for a, b in spans)
 
 
 def receive_into_new_buffers(engine: Any, device: torch.device) -> None:
-    """Have a DeepSpeed pipeline engine receive every tensor into a buffer of its own dtype.
+    """Make a DeepSpeed pipeline engine receive every tensor into a new buffer of its dtype.
 
-    DeepSpeed 0.19.8 keeps one buffer for each place of a tuple, whatever the dtype: a stage in the middle, which
-    receives slots and gradients in turn, then expects bytes of one for the other. Remove when the canary in
+    DeepSpeed 0.19.8 keeps one buffer per tuple position and ignores the dtype. A middle pipeline stage receives slots
+    and gradients alternately, and would receive one into the buffer of the other. Remove when the canary in
     tests/unit/test_pipeline.py fails.
     """
     engine._allocate_or_extend_buffers = lambda _, shape, dtype: torch.empty(shape, dtype=dtype, device=device)
@@ -125,7 +128,7 @@ def receive_into_new_buffers(engine: Any, device: torch.device) -> None:
 def pipeline_batches(
     batches: Iterator[Mapping[str, Any]], inputs: Sequence[str], device: torch.device
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """Micro-batches as DeepSpeed's pipeline takes them: (packed input slots, weight)."""
+    """Yield micro-batches in the form of DeepSpeed's pipeline: (packed input slots, weight)."""
     for batch in batches:
         slots = {name: batch[name].to(device, non_blocking=True) for name in inputs}
         yield pack(slots, inputs), batch["weight"].to(device, non_blocking=True)

@@ -1,9 +1,9 @@
-"""What a layout will cost before it is launched: memory by kind, traffic by link, time of a step.
+"""Estimate the costs of a layout before it is launched: memory by kind, traffic by link, time of a step.
 
-Memory for weights, gradients, optimizer and EMA is what the engine will allocate, to the byte; activations are what
-autograd will keep for the micro-batches in flight. A GPU must also hold what is not counted (CUDA itself, the
-fragments of the allocator, passing results of a forward without gradient), for which a share is left free. Times rest
-on assumptions that `ASSUMPTIONS` names, so they rank layouts better than they predict one.
+Memory of weights, gradients, optimizer and EMA is exactly what the engine allocates, to the byte. Activations are what
+autograd saves for the micro-batches in flight. A share of the memory stays free for what is not counted: CUDA itself,
+allocator fragmentation, temporary results. Times depend on the assumptions in `ASSUMPTIONS`, so they are better for
+comparing layouts than for predicting the duration of one.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from parallel.optimizers import GroupState
 from parallel.pipeline import stage_bounds
 from parallel.topology import Layout
 from parallel.zero.config import BUCKET
-from parallel.zero.state_bytes import Weight, ZeroShape, fullest
+from parallel.zero.state_bytes import Weight, ZeroShape, largest_state_bytes
 
 EFFICIENCY, LINK_EFFICIENCY, FREE_SHARE = 0.4, 0.7, 0.08
 ASSUMPTIONS = (
     f"matrix products run at {EFFICIENCY:.0%} of the GPU's published dense peak, everything else takes no time",
-    f"collectives reach {LINK_EFFICIENCY:.0%} of a link's published bandwidth, as rings, and overlap with nothing",
-    "nodes of 8 GPUs; ranks of a tensor group are neighbours, then data ranks, pipeline stages farthest apart",
-    f"{FREE_SHARE:.0%} of the memory is left free for CUDA, fragments and passing results",
+    f"collectives are rings, reach {LINK_EFFICIENCY:.0%} of a link's published bandwidth and overlap with nothing",
+    "nodes of 8 GPUs; tensor-parallel ranks are neighbours, then data-parallel ranks; pipeline stages farthest apart",
+    f"{FREE_SHARE:.0%} of the memory stays free for CUDA, fragmentation and temporary results",
 )
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU by its published figures: bytes, operations a second, bytes a second one way within its node, and out."""
+    """Published figures of a GPU: memory, operations per second, one-way bandwidth within a node and between nodes."""
 
     name: str
     memory_bytes: float
@@ -42,14 +42,14 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Counted:
-    """A program under one tensor size: what each layer holds and costs on one rank, for one micro-batch.
+class CountedProgram:
+    """The counts of a program under one tensor-parallel size, on one rank, for one micro-batch.
 
-    `held` are the names of each layer's parameters, `weights` all parameters in the model's order, `states` the
-    optimizer's state by group.
+    `parameter_names` are the names of each layer's parameters, `weights` all parameters in the model's order, `states`
+    the optimizer's state by group.
     """
 
-    held: Sequence[Collection[str]]
+    parameter_names: Sequence[Collection[str]]
     weights: Mapping[str, Weight]
     costs: Sequence[LayerCost]
     num_groups: int
@@ -57,18 +57,18 @@ class Counted:
     whole_matrices: Collection[int] = ()
 
     def zero_shape(self, layout: Layout, data_size: int, half: bool) -> ZeroShape:
-        """How the engine lays its state out under a layout."""
+        """Return the parameters that determine how the engine lays out its state."""
         return ZeroShape(layout.zero, data_size, self.states, half, layout.pipeline > 1, self.whole_matrices)
 
     def stage_weights(self, first: int, end: int) -> list[Weight]:
-        """The parameters that layers `first` to `end` - 1 hold, each once."""
-        names = set().union(*self.held[first:end])
+        """Return the parameters of layers `first` to `end` - 1, each once."""
+        names = set().union(*self.parameter_names[first:end])
         return [weight for name, weight in self.weights.items() if name in names]
 
 
 @dataclass(frozen=True)
 class Work:
-    """One optimizer step: samples, samples of a micro-batch, and the precision of weights and products."""
+    """The size of an optimizer step: samples, samples per micro-batch, and whether weights and products are bf16."""
 
     global_batch: int
     micro_batch: int
@@ -77,7 +77,7 @@ class Work:
 
 @dataclass
 class LayoutEstimate:
-    """What a layout will cost on its fullest GPU and its slowest stage; `refused` says why it cannot be."""
+    """The costs of a layout on its fullest GPU and its slowest pipeline stage; `refused` is why it cannot run."""
 
     layout: Layout
     data_size: int
@@ -102,29 +102,30 @@ class LayoutEstimate:
 
 
 def estimate_layout(
-    counted: Counted, layout: Layout, data_size: int, micro_steps: int, work: Work, machine: Machine
+    counted: CountedProgram, layout: Layout, data_size: int, micro_steps: int, work: Work, machine: Machine
 ) -> LayoutEstimate:
-    """Work out one layout that is not refused otherwise; UserError where it has more stages than layers."""
+    """Estimate one valid layout. Raises UserError if it has more pipeline stages than layers."""
     bounds = stage_bounds([cost.flops for cost in counted.costs], layout.pipeline)
     shape = counted.zero_shape(layout, data_size, work.half)
-    stages = [_Stage(counted, a, b) for a, b in itertools.pairwise(bounds)]
+    stages = [_PipelineStage(counted, a, b) for a, b in itertools.pairwise(bounds)]
     memories = [_memory(stage, number, len(stages), micro_steps, shape) for number, stage in enumerate(stages)]
-    found = LayoutEstimate(layout, data_size, None, bounds, micro_steps)
-    found.memory = max(memories, key=lambda memory: sum(memory.values()))
-    found.bubble = (layout.pipeline - 1) / (micro_steps + layout.pipeline - 1)
-    found.padding = 1 - work.global_batch / (micro_steps * work.micro_batch * data_size)
-    found.traffic = _traffic(stages, layout, shape, micro_steps)
-    found.seconds = _seconds(stages, found, work, machine)
-    if (room := machine.memory_bytes * (1 - FREE_SHARE)) < found.memory_bytes:
-        of = f"{found.memory_bytes / 2**30:.1f} of {room / 2**30:.1f} GiB"
-        found.refused = f"does not fit: {of}, most of it {max(found.memory, key=lambda kind: found.memory[kind])}"
-    return found
+    estimate = LayoutEstimate(layout, data_size, None, bounds, micro_steps)
+    estimate.memory = max(memories, key=lambda memory: sum(memory.values()))
+    estimate.bubble = (layout.pipeline - 1) / (micro_steps + layout.pipeline - 1)
+    estimate.padding = 1 - work.global_batch / (micro_steps * work.micro_batch * data_size)
+    estimate.traffic = _traffic(stages, layout, shape, micro_steps)
+    estimate.seconds = _seconds(stages, estimate, work, machine)
+    if (limit := machine.memory_bytes * (1 - FREE_SHARE)) < estimate.memory_bytes:
+        needed = f"{estimate.memory_bytes / 2**30:.1f} of {limit / 2**30:.1f} GiB"
+        largest = max(estimate.memory, key=lambda kind: estimate.memory[kind])
+        estimate.refused = f"does not fit: {needed}, most of it {largest}"
+    return estimate
 
 
-class _Stage:
+class _PipelineStage:
     """The layers of one pipeline stage."""
 
-    def __init__(self, counted: Counted, first: int, end: int):
+    def __init__(self, counted: CountedProgram, first: int, end: int):
         self.costs, self.num_groups = counted.costs[first:end], counted.num_groups
         self.weights = counted.stage_weights(first, end)
         before = counted.costs[first - 1] if first else None
@@ -136,23 +137,27 @@ class _Stage:
         self.all = sum(weight.numel for weight in self.weights)
 
 
-def _memory(stage: _Stage, number: int, stages: int, micro_steps: int, shape: ZeroShape) -> dict[str, int]:
-    """Bytes by kind; a stage of a pipeline keeps the activations of all micro-batches that are under way behind it."""
+def _memory(stage: _PipelineStage, number: int, stages: int, micro_steps: int, shape: ZeroShape) -> dict[str, int]:
+    """Return the bytes by kind of one pipeline stage.
+
+    It keeps the activations of all micro-batches that later pipeline stages have not sent back yet.
+    """
     item, in_flight = 2 if shape.half else 4, min(stages - number, micro_steps)
-    kinds = fullest(stage.weights, stage.num_groups, shape)
+    kinds = largest_state_bytes(stage.weights, stage.num_groups, shape)
     kinds["activations"] = in_flight * (activation_bytes(stage.costs) + stage.received)
     kinds["buckets"] = BUCKET * 4
-    if shape.zero == 3:
+    if shape.zero == 3:  # also holds gathered weights
         kinds["buckets"] += min(stage.all, 2 * BUCKET) * item
     return kinds
 
 
-def _traffic(stages: list[_Stage], layout: Layout, shape: ZeroShape, micro_steps: int) -> dict[str, int]:
-    """Bytes that the busiest GPU sends in a step: over its tensor group, its data group, to the next stage."""
+def _traffic(stages: list[_PipelineStage], layout: Layout, shape: ZeroShape, micro_steps: int) -> dict[str, int]:
+    """Return the bytes that the busiest GPU sends in a step: in its tensor group, data group, and pipeline."""
     item, ring = 2 if shape.half else 4, (shape.data_size - 1) / shape.data_size
     tensor_ring = 2 * (layout.tensor - 1) / layout.tensor
     trained, everything = (max(getattr(stage, kind) for stage in stages) for kind in ("trained", "all"))
-    if shape.zero == 3:  # weights for the forward and the backward pass, gradients, each micro-batch
+    # fp32 gradients have 4 bytes. ZeRO 1 reduces them once per step (in bf16 as an all-reduce) and gathers the weights.
+    if shape.zero == 3:  # per micro-batch: weights for the forward and the backward pass, and gradients
         data = micro_steps * (2 * everything * item + trained * 4)
     elif shape.zero == 2:
         data = micro_steps * trained * 4 + trained * item
@@ -165,23 +170,23 @@ def _traffic(stages: list[_Stage], layout: Layout, shape: ZeroShape, micro_steps
     }
 
 
-def _seconds(stages: list[_Stage], found: LayoutEstimate, work: Work, machine: Machine) -> dict[str, float]:
-    """Seconds of a step by what they go to; the slowest stage sets the pace of a pipeline."""
-    layout, peak = found.layout, machine.half_flops_per_s if work.half else machine.single_flops_per_s
+def _seconds(stages: list[_PipelineStage], estimate: LayoutEstimate, work: Work, machine: Machine) -> dict[str, float]:
+    """Return the seconds of a step by activity; the slowest pipeline stage determines them."""
+    layout, peak = estimate.layout, machine.half_flops_per_s if work.half else machine.single_flops_per_s
     node, network = (LINK_EFFICIENCY * rate for rate in (machine.node_bytes_per_s, machine.network_bytes_per_s))
 
     def link(span: int) -> float:
-        """The rate between ranks of a group that spans so many neighbours."""
+        """Return the rate between ranks of a group that spans this many consecutive ranks."""
         return node if span <= machine.gpus_per_node else network
 
-    beside = layout.tensor * found.data_size
-    compute = found.micro_steps * max(stage.flops for stage in stages) / (peak * EFFICIENCY)
+    span = layout.tensor * estimate.data_size
+    compute = estimate.micro_steps * max(stage.flops for stage in stages) / (peak * EFFICIENCY)
     seconds = {
         "compute": compute,
-        "tensor": found.traffic["tensor"] / link(layout.tensor),
-        "data": found.traffic["data"] / link(beside),
-        "pipeline": found.traffic["pipeline"] / link(beside * layout.pipeline),
+        "tensor": estimate.traffic["tensor"] / link(layout.tensor),
+        "data": estimate.traffic["data"] / link(span),
+        "pipeline": estimate.traffic["pipeline"] / link(span * layout.pipeline),
     }
-    pace = seconds["compute"] + seconds["tensor"] + seconds["pipeline"]
-    seconds["bubble"] = pace * (layout.pipeline - 1) / found.micro_steps
+    busy = seconds["compute"] + seconds["tensor"] + seconds["pipeline"]
+    seconds["bubble"] = busy * (layout.pipeline - 1) / estimate.micro_steps
     return seconds

@@ -1,14 +1,14 @@
 """A training stage as a list of layers that read and write named slots.
 
-There is one forward per trained stage, written once as a list. Run in order inside one module it
-serves ZeRO 1, 2 and 3; cut into consecutive pieces it serves the pipeline. What crosses a cut is
-computed from what the layers declare: a slot travels where a later layer still reads it. The
-trade-off is that a layer must name its slots, and that the names are checked before the first step.
+Each training stage has one forward pass, written once as a list. Run in order in one module, it serves ZeRO stages 1, 2
+and 3; cut into consecutive parts, it serves the pipeline. The slots that cross a cut are computed from the declarations
+of the layers: a slot is sent if a later layer reads it. The trade-off is that every layer must declare its slots; the
+names are checked before the first step.
 
-A slot is a contiguous tensor whose first dimension is the micro-batch (B, ...). `run_layer` makes it so where there is
-no cut either: one that has crossed a cut is contiguous, and in bf16 torch rounds products of the two differently. At a
-boundary a floating slot without gradient is bit-viewed as integers, because DeepSpeed's pipeline expects a gradient for
-every floating tensor that it sends (0.19.8).
+A slot is a contiguous tensor whose first dimension is the micro-batch (B, ...). `run_layer` makes slots contiguous
+without a cut too, because a slot that has crossed a cut is contiguous, and in bf16 torch rounds products of contiguous
+and other tensors differently. At a boundary, a floating slot without gradient is viewed as integers, because
+DeepSpeed's pipeline (0.19.8) expects a gradient for every floating tensor that it sends.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ _AS_FLOAT = {integer: floating for floating, integer in _AS_INTEGER.items()}
 class Layer(nn.Module):
     """One entry of the list: a module that maps the slots it reads to the slots it writes.
 
-    Subclasses set `reads` and `writes`, and `forward(**slots) -> dict` takes exactly the read slots
-    by name and returns exactly the written ones. Slots named in `detached` are written without
-    gradient (teachers, frozen encoders). A loss layer writes a slot of shape (B,), fp32, one value
-    per sample. A layer whose forward has effects of its own sets `recomputes` to False. A layer without
-    parameters whose outputs follow cheaply from slots that travel anyway (masks, rotary angles) sets `derived`:
-    a pipeline repeats it in each stage that reads its outputs instead of sending them. Parameters belong to the
-    stage's model: a layer holds references to its parts.
+    Subclasses set `reads` and `writes`; `forward(**slots) -> dict` takes exactly the read slots by name and returns
+    exactly the written ones. Slots in `detached` are written without gradient (teachers, frozen encoders). A loss layer
+    writes a slot of shape (B,), fp32, with one value per sample. A layer whose forward has side effects sets
+    `recomputes` to False. A layer without parameters whose outputs follow cheaply from slots that are sent anyway
+    (masks, rotary angles) sets `derived`: a pipeline repeats it in each pipeline stage that reads its outputs instead
+    of sending them. The parameters belong to the training stage's model; a layer only refers to parts of it.
     """
 
     reads: tuple[str, ...] = ()
@@ -95,8 +94,8 @@ class Apply(Layer):
 class Program(nn.Module):
     """The list of layers run in order on one device.
 
-    `inputs` are the slots a batch provides, `terms` the per-sample losses the list must write.
-    Raises UserError when a layer reads a slot that nothing before it wrote.
+    `inputs` are the slots that a batch provides, `terms` the per-sample losses that the list must write. Raises
+    UserError if a layer reads a slot that neither the batch nor an earlier layer provides.
     """
 
     def __init__(self, layers: Sequence[Layer], inputs: Sequence[str], terms: Sequence[str], recompute: bool = False):
@@ -109,21 +108,21 @@ class Program(nn.Module):
     def forward(self, slots: Mapping[str, Tensor]) -> Tensor:
         """Run all layers; return the terms stacked as (B, T), fp32, in the order of `terms`."""
         live = {name: slots[name] for name in self.boundaries[0]}
-        for layer, keep in zip(self.layers, self.boundaries[1:], strict=True):
-            live = run_layer(layer, live, keep, self.recompute)
+        for layer, live_after in zip(self.layers, self.boundaries[1:], strict=True):
+            live = run_layer(layer, live, live_after, self.recompute)
         return torch.stack([live[name].float() for name in self.terms], dim=1)
 
 
 class Subprogram:
-    """Those layers of a list that lead to the wanted slots, for uses of a forward that need no loss.
+    """The layers of a list that are needed to compute the slots `outputs`, for uses that need no loss.
 
-    `given` are slots that the caller provides, so the layers that compute them are left out. `inputs` are the slots
-    that it reads. The parameters stay those of the list's layers. Raises ValueError where a layer that is needed would
-    also write a given slot.
+    The caller provides the slots in `given`, so the layers that compute them are left out. `inputs` are the slots that
+    it reads. It uses the layers themselves, not copies. Raises ValueError if a layer that is needed would also write a
+    given slot.
     """
 
-    def __init__(self, layers: Sequence[Layer], wanted: Sequence[str], given: Collection[str] = ()):
-        live, needed = set(wanted) - set(given), []
+    def __init__(self, layers: Sequence[Layer], outputs: Sequence[str], given: Collection[str] = ()):
+        live, needed = set(outputs) - set(given), []
         for layer in reversed(layers):
             if live & set(layer.writes):
                 if twice := set(given) & set(layer.writes):
@@ -132,23 +131,23 @@ class Subprogram:
                 needed.append(layer)
         self.layers: list[Layer] = needed[::-1]
         read = {name for layer in needed for name in layer.reads}
-        self.inputs = tuple(sorted(live | (set(given) & (read | set(wanted)))))
-        self._edges = live_slots(self.layers, self.inputs, wanted)
+        self.inputs = tuple(sorted(live | (set(given) & (read | set(outputs)))))
+        self._edges = live_slots(self.layers, self.inputs, outputs)
 
     def __call__(self, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the layers on the slots named in `inputs`; return the wanted slots."""
+        """Run the layers on the slots in `inputs`; return the slots in `outputs`."""
         live = {name: slots[name] for name in self._edges[0]}
-        for layer, keep in zip(self.layers, self._edges[1:], strict=True):
-            live = run_layer(layer, live, keep)
+        for layer, live_after in zip(self.layers, self._edges[1:], strict=True):
+            live = run_layer(layer, live, live_after)
         return live
 
 
 def run_layer(
-    layer: nn.Module, live: Mapping[str, Tensor], keep: Sequence[str], recompute: bool = False
+    layer: nn.Module, live: Mapping[str, Tensor], live_after: Sequence[str], recompute: bool = False
 ) -> dict[str, Tensor]:
-    """Run one layer on the live slots and return those that are still read later (`keep`).
+    """Run one layer on the live slots; return the slots `live_after`, which later layers read.
 
-    With `recompute` its inner activations are dropped and computed again in the backward pass.
+    With `recompute`, the activations inside the layer are not saved but computed again in the backward pass.
     """
     assert isinstance(layer, Layer)
     read = {name: live[name] for name in layer.reads}
@@ -160,11 +159,11 @@ def run_layer(
         raise TypeError(f"{layer.name} wrote {sorted(written)}, declared {sorted(layer.writes)}")
     written = {n: (t.detach() if n in layer.detached else t).contiguous() for n, t in written.items()}
     merged = {**live, **written}
-    return {name: merged[name] for name in keep}
+    return {name: merged[name] for name in live_after}
 
 
 def live_slots(layers: Sequence[Layer], inputs: Sequence[str], terms: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return, for the edge before each layer and after the last, the slots that later layers read."""
+    """Return the slots that later layers read, for the edge before each layer and the edge after the last."""
     known = set(inputs)
     for layer in layers:
         if missing := set(layer.reads) - known:
@@ -212,9 +211,9 @@ def _repeated(before: Sequence[Layer], edge: Collection[str]) -> tuple[list[Laye
 
 
 def pack(slots: Mapping[str, Tensor], names: Sequence[str]) -> tuple[Tensor, ...]:
-    """Slots as the tuple that crosses a boundary; floats without gradient travel as integers.
+    """Return slots as the tuple that crosses a boundary; floats without gradient are viewed as integers.
 
-    A genuine integer slot is int64 or uint8: int16 and int32 at a boundary always mean viewed floats.
+    Real integer slots are int64 or uint8, so int16 and int32 at a boundary are always viewed floats.
     """
     packed = []
     for name in names:

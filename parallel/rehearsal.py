@@ -1,7 +1,7 @@
-"""One rank of a world that is not there: groups of any size whose collectives do nothing, weights without values.
+"""Simulate one rank of a world of any size in one process: collectives do nothing, weights have no values.
 
-torch's fake process group (of its testing package, 2.13) makes a world of hundreds in a second on one process, so a
-layout's groups, cuts and shapes are those of the real run, on the meta device. What is not rehearsed is any value.
+torch's fake process group (from its testing package, 2.13) simulates hundreds of ranks in a second. The groups, tensor
+cuts and shapes are those of the real run, on the meta device; only values are missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def fake_world(size: int, rank: int) -> Iterator[dist.ProcessGroup]:
-    """Be rank `rank` of `size` within the context; raises RuntimeError where there is a real world already."""
+    """Be rank `rank` of `size` within the context. Raises RuntimeError if a process group exists already."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
@@ -29,12 +29,12 @@ def fake_world(size: int, rank: int) -> Iterator[dist.ProcessGroup]:
         dist.destroy_process_group()
 
 
-def give_memory(module: nn.Module) -> None:
-    """Put every weight and buffer that is on the meta device into memory, without values.
+def materialize(module: nn.Module) -> None:
+    """Replace every parameter and buffer on the meta device by an uninitialised CPU tensor.
 
-    One that several modules share stays one, with what is noted on it; `to_empty` (torch 2.13) would make several.
+    Tensors that several modules share stay shared and keep their attributes; `to_empty` (torch 2.13) would split them.
     """
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, so that no other takes its id
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # id -> (old, new); holds the old one, so that its id stays unique
     for part in module.modules():
         for table in (part._parameters, part._buffers):
             for name, old in table.items():

@@ -1,10 +1,9 @@
-"""A small network trained beside the engine: a discriminator.
+"""A small network, such as a discriminator, that is trained beside the engine and replicated on every rank.
 
-It is whole on every rank that computes it, fp32, plain AdamW. Its gradients are summed over the data
-ranks as the engine's are (no averages: the loss is already a share of the global batch), so its
-weights stay equal everywhere and its curve does not know the layout. Tensor ranks see the same
-samples and come to the same sum, each over its own data ranks. Its state is ordinary tensors in
-the checkpoint. Too small to be worth sharding: that is the trade-off.
+It runs in fp32 with plain AdamW. Its gradients are summed over the data-parallel ranks like the engine's (not averaged,
+because the loss is already divided by the global batch). So its weights are equal on all ranks and its losses do not
+depend on the layout. Tensor-parallel ranks see the same samples and compute the same sum, each in its own data group.
+Its state is stored as whole tensors in the checkpoint. The trade-off: it is not sharded, because it is small.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from parallel.topology import Topology
 
 
 class Replica:
-    """One module with its optimizer. `name` begins the names of its tensors in a checkpoint."""
+    """One module with its optimizer. `name` is the prefix of its tensors in a checkpoint."""
 
     def __init__(
         self, name: str, module: nn.Module, topology: Topology, device: torch.device, betas: tuple[float, float]
@@ -36,20 +35,20 @@ class Replica:
             }
 
     def frozen(self, *inputs: Tensor) -> Tensor:
-        """Run the module as it is now; gradients reach the inputs but not its weights."""
+        """Run the module with its current weights; gradients reach the inputs but not the weights."""
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
         return torch.func.functional_call(self.module, weights, inputs)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over the data ranks."""
+        """Return the sum of a tensor over the data-parallel ranks."""
         total = values.clone()
         dist.all_reduce(total, group=self.group)
         return total
 
     def step(self, lr: float, clip: float) -> Tensor:
-        """Sum the accumulated gradients over data ranks, clip, update, clear; return the norm before clipping.
+        """Sum the accumulated gradients over the data-parallel ranks, clip, update, clear; return the unclipped norm.
 
-        Where the norm is not finite nothing changes, on any rank.
+        If the norm is not finite, no rank updates its weights.
         """
         gradients = [
             torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -71,11 +70,11 @@ class Replica:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, moments and step counts by name: what a checkpoint saves, and loads in place."""
-        found: dict[str, Tensor] = {}
+        """Return weights, moments and step counts by name, which a checkpoint saves and loads in place."""
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            found[f"{self.name}.{name}"] = parameter.data
+            tensors[f"{self.name}.{name}"] = parameter.data
             state: dict[str, Any] = self.optimizer.state[parameter]
             for kind in ("exp_avg", "exp_avg_sq", "step"):
-                found[f"{self.name}.{name}.{kind}"] = state[kind]
-        return found
+                tensors[f"{self.name}.{name}.{kind}"] = state[kind]
+        return tensors

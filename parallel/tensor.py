@@ -1,16 +1,16 @@
-"""Tensor parallelism: a model's linears, embeddings and convolutions cut over the tensor ranks, by a plan.
+"""Tensor parallelism: cut linear layers, embeddings and convolutions over the tensor-parallel ranks, by a plan.
 
-The plan says for a class of module how its children are cut: `column` by outputs, `row` by inputs with a sum
-behind it, `vocabulary` by the rows of an embedding, `head` by outputs that are gathered again. Children are replaced
-in place by modules whose parameters have the same names, so a checkpoint knows nothing of the cut. What no plan
-names is whole on every tensor rank and gets the same gradients there; DeepSpeed counts it once (it reads
-`tensor_model_parallel` of a parameter).
+For each class of module, the plan says how its children are cut: `column` by outputs; `row` by inputs, with a sum over
+ranks after it; `vocabulary` by the rows of an embedding; `head` by outputs that are gathered again. Children are
+replaced in place by modules with the same parameter names, so a checkpoint does not depend on the cut. Parameters that
+are not in the plan are replicated on every tensor-parallel rank and get equal gradients there; DeepSpeed counts them
+once in the gradient norm (it reads the attribute `tensor_model_parallel` of a parameter).
 
-Linears and embeddings are megatron-core's (0.16.1), imported when something is cut. Written by hand are their
-products, `_Column` and `_Row`: megatron-core's round to the weights' precision before they add bias or the other
-ranks' parts, which in bf16 is another run than that of one process (0.4% in loss). Ours add in fp32 and round once,
-as one process does; the price is twice the bytes in a sum over ranks. Also by hand, because megatron-core has none:
-convolutions, of the same products; and the gathering of logits, whose own asks for CUDA.
+Linear layers and embeddings are those of megatron-core (0.16.1), imported when something is cut. Their matrix products,
+`_Column` and `_Row`, are our own: megatron-core rounds to the weights' precision before it adds the bias or the parts
+of other ranks, so in bf16 its losses differ by 0.4% from those of one process. Ours add in fp32 and round once, as one
+process does; the cost is twice the bytes in a sum over ranks. Also our own are convolutions, which megatron-core lacks,
+and the gathering of logits, which in megatron-core needs CUDA.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ Group = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class Split:
-    """How a module is cut. Its outputs are `parts` runs of equal length (the halves of a gated unit), each cut."""
+    """How a module is cut. Its outputs are `parts` runs of equal length (such as the halves of a gated unit).
+
+    Each run is cut separately.
+    """
 
     kind: Literal["column", "row", "vocabulary", "head"]
     parts: int = 1
@@ -41,7 +44,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """For one class of module: child path -> how it is cut, and its attributes that count what is cut."""
+    """The plan of one module class: child path -> its cut; `counts` are attributes to divide, such as `num_heads`."""
 
     splits: Mapping[str, Split]
     counts: tuple[str, ...] = ()
@@ -54,8 +57,8 @@ COLUMN, ROW = Split("column"), Split("row")
 def apply_tensor_parallel(model: nn.Module, holders: Iterable[nn.Module], plan: Plan, group: Group) -> None:
     """Cut `model` over the ranks of `group`, in place; `holders` are other modules that refer to its parts.
 
-    Weights must be there already, the same on every rank. Raises ValueError, naming the module, for a size that
-    the group's does not divide.
+    The weights must be loaded already, equal on every rank. Raises ValueError with the module's name if a size is not
+    divisible by the number of ranks.
     """
     if group.size() == 1:
         return
@@ -71,7 +74,7 @@ def apply_tensor_parallel(model: nn.Module, holders: Iterable[nn.Module], plan: 
             except ValueError as error:
                 raise ValueError(f"{name}.{path}: {error}") from None
         for count in entry.counts:
-            setattr(module, count, _share(getattr(module, count), group))
+            setattr(module, count, _divide(getattr(module, count), group))
     for root in (model, *holders):
         for module in root.modules():
             for child_name, child in list(module.named_children()):
@@ -79,9 +82,9 @@ def apply_tensor_parallel(model: nn.Module, holders: Iterable[nn.Module], plan: 
                     setattr(module, child_name, replaced[id(child)])
 
 
-def _share(number: int, group: Group) -> int:
+def _divide(number: int, group: Group) -> int:
     if number % group.size():
-        raise ValueError(f"{number} does not divide by tensor {group.size()}")
+        raise ValueError(f"{number} is not divisible by tensor {group.size()}")
     return number // group.size()
 
 
@@ -93,12 +96,12 @@ def _family(module: nn.Module) -> str:
 
 
 def _shard(whole: Tensor, dim: int, parts: int, group: Group) -> nn.Parameter:
-    """This rank's slice of a whole parameter, with what a checkpoint and the gradient norm must know of it."""
+    """Return this rank's slice of a parameter, with the attributes that checkpoints and the gradient norm read."""
     size = whole.shape[dim]
     if size % parts:
-        raise ValueError(f"{size} is not {parts} equal parts")
+        raise ValueError(f"{size} cannot be divided into {parts} equal parts")
     run = size // parts
-    length = _share(run, group)
+    length = _divide(run, group)
     segments = tuple((part * run + group.rank() * length, length) for part in range(parts))
     pieces = [whole.detach().narrow(dim, start, length) for start, length in segments]
     parameter: Any = nn.Parameter(torch.cat(pieces, dim).contiguous(), requires_grad=whole.requires_grad)
@@ -107,8 +110,8 @@ def _shard(whole: Tensor, dim: int, parts: int, group: Group) -> nn.Parameter:
     return parameter
 
 
-def _whole(parameter: Tensor | None) -> nn.Parameter | None:
-    """A parameter that every tensor rank holds."""
+def _replicated(parameter: Tensor | None) -> nn.Parameter | None:
+    """Return a copy of a parameter that every tensor-parallel rank holds."""
     return None if parameter is None else nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
 
 
@@ -117,27 +120,27 @@ def _whole(parameter: Tensor | None) -> nn.Parameter | None:
 
 @functools.cache
 def _megatron() -> Any:
-    with warnings.catch_warnings():  # it says at import that it does without Transformer Engine and Apex
+    with warnings.catch_warnings():  # at import it warns that Transformer Engine and Apex are not installed
         warnings.simplefilter("ignore")
         from megatron.core import ModelParallelConfig
         from megatron.core.tensor_parallel import layers
-    if not torch.cuda.is_available():  # an advice for the streams of a GPU
+    if not torch.cuda.is_available():  # the warning is about GPU streams
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", module="megatron.core")
 
     class Column(layers.ColumnParallelLinear):
-        """A linear cut by outputs that returns them alone."""
+        """A linear layer cut by outputs; returns this rank's outputs."""
 
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
             return cast(Tensor, _Column.apply(x, self.weight, self.bias, self.tp_group))
 
     class Head(Column):
-        """The same with the outputs of all ranks."""
+        """The same, but returns the outputs of all ranks."""
 
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
             return cast(Tensor, _Gather.apply(super().forward(x), self.tp_group))
 
     class Row(layers.RowParallelLinear):
-        """A linear cut by inputs, summed over the ranks."""
+        """A linear layer cut by inputs; returns the sum over the ranks."""
 
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
             return cast(Tensor, _Row.apply(x, self.weight, self.bias, self.tp_group))
@@ -154,7 +157,7 @@ def _megatron() -> Any:
 
 
 def _linear(kind: Any, linear: Any, config: Any, group: Group, **keys: bool) -> Any:
-    """A linear of `kind` of the whole one's sizes, its parameters still to be set."""
+    """Return a layer of class `kind` with the sizes of `linear`; the caller sets its parameters."""
     return kind(
         linear.in_features,
         linear.out_features,
@@ -169,7 +172,7 @@ def _linear(kind: Any, linear: Any, config: Any, group: Group, **keys: bool) -> 
 
 def _column(linear: Any, parts: int, group: Group, gathered: bool = False) -> nn.Module:
     _, column, head, _, config = _megatron()
-    _share(linear.out_features, group)
+    _divide(linear.out_features, group)
     made = _linear(head if gathered else column, linear, config(group), group, gather_output=False)
     made.weight = _shard(linear.weight, 0, parts, group)
     made.bias = None if linear.bias is None else _shard(linear.bias, 0, parts, group)
@@ -178,16 +181,16 @@ def _column(linear: Any, parts: int, group: Group, gathered: bool = False) -> nn
 
 def _row(linear: Any, parts: int, group: Group) -> nn.Module:
     _, _, _, row, config = _megatron()
-    _share(linear.in_features, group)
+    _divide(linear.in_features, group)
     made = _linear(row, linear, config(group), group, input_is_parallel=True)
     made.weight = _shard(linear.weight, 1, parts, group)
-    made.bias = _whole(linear.bias)
+    made.bias = _replicated(linear.bias)
     return made
 
 
 def _vocabulary(embedding: Any, parts: int, group: Group) -> nn.Module:
     layers, *_, config = _megatron()
-    _share(embedding.num_embeddings, group)
+    _divide(embedding.num_embeddings, group)
     made: Any = layers.VocabParallelEmbedding(
         embedding.num_embeddings, embedding.embedding_dim, init_method=None, config=config(group), tp_group=group
     )
@@ -199,16 +202,17 @@ def _vocabulary(embedding: Any, parts: int, group: Group) -> nn.Module:
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """Matrices (N, I) and (I, O) to their product (N, O) in fp32, which is how a GPU adds up bf16 anyway."""
+    """Return the product (N, O) of matrices (N, I) and (I, O) in fp32, which is how GPUs accumulate bf16 products."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
 class _Column(torch.autograd.Function):
-    """x (..., I) by this rank's rows of a weight, plus bias; the gradient of x is summed over ranks.
+    """Multiply x (..., I) by this rank's rows of a weight and add the bias; the gradient of x is summed over ranks.
 
-    The weight is a linear's (O / t, I) or a pointwise convolution's (O / t, I, 1, 1), whole: ZeRO-3 fills it in later.
+    The weight is that of a linear layer (O / t, I) or a pointwise convolution (O / t, I, 1, 1). It is passed
+    unflattened, because ZeRO stage 3 fills it in later.
     """
 
     @staticmethod
@@ -220,26 +224,26 @@ class _Column(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        rows, grad_x, waiting = grad.flatten(0, -2), None, None
+        rows, grad_x, pending = grad.flatten(0, -2), None, None
         if ctx.needs_input_grad[0]:
             grad_x = matmul_fp32(rows, weight.flatten(1))
-            waiting = dist.all_reduce(grad_x, group=ctx.group, async_op=True)  # behind the product below
-        of_parameters = _of_parameters(ctx, rows, x, weight)
-        if waiting is not None:
-            waiting.wait()
+            pending = dist.all_reduce(grad_x, group=ctx.group, async_op=True)  # overlaps with the products below
+        parameter_gradients = _parameter_gradients(ctx, rows, x, weight)
+        if pending is not None:
+            pending.wait()
             grad_x = cast(Tensor, grad_x).to(grad.dtype).view(*grad.shape[:-1], -1)
-        return grad_x, *of_parameters, None
+        return grad_x, *parameter_gradients, None
 
 
 class _Row(torch.autograd.Function):
-    """This rank's x (..., I / t) by its columns of such a weight, (O, I / t, ...), summed over ranks, plus bias."""
+    """Multiply this rank's x (..., I / t) by its columns of a weight (O, I / t, ...), sum over ranks, add the bias."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         part = matmul_fp32(x.flatten(0, -2), weight.flatten(1).t())
         dist.all_reduce(part, group=group)
-        if not x.is_contiguous():  # to the output of such an input torch's linear adds the bias after rounding
+        if not x.is_contiguous():  # for such an input, torch's linear layer (2.13) rounds before it adds the bias
             part = part.to(x.dtype)
         if bias is not None:
             part += bias
@@ -249,24 +253,24 @@ class _Row(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         grad_x = grad @ weight.flatten(1) if ctx.needs_input_grad[0] else None
-        return grad_x, *_of_parameters(ctx, grad.flatten(0, -2), x, weight), None
+        return grad_x, *_parameter_gradients(ctx, grad.flatten(0, -2), x, weight), None
 
 
-def _of_parameters(ctx: Any, rows: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight and bias from those of the outputs, `rows` (N, O), where they are wanted."""
+def _parameter_gradients(ctx: Any, rows: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of weight and bias from those of the outputs, `rows` (N, O); None if not required."""
     grad_weight = (rows.t() @ x.flatten(0, -2)).view_as(weight) if ctx.needs_input_grad[1] else None
     return grad_weight, rows.sum(dim=0) if ctx.needs_input_grad[2] else None
 
 
 class _Gather(torch.autograd.Function):
-    """The last dimension of all ranks side by side; the gradient is this rank's part of it."""
+    """Concatenate the last dimension of all ranks; the gradient is this rank's part of it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.rank, ctx.width = group.rank(), x.shape[-1]
-        everyone = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
-        dist.all_gather(everyone, x.contiguous(), group=group)
-        return torch.cat(everyone, dim=-1)
+        outputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(outputs, x.contiguous(), group=group)
+        return torch.cat(outputs, dim=-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -277,12 +281,12 @@ class _Gather(torch.autograd.Function):
 
 
 class ColumnConv(nn.Conv2d):
-    """A convolution cut by output channels: a pointwise one, whose input all ranks share, or a depthwise one."""
+    """A convolution cut by output channels: a pointwise one with the full input on all ranks, or a depthwise one."""
 
     group: Group
 
     def forward(self, input: Tensor) -> Tensor:
-        """Channels of this rank (B, C / t, H, W)."""
+        """Return this rank's channels (B, C / t, H, W)."""
         if self.groups > 1:
             return super().forward(input)
         return _pointwise(_Column, input, self)
@@ -294,7 +298,7 @@ class RowConv(nn.Conv2d):
     group: Group
 
     def forward(self, input: Tensor) -> Tensor:
-        """All channels (B, C, H, W) of this rank's (B, C' / t, H, W)."""
+        """Return all channels (B, C, H, W), from this rank's input channels (B, C' / t, H, W)."""
         return _pointwise(_Row, input, self)
 
 
@@ -303,7 +307,7 @@ def _pointwise(product: Any, input: Tensor, conv: Any) -> Tensor:
 
 
 def _conv(kind: type[Any], conv: Any, channels: tuple[int, int], groups: int, group: Group) -> Any:
-    """A convolution of `kind` like another, with channels (in, out) of its own and its parameters still to be set."""
+    """Return a convolution of class `kind` like `conv`, with other channels (in, out); the caller sets parameters."""
     made = kind(
         *channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, groups, bias=False, device="meta"
     )
@@ -317,7 +321,7 @@ def _column_conv(conv: Any, parts: int, group: Group) -> nn.Module:
         raise ValueError(f"a convolution of {conv.groups} groups and {conv.in_channels} channels cannot be cut")
     if not depthwise:
         _check_pointwise(conv)
-    outputs = _share(conv.out_channels, group)
+    outputs = _divide(conv.out_channels, group)
     channels = (outputs, outputs) if depthwise else (conv.in_channels, outputs)
     made = _conv(ColumnConv, conv, channels, outputs if depthwise else 1, group)
     made.weight = _shard(conv.weight, 0, parts, group)
@@ -334,7 +338,7 @@ def _row_conv(conv: Any, parts: int, group: Group) -> nn.Module:
     if conv.bias is not None or conv.groups > 1:
         raise ValueError("a convolution with a bias or groups cannot be cut by its inputs")
     _check_pointwise(conv)
-    made = _conv(RowConv, conv, (_share(conv.in_channels, group), conv.out_channels), 1, group)
+    made = _conv(RowConv, conv, (_divide(conv.in_channels, group), conv.out_channels), 1, group)
     made.weight = _shard(conv.weight, 1, parts, group)
     return made
 

@@ -1,8 +1,9 @@
-"""The only owner of process groups: tensor ranks are neighbours, then data, pipeline stages farthest apart.
+"""The process groups of a run. Tensor-parallel ranks are neighbours, then data-parallel ranks; pipeline stages are
+farthest apart.
 
-A layout is refused with the nearest ones that fit before any group is made. Besides DeepSpeed's
-grid there are two gloo groups over the whole world: one for checkpoint files, and one for small
-agreements between hosts (metrics, signals), so neither waits behind the other or behind the GPUs.
+A layout that does not fit is refused before any group is created, with the nearest layouts that fit. Besides
+DeepSpeed's grid there are two gloo groups over the whole world: one for checkpoint files and one for small messages
+between hosts (metrics, signals), so that neither waits for the other or for the GPUs.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from parallel.errors import UserError
 from parallel.launch.world import MARGIN_S, silenced
 
 NEAREST = 2
-"""How many layouts a refusal offers."""
+"""Number of layouts that a refusal suggests."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one run is spread: tensor and pipeline sizes, ZeRO stage; data size follows from the world."""
+    """Tensor- and pipeline-parallel sizes and ZeRO stage; the data-parallel size follows from the world size."""
 
     tensor: int = 1
     pipeline: int = 1
     zero: int = 1
 
     def data(self, world: int) -> int:
-        """Number of data ranks in a world; raises UserError when the layout does not fit it."""
+        """Return the data-parallel size for a world size. Raises UserError if the layout does not fit."""
         if self.pipeline > 1 and self.zero > 1:
             raise UserError(
-                f"parallel.zero: found {self.zero} with parallel.pipeline {self.pipeline}; a pipeline holds whole "
+                f"parallel.zero: found {self.zero} with parallel.pipeline {self.pipeline}; a pipeline needs unsharded "
                 f"gradients and parameters; nearest that fit: parallel.pipeline={self.pipeline} parallel.zero=1 or "
                 f"parallel.pipeline=1 parallel.zero={self.zero}"
             )
@@ -50,19 +51,17 @@ class Layout:
         return world // size
 
     def check_layers(self, num_layers: int, world: int) -> None:
-        """Raise UserError where the pipeline has more stages than the phase has layers."""
+        """Raise UserError if there are more pipeline stages than layers in the phase."""
         if self.pipeline > num_layers:
             raise UserError(
-                f"parallel.pipeline: found {self.pipeline}, but this phase has {num_layers} layers, and every stage "
-                f"holds one or more; nearest that fit {world} process(es): {self._smaller(world, num_layers)}",
+                f"parallel.pipeline: found {self.pipeline}, but this phase has {num_layers} layers, and every pipeline "
+                f"stage needs at least one; nearest that fit {world} process(es): {self._smaller(world, num_layers)}",
                 everywhere=True,
             )
 
     def _smaller(self, world: int, most_stages: int) -> str:
-        """The largest smaller layouts that fit, as they are written behind a command.
-
-        A tensor size that divides this one divides what this one does.
-        """
+        """Return the largest smaller layouts that fit, as arguments of a command."""
+        # Only divisors of this tensor-parallel size: they divide every size that this one divides, such as the heads.
         tensors = [size for size in range(1, self.tensor + 1) if self.tensor % size == 0]
         fits = [(t, p) for t in tensors for p in range(1, most_stages + 1) if world % (t * p) == 0]
         fits.sort(key=lambda sizes: (-sizes[0] * sizes[1], -sizes[0]))
@@ -70,7 +69,7 @@ class Layout:
 
 
 class Topology:
-    """The process groups of a layout. Made once per process; engines of later phases reuse it."""
+    """The process groups of a layout. Created once per process; engines of later phases reuse them."""
 
     def __init__(self, layout: Layout):
         from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
@@ -85,25 +84,25 @@ class Topology:
             self.grid: Any = PipelineParallelGrid(topology=self.axes)
         self.data_rank: int = self.grid.get_data_parallel_rank()
         self.tensor_rank: int = self.grid.get_slice_parallel_rank()
-        self.stage: int = self.grid.get_stage_id()
+        self.pipeline_stage: int = self.grid.get_stage_id()
         self.tensor_group: dist.ProcessGroup = self.grid.get_slice_parallel_group()
         self.files_group = _gloo_group()
         self.agreement_group = _gloo_group()
 
     def limit_waits(self, timeout_s: float) -> None:
-        """Let every group that there is now give up at this timeout: DeepSpeed makes its own without one."""
+        """Set the timeout of all existing groups, after the engine exists: DeepSpeed creates groups without one."""
         timeout = datetime.timedelta(seconds=timeout_s + MARGIN_S)
         for group in distributed_c10d._world.pg_map:
             distributed_c10d._set_pg_timeout(timeout, group)
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether the losses arise on this rank."""
-        return self.stage == self.layout.pipeline - 1
+        """Whether this rank has the last pipeline stage, which computes the losses."""
+        return self.pipeline_stage == self.layout.pipeline - 1
 
     @property
     def reports_metrics(self) -> bool:
-        """Whether this rank's metrics count: last pipeline stage, first tensor rank."""
+        """Whether this rank's metrics count: last pipeline stage, first tensor-parallel rank."""
         return self.is_last_stage and self.tensor_rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -113,22 +112,22 @@ class Topology:
         return total
 
     def largest(self, value: int) -> int:
-        """The largest of every process's number, on every process."""
+        """Return the maximum of a number over all processes, on every process."""
         if self.world == 1:
             return value
-        found = torch.tensor(value)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.agreement_group)
-        return int(found)
+        maximum = torch.tensor(value)
+        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=self.agreement_group)
+        return int(maximum)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's (small, picklable) value, in rank order, on every process."""
+        """Return the (small, picklable) values of all processes in rank order, on every process."""
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self.agreement_group)
         return values
 
 
 def _gloo_group() -> dist.ProcessGroup:
-    rehearsed = dist.get_backend() == "fake"  # one rank of a world that is not there
-    group = dist.new_group(backend="fake" if rehearsed else "gloo")
+    is_fake = dist.get_backend() == "fake"  # see rehearsal.py
+    group = dist.new_group(backend="fake" if is_fake else "gloo")
     assert isinstance(group, dist.ProcessGroup)
     return group

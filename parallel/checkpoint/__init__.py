@@ -1,16 +1,16 @@
-"""Checkpoints: sharded, atomic, elastic.
+"""Checkpoints: sharded, atomic, and loadable under any layout.
 
-Every rank writes only the boxes it owns, under global names, so a checkpoint loads under any layout and a
-plain `dcp.load` reads it. Saving: a temporary directory, the tensors, every rank reads its file back and
-compares hashes, the manifest, a rename, `latest`. Whatever kills a save leaves the checkpoints before it
-untouched. Loading: hashes first, spread over the ranks; only then is anything parsed, and nothing is executed.
+Every rank writes only the boxes that it owns, under global names, so a checkpoint loads under any layout and a plain
+`dcp.load` reads it. The steps of a save: a temporary directory; the tensors; every rank reads its file back and
+compares hashes; the manifest; a rename; `latest`. A save that is killed leaves the earlier checkpoints unchanged. A
+load first verifies the hashes, divided among the ranks, before it parses anything; it never executes code from a file.
 
     root/step-00000100/{__0_0.distcp, __1_0.distcp, ..., .metadata, manifest.json}    root/latest
 
-The price of atomicity is that a save reads back what it wrote (from the page cache), and of verification that a
-resume reads every file once more than it needs. Keys are `{kind}.{parameter}`, kinds model (fp32 master), exp_avg,
-exp_avg_sq, momentum_buffer, ema; whole tensors (a discriminator's) keep their names. All ranks of `group` (gloo;
-None: the default group) call `save`, `load` and `find` together.
+The costs: a save reads back what it wrote (from the page cache), and a resume reads every file one extra time. Keys are
+`{kind}.{parameter}` with the kinds model (fp32 master weights), exp_avg, exp_avg_sq, momentum_buffer, ema; whole
+tensors (such as a discriminator's) keep their names. All ranks of `group` (gloo; None: the default group) must call
+`save`, `load` and `find` together.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ __all__ = ["find", "inspect", "load", "manifest_hash", "protect", "read", "remov
 
 Group = dist.ProcessGroup | None
 _LEFTOVER = ".tmp-"
-LATEST = "latest"  # a file with the name of the newest checkpoint, for people
+LATEST = "latest"  # a file with the name of the newest checkpoint, for users; the program does not read it
 _log = logging.getLogger(__name__)
 
 
@@ -70,14 +70,14 @@ def save(
     group: Group,
     keep: int,
 ) -> Path:
-    """Write `root/step-...` and return its path; afterwards at most `keep` checkpoints stay.
+    """Write `root/step-...`, return its path, and prune: afterwards at most `keep` checkpoints exist.
 
-    `state` (JSON; the first rank's counts) goes into the manifest. `tensors` are whole tensors: each is written by
-    the lowest rank that passes it. Pruning removes the oldest, and those newer than `step` (left by an abandoned
-    lineage), never one that another run refers to (`protect`).
+    `state` (JSON; that of the first rank is used) is stored in the manifest. `tensors` are whole tensors: each is
+    written by the lowest rank that passes it. Pruning removes the oldest checkpoints, and those newer than `step` (from
+    a lineage that was replaced), but never one that another run refers to (`protect`).
 
-    Raises on every rank: UserError (file and cause) when anything cannot be written, with the temporary directory
-    removed and the checkpoints before untouched; ValueError when the fragments leave a gap or overlap.
+    Raises on every rank: UserError (file and cause) if something cannot be written; then the temporary directory is
+    removed and the earlier checkpoints are unchanged. ValueError if the fragments leave a gap or overlap.
     """
     final, temporary = root / step_name(step), root / f"{_LEFTOVER}{step_name(step)}"
     run_on_first_rank(group, lambda: _prepare(root, final, temporary, state))
@@ -103,27 +103,27 @@ def load(
 ) -> dict[str, Any]:
     """Load the checkpoint `path` into the views, in place, and return its state.
 
-    Without `kinds` the checkpoint must hold exactly what the fragments and tensors of all ranks ask for. With
-    `kinds` (kind of the fragments -> kind in the files, e.g. {"model": "ema", "ema": "ema"}) only those kinds are
-    read; other kinds and whole tensors that nobody asks for are left. `verify=False` is for a path that `find`
-    has just returned.
+    Without `kinds`, the checkpoint must hold exactly the keys that the fragments and tensors of all ranks request. With
+    `kinds` (kind of the fragments -> kind in the files, e.g. {"model": "ema", "ema": "ema"}), only those kinds are
+    read; other kinds and whole tensors that no rank requests are ignored. Use `verify=False` only for a path that
+    `find` has just returned.
 
-    Raises the same UserError on every rank when a file is damaged or the checkpoint is of another model.
+    Raises the same UserError on every rank if a file is damaged or the checkpoint belongs to another model.
     """
     fragments = list(fragments)
     manifest = run_on_all_ranks(group, lambda: _verified(path, group) if verify else read_manifest(path))
-    wanted = leaves(fragments, tensors, saving=False, kinds=kinds)
-    require_same_model(path, manifest, wanted, kinds, group)
-    _read_into(path, manifest, wanted, group)
+    requested = leaves(fragments, tensors, saving=False, kinds=kinds)
+    require_same_model(path, manifest, requested, kinds, group)
+    _read_into(path, manifest, requested, group)
     if kinds is not None:
         _copy_shared_kinds(fragments, kinds)
     return manifest.state
 
 
 def find(root: Path, group: Group = None) -> Path | None:
-    """Return the newest undamaged checkpoint in `root`, None where there is none at all.
+    """Return the newest intact checkpoint in `root`, or None if there are no checkpoints.
 
-    Each damaged newer one is named, with the reason, in a warning. Raises UserError when all are damaged.
+    Logs a warning with the reason for each newer damaged one. Raises UserError if all are damaged.
     """
     problems: list[str] = []
     for name in run_on_first_rank(group, lambda: [path.name for path in list_checkpoints(root)]):
@@ -142,9 +142,9 @@ def find(root: Path, group: Group = None) -> Path | None:
 
 
 def read(path: Path, kind: str | None) -> dict[str, Tensor]:
-    """Read one kind of every parameter as whole CPU tensors by name (None: the whole tensors), in this process alone.
+    """Read one kind of every parameter as CPU tensors by name (None: the whole tensors), only in this process.
 
-    Raises UserError when the checkpoint is damaged or holds nothing of that kind.
+    Raises UserError if the checkpoint is damaged or has nothing of that kind.
     """
     manifest = read_manifest(path)
     check_files(path, manifest)
@@ -156,13 +156,13 @@ def read(path: Path, kind: str | None) -> dict[str, Tensor]:
     full = {key: torch.empty(record.shape, dtype=getattr(torch, record.dtype)) for key, record in records.items()}
     reader = BoxReader(path, manifest.files)
     reader.read_metadata()
-    wanted = {key: whole(tensor) for key, tensor in full.items()}
-    _run_dcp(path, lambda: dcp_load(wanted, storage_reader=reader, planner=BoxLoadPlanner(), no_dist=True))
+    targets = {key: whole(tensor) for key, tensor in full.items()}
+    _run_dcp(path, lambda: dcp_load(targets, storage_reader=reader, planner=BoxLoadPlanner(), no_dist=True))
     return {names[key]: tensor for key, tensor in full.items()}
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what a killed save left. Only for the process that holds the run's lock, before its world saves."""
+    """Remove what a killed save left. Only the process that holds the run's lock may call it, before any rank saves."""
     if root.is_dir():
         for path in root.glob(f"{_LEFTOVER}*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -179,7 +179,7 @@ def _prepare(root: Path, final: Path, temporary: Path, state: dict[str, Any]) ->
         remove_leftovers(root)
         if final.exists() and references(final) and _is_sound(final):
             names = ", ".join(references(final))
-            raise UserError(f"{final}: referred to by {names} and not to be replaced; train in another run_dir")
+            raise UserError(f"{final}: cannot be replaced, because {names} refers to it; train in another run_dir")
         temporary.mkdir()
     except OSError as error:
         raise UserError(f"{error.filename or root}: {error.strerror}; checkpoints need a writable directory") from error
@@ -193,23 +193,23 @@ def _require_visible(temporary: Path) -> None:
 def _write(
     folder: Path, fragments: list[Fragment], tensors: dict[str, Tensor], group: Group
 ) -> tuple[dict[str, FileRecord], dict[str, KeyRecord]]:
-    mine = _owned(tensors, group)
-    wanted = run_on_all_ranks(group, lambda: leaves(fragments, mine, saving=True))
+    owned = _owned(tensors, group)
+    pieces = run_on_all_ranks(group, lambda: leaves(fragments, owned, saving=True))
     writer = BoxWriter(folder)
     no_dist = not dist.is_initialized()
     metadata = _run_dcp(
         folder,
-        lambda: dcp_save(wanted, storage_writer=writer, planner=BoxSavePlanner(), process_group=group, no_dist=no_dist),
+        lambda: dcp_save(pieces, storage_writer=writer, planner=BoxSavePlanner(), process_group=group, no_dist=no_dist),
     )
     run_on_all_ranks(group, lambda: _read_back(folder, writer.written))
     written = gather_if_any(group, writer.written or None)
     files = {name: FileRecord(*record) for records in written.values() for name, record in records.items()}
-    whole_names = gather_if_any(group, list(mine) or None)
+    whole_names = gather_if_any(group, list(owned) or None)
     return files, _keys(metadata, {name for names in whole_names.values() for name in names})
 
 
 def _owned(tensors: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
-    """Return the whole tensors that this rank writes: those no lower rank passes too."""
+    """Return the whole tensors that this rank writes: those that no lower rank passes."""
     rank, _ = rank_and_size(group)
     lower = {
         name for other, names in gather_if_any(group, list(tensors) or None).items() if other < rank for name in names
@@ -221,7 +221,7 @@ def _read_back(folder: Path, written: dict[str, tuple[int, str]]) -> None:
     for name, (num_bytes, digest) in written.items():
         path = folder / name
         if path.stat().st_size != num_bytes or sha256_of(path) != digest:
-            raise UserError(f"{path}: what was read back is not what was written; the disk is failing")
+            raise UserError(f"{path}: the content read back differs from the content written; the disk is failing")
 
 
 def _keys(metadata: Metadata, whole_names: set[str]) -> dict[str, KeyRecord]:
@@ -238,11 +238,11 @@ def _commit(manifest: Manifest, temporary: Path, final: Path) -> None:
     try:
         manifest.write(temporary)
         path = final
-        if final.exists():  # damaged or of an abandoned lineage: this run came past this step again
-            kept = references(final)
+        if final.exists():  # damaged, or of a lineage that was replaced: the run reached this step again
+            referring = references(final)
             final.rename(final.with_name(f"{_LEFTOVER}replaced-{final.name}"))
             temporary.rename(final)
-            for name in kept:
+            for name in referring:
                 protect(final, name)
         else:
             temporary.rename(final)
@@ -257,13 +257,13 @@ def _commit(manifest: Manifest, temporary: Path, final: Path) -> None:
 
 def _prune(root: Path, step: int, keep: int) -> None:
     remove_leftovers(root)
-    found = [path for path in list_checkpoints(root) if not references(path)]
-    newer = [path for path in found if (step_of(path) or 0) > step]
+    removable = [path for path in list_checkpoints(root) if not references(path)]
+    newer = [path for path in removable if (step_of(path) or 0) > step]
     for path in newer:
         _log.warning("%s is newer than the checkpoint just written and not its ancestor: removed", path)
     current = [path for path in list_checkpoints(root) if path not in newer]
-    for path in [*newer, *(path for path in current[max(1, keep) :] if path in found)]:
-        # Renamed first: a kill in mid-removal must not leave something that looks like a damaged checkpoint.
+    for path in [*newer, *(path for path in current[max(1, keep) :] if path in removable)]:
+        # Renamed first: a kill during the removal must not leave a directory that looks like a damaged checkpoint.
         doomed = path.with_name(f"{_LEFTOVER}pruned-{path.name}")
         try:
             path.rename(doomed)
@@ -289,14 +289,15 @@ def _verified(path: Path, group: Group) -> Manifest:
     return manifest
 
 
-def _read_into(path: Path, manifest: Manifest, wanted: dict[str, GlobalTensor], group: Group) -> None:
+def _read_into(path: Path, manifest: Manifest, requested: dict[str, GlobalTensor], group: Group) -> None:
     reader = BoxReader(path, manifest.files)
-    run_on_all_ranks(group, reader.read_metadata)  # refusals here, in one voice; DCP would wrap them
+    # Read here first, so that an error is the same UserError on all ranks; DCP would wrap it.
+    run_on_all_ranks(group, reader.read_metadata)
     no_dist = not dist.is_initialized()
     _run_dcp(
         path,
         lambda: dcp_load(
-            wanted,  # type: ignore[arg-type]
+            requested,  # type: ignore[arg-type]
             storage_reader=reader,
             planner=BoxLoadPlanner(),
             process_group=group,
@@ -307,7 +308,7 @@ def _read_into(path: Path, manifest: Manifest, wanted: dict[str, GlobalTensor], 
 
 @torch.no_grad()
 def _copy_shared_kinds(fragments: list[Fragment], kinds: dict[str, str]) -> None:
-    """Fill the kinds that share a kind in the files with one loaded before them (`leaves` takes the first)."""
+    """Copy a loaded kind to the other kinds that map to the same kind in the files (`leaves` loads only the first)."""
     for fragment in fragments:
         source: dict[str, Tensor] = {}
         for kind, view in fragment.tensors.items():
@@ -318,7 +319,7 @@ def _copy_shared_kinds(fragments: list[Fragment], kinds: dict[str, str]) -> None
 
 
 def _run_dcp(path: Path, function: Callable[[], Any]) -> Any:
-    """Call DCP; its exception (a BaseException, alike on all ranks) becomes one of ours."""
+    """Call DCP; convert its exception (a BaseException, equal on all ranks) to an ordinary one."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

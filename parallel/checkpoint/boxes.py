@@ -1,9 +1,9 @@
-"""Flat ranges of parameters as boxes of the global tensors: what a rank owns, in terms no layout enters.
+"""Describe the flat ranges that a rank owns as boxes of the global tensors, independently of the layout.
 
-An engine keeps a flat range of a (tensor-parallel cut of a) parameter. A row-major flat range is a
-union of few N-d boxes (at most 2*ndim - 1), and a box shifted along the cut dimension is a chunk of
-the global tensor as torch.distributed.checkpoint knows it. The boxes are views: saving gathers
-nothing, loading writes in place, and a file says nothing about ranks, ZeRO stages or cuts.
+An engine keeps a flat range of a parameter, or of its tensor-parallel slice. A row-major flat range is a union of few
+N-d boxes (at most 2*ndim - 1), and a box shifted along the cut dimension is a chunk of the global tensor in the sense
+of torch.distributed.checkpoint. The boxes are views: saving gathers nothing, loading writes in place, and a file does
+not depend on ranks, ZeRO stages or cuts.
 
 Uses the `__create_write_items__` / `__create_chunk_list__` protocol of torch.distributed.checkpoint
 (private in torch 2.13; `tests/unit/test_boxes.py` fails when it changes).
@@ -41,7 +41,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class TensorCut:
-    """Where a tensor-parallel slice sits: local dimension `dim` is these (global offset, length) runs in order."""
+    """The position of a tensor-parallel slice: its dimension `dim` consists of these (global offset, length) runs."""
 
     dim: int
     global_shape: tuple[int, ...]
@@ -50,11 +50,11 @@ class TensorCut:
 
 @dataclass(frozen=True)
 class Fragment:
-    """A flat range of one parameter as this rank holds it.
+    """The flat range of one parameter that this rank holds.
 
-    `shape` is that of the tensor-parallel local tensor, `start` the range's offset inside it; `tensors` maps
-    a kind ("model" fp32 master, "exp_avg", "exp_avg_sq", "momentum_buffer", "ema") to a writable 1-D view.
-    `writes` marks the one rank that saves this range; every rank that has the fragment loads it.
+    `shape` is that of the tensor-parallel local tensor, `start` the offset of the range in it. `tensors` maps a kind
+    ("model" for fp32 master weights, "exp_avg", "exp_avg_sq", "momentum_buffer", "ema") to a writable 1-D view.
+    `writes` is true on the one rank that saves this range; every rank that has the fragment loads it.
     """
 
     name: str
@@ -97,7 +97,7 @@ def _inside(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterat
 
 
 class GlobalTensor:
-    """This rank's pieces of one global tensor, a leaf that torch.distributed.checkpoint saves and loads in place."""
+    """This rank's pieces of one global tensor, in a form that torch.distributed.checkpoint saves and loads in place."""
 
     def __init__(self, shape: Iterable[int]) -> None:
         """Start without pieces; `shape` is the global one."""
@@ -105,7 +105,7 @@ class GlobalTensor:
         self.pieces: dict[torch.Size, Tensor] = {}
 
     def add(self, fragment: Fragment, kind: str) -> None:
-        """Add the boxes of one kind of a fragment; raises ValueError when its numbers do not fit its shape."""
+        """Add the boxes of one kind of a fragment. Raises ValueError if the range is outside the shape."""
         flat = fragment.tensors[kind]
         stop = fragment.start + flat.numel()
         if flat.dim() != 1 or fragment.start < 0 or stop > math.prod(fragment.shape):
@@ -121,7 +121,7 @@ class GlobalTensor:
             self._put(offset, view)
             return
         low, high = offset[cut.dim], offset[cut.dim] + view.shape[cut.dim]
-        local = 0  # where the segment begins in the local tensor
+        local = 0  # offset of the segment in the local tensor
         for start, length in cut.segments:
             first, last = max(low, local), min(high, local + length)
             if first < last:
@@ -136,15 +136,15 @@ class GlobalTensor:
         self.pieces[place] = view
 
     def size(self) -> torch.Size:
-        """Shape of the global tensor (the name DCP calls it by)."""
+        """Return the shape of the global tensor; DCP calls this method."""
         return self.shape
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """What to fill when loading."""
+        """Return the chunks to fill when loading."""
         return [ChunkStorageMetadata(offsets=offset, sizes=view.shape) for offset, view in self.pieces.items()]
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        """What to write when saving."""
+        """Return the chunks to write when saving."""
         return [
             WriteItem(
                 index=MetadataIndex(name, offset),
@@ -160,7 +160,7 @@ class GlobalTensor:
 
 
 def whole(tensor: Tensor) -> GlobalTensor:
-    """An ordinary tensor as a leaf of one piece."""
+    """Return an ordinary tensor as a GlobalTensor of one piece."""
     leaf = GlobalTensor(tensor.shape)
     if tensor.numel():
         leaf.pieces[torch.Size([0] * tensor.dim())] = tensor.detach()
@@ -168,14 +168,17 @@ def whole(tensor: Tensor) -> GlobalTensor:
 
 
 class BoxSavePlanner(DefaultSavePlanner):
-    """Looks pieces up in `GlobalTensor` leaves and refuses a plan that leaves a gap or writes a place twice."""
+    """Saves the pieces of `GlobalTensor` leaves; refuses a plan that leaves a gap or writes an element twice."""
 
     def __init__(self) -> None:
         """Take a flat dictionary of leaves as it is."""
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Check that every place is written exactly once. DCP drops identical chunks and trusts a lone rank."""
+        """Check that every element is written exactly once.
+
+        DCP (torch 2.13) does not: it silently drops identical chunks, and does not check a single rank.
+        """
         seen: set[MetadataIndex] = set()
         volumes: dict[str, int] = {}
         sizes: dict[str, torch.Size] = {}
@@ -200,7 +203,7 @@ class BoxSavePlanner(DefaultSavePlanner):
 
 
 class BoxLoadPlanner(DefaultLoadPlanner):
-    """Loads into the views of `GlobalTensor` leaves; anything but tensors is refused."""
+    """Loads into the views of `GlobalTensor` leaves; refuses everything except tensors."""
 
     def __init__(self) -> None:
         """Take a flat dictionary of leaves as it is."""
@@ -209,7 +212,7 @@ class BoxLoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """Keep the leaves: the default deep-copies what it does not know (torch 2.13)."""
+        """Keep the leaves themselves: the default (torch 2.13) deep-copies types that it does not know."""
         self.original_state_dict = self.state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
@@ -218,8 +221,8 @@ class BoxLoadPlanner(DefaultLoadPlanner):
         return self.state_dict[index.fqn].pieces[index.offset]
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Refuse: non-tensor entries would be unpickled, and we write none."""
-        raise UserError(f"{read_item.dest_index.fqn}: not a tensor; a checkpoint of ours holds tensors only")
+        """Refuse entries that are not tensors, because they would be unpickled."""
+        raise UserError(f"{read_item.dest_index.fqn}: not a tensor; a checkpoint may hold only tensors")
 
 
 def leaves(
@@ -230,10 +233,10 @@ def leaves(
 ) -> dict[str, GlobalTensor]:
     """Group views by key in the files: `{kind}.{name}` for fragments, the given name for whole tensors.
 
-    When saving, fragments of another writer are left out. `kinds` renames kinds (kind of the fragment ->
-    kind in the files) and leaves out those it does not name; the first fragment kind of each file kind is taken.
+    When saving, fragments that another rank writes are skipped. `kinds` maps kinds of fragments to kinds in the files
+    and skips kinds that it does not contain; if several kinds of a fragment map to one, the first is used.
     """
-    found: dict[str, GlobalTensor] = {}
+    grouped: dict[str, GlobalTensor] = {}
     for fragment in fragments:
         if saving and not fragment.writes:
             continue
@@ -243,10 +246,10 @@ def leaves(
             if stored is None or stored in taken:
                 continue
             taken.add(stored)
-            leaf = found.setdefault(f"{stored}.{fragment.name}", GlobalTensor(fragment.global_shape))
+            leaf = grouped.setdefault(f"{stored}.{fragment.name}", GlobalTensor(fragment.global_shape))
             leaf.add(fragment, kind)
     for name, tensor in tensors.items():
-        if name in found:
+        if name in grouped:
             raise ValueError(f"{name}: both a fragment and a whole tensor")
-        found[name] = whole(tensor)
-    return {key: leaf for key, leaf in found.items() if leaf.pieces}
+        grouped[name] = whole(tensor)
+    return {key: leaf for key, leaf in grouped.items() if leaf.pieces}

@@ -1,4 +1,4 @@
-"""What a person asks of a checkpoint: what is in it, is it sound. Reads no tensor and needs no torch."""
+"""Describe and verify checkpoints for the user. Reads no tensors and does not import torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from parallel.errors import UserError
 def inspect(path: Path) -> str:
     """Describe the checkpoints of a run directory, of its checkpoints directory, or one checkpoint.
 
-    Raises UserError when there is none or a manifest is damaged; files are not hashed (`verify` does).
+    Raises UserError if there is none or a manifest is damaged. Only `verify` hashes the files.
     """
     return "\n".join(_describe(folder, read_manifest(folder)) for folder in _checkpoints(path))
 
 
 def verify(path: Path) -> str:
-    """Hash every file of the checkpoints at `path` (as `inspect`) and report; raises UserError naming the damaged."""
+    """Hash every file of the checkpoints at `path` and return a report. Raises UserError that lists damaged ones."""
     lines, problems = [], []
     for folder in _checkpoints(path):
         try:
@@ -28,7 +28,7 @@ def verify(path: Path) -> str:
             problems.append(str(error))
         else:
             total = sum(record.bytes for record in manifest.files.values())
-            lines.append(f"{folder}: sound ({len(manifest.files)} files, {_size(total)})")
+            lines.append(f"{folder}: intact ({len(manifest.files)} files, {_size(total)})")
     if problems:
         raise UserError("\n".join([*problems, *lines]))
     return "\n".join(lines)

@@ -1,13 +1,13 @@
-"""How the tensors of a checkpoint get into files and out again: a hashing writer and a reader that executes nothing.
+"""Read and write the tensors of a checkpoint: a writer that hashes, and a reader that executes no code.
 
-The files are those of torch.distributed.checkpoint, so a plain `dcp.load(state, checkpoint_id=path)`
-reads them. Two things differ from its FileSystemWriter. Every box is stored by torch.save's stream format
-instead of its zip format: 0.34 KB around each box instead of 1.56 KB: for 2 M parameters in 200
-tensors 1-5 % of a rank's bytes instead of 4-21 % (ZeRO 1 to 3 on 2 to 4 ranks). And the bytes are hashed on their way
-to the disk, so the file read back can be compared with what was meant.
+The files have the format of torch.distributed.checkpoint, so a plain `dcp.load(state, checkpoint_id=path)` reads them.
+There are two differences from its FileSystemWriter. Every box is stored in torch.save's stream format instead of its
+zip format. This takes 0.34 KB per box instead of 1.56 KB; for 2 M parameters in 200 tensors that is 1-5 % of a rank's
+bytes instead of 4-21 % (ZeRO stages 1 to 3 on 2 to 4 ranks). And the bytes are hashed while they are written, so that
+the file can be read back and compared.
 
-`.metadata` is a pickle. It is read by an unpickler that knows the few names such a file needs; the
-tensors are read by torch.load with `weights_only=True` (torch 2.13, FileSystemReader.read_data).
+`.metadata` is a pickle. It is read by an unpickler that accepts only the few names that such a file needs. The tensors
+are read by torch.load with `weights_only=True` (torch 2.13, FileSystemReader.read_data).
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 def describe(error: OSError, path: Path) -> str:
-    """`path: cause` of an operating system error, for a person."""
+    """Return an operating system error as "path: cause"."""
     return f"{error.filename or path}: {error.strerror or error}"
 
 
 class _HashedStream:
-    """The part of a file that torch.save needs, counting and hashing what goes through."""
+    """The file interface that torch.save needs; counts and hashes the written bytes."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self.raw, self.position, self.digest = raw, 0, hashlib.sha256()
@@ -77,7 +77,7 @@ class _HashedStream:
 
 
 class BoxWriter(FileSystemWriter):
-    """Writes this rank's boxes into one file; `written` is then {file name: (bytes, sha256 of what was meant)}."""
+    """Writes this rank's boxes into one file; `written` is then {file name: (bytes, sha256 of the content)}."""
 
     def __init__(self, path: Path) -> None:
         """Write into the existing directory `path`."""
@@ -85,7 +85,7 @@ class BoxWriter(FileSystemWriter):
         self.written: dict[str, tuple[int, str]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write the boxes of the plan one after another; raises UserError naming the file and the cause."""
+        """Write the boxes of the plan one after another. Raises UserError with the file and the cause."""
         results: list[WriteResult] = []
         if plan.items:
             name = f"{plan.storage_data.prefix}0.distcp"
@@ -108,7 +108,7 @@ class BoxWriter(FileSystemWriter):
         assert isinstance(view, torch.Tensor)
         box = view.detach().cpu()
         if box.untyped_storage().nbytes() != box.nbytes or not box.is_contiguous():
-            box = box.clone(memory_format=torch.contiguous_format)  # torch.save would write the whole flat buffer
+            box = box.clone(memory_format=torch.contiguous_format)  # torch.save writes a view's whole storage
         start = stream.position
         torch.save(box, stream, _use_new_zipfile_serialization=False)  # type: ignore[arg-type]
         length = stream.position - start
@@ -116,7 +116,7 @@ class BoxWriter(FileSystemWriter):
         return WriteResult(index=item.index, size_in_bytes=length, storage_data=place)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write `.metadata` (coordinator only); raises UserError naming the file and the cause."""
+        """Write `.metadata` (coordinator only). Raises UserError with the file and the cause."""
         path = Path(self.path) / METADATA_FILE
         try:
             super().finish(metadata, results)
@@ -125,7 +125,7 @@ class BoxWriter(FileSystemWriter):
             raise UserError(f"checkpoint not written: {describe(error, path)}") from error
 
     def storage_meta(self) -> None:
-        """Leave out the path of the temporary directory, which DCP would store."""
+        """Return nothing: by default DCP would store the path of the temporary directory."""
         return
 
 
@@ -136,28 +136,28 @@ class BoxReader(FileSystemReader):
         """Read the checkpoint directory `path`, whose verified files are `files`."""
         super().__init__(path)
         self.files = frozenset(files)
-        self.found: Metadata | None = None
+        self.cached: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the metadata; raises UserError when it holds what no checkpoint of ours holds."""
-        if self.found is not None:
-            return self.found
+        """Return the metadata. Raises UserError if it contains anything that our checkpoints never contain."""
+        if self.cached is not None:
+            return self.cached
         path = Path(self.path) / METADATA_FILE
         try:
             with path.open("rb") as stream:
-                found = _MetadataUnpickler(stream).load()
-            if not isinstance(found, Metadata):
+                content = _MetadataUnpickler(stream).load()
+            if not isinstance(content, Metadata):
                 raise UserError(f"{path}: not the metadata of a checkpoint")
-            for place in found.storage_data.values():
+            for place in content.storage_data.values():
                 if place.relative_path not in self.files or getattr(place, "transform_descriptors", None):
                     raise UserError(f"{path}: refers to '{place.relative_path}', which the manifest does not list")
         except (UserError, OSError):
             raise
         except Exception as error:
             raise UserError(f"{path}: unreadable ({type(error).__name__}: {error})") from error
-        found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
-        self.found = found
-        return found
+        content.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        self.cached = content
+        return content
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -166,5 +166,5 @@ class _MetadataUnpickler(pickle.Unpickler):
             return _ALLOWED[module, name]
         except KeyError:
             raise UserError(
-                f".metadata asks for {module}.{name}, which no checkpoint of ours contains; nothing was executed"
+                f".metadata contains {module}.{name}, which is not allowed in a checkpoint; nothing was executed"
             ) from None

@@ -1,1 +1,1 @@
-"""A process in its world: who it is, how ranks meet, agree, are watched and end. Import the module that you need."""
+"""Launching: the rank of a process, rendezvous, agreement of ranks, heartbeat, exit codes. Import single modules."""

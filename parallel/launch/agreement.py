@@ -1,7 +1,7 @@
-"""Doing something that may fail on some ranks so that every rank learns of it: no rank hangs, all say the same.
+"""Run functions that may fail on some ranks so that all ranks get the same error and none hangs.
 
-Every function works without torch.distributed too (`group` None and nothing initialised: a world of one).
-The success path costs one all-reduce of a number; texts travel only when something failed.
+All functions also work without torch.distributed (`group` None and nothing initialised: world size 1). Without failures
+they cost one all-reduce of a number; texts are exchanged only after a failure.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ T = TypeVar("T")
 
 
 def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Rank and number of ranks in the group; (0, 1) without torch.distributed."""
+    """Return the rank and the number of ranks in the group; (0, 1) without torch.distributed."""
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
 
 
 def run_on_all_ranks(group: dist.ProcessGroup | None, function: Callable[[], T]) -> T:
-    """Run `function` on every rank; if it fails anywhere, raise the same UserError everywhere.
+    """Run `function` on every rank; if it fails on any rank, raise the same UserError on all.
 
-    UserError and OSError become the message (of all failed ranks, each cause once). Any other exception is a
-    defect: it is raised as it is where it happened, and as RuntimeError on the other ranks.
+    The message has the UserErrors and OSErrors of all failed ranks, each cause once. Any other exception is a defect:
+    the failing rank raises it unchanged, the other ranks raise RuntimeError.
     """
     result, failure = None, None
     try:
@@ -48,18 +48,21 @@ def run_on_all_ranks(group: dist.ProcessGroup | None, function: Callable[[], T])
 
 
 def run_on_first_rank(group: dist.ProcessGroup | None, function: Callable[[], T]) -> T:
-    """Run `function` on the group's first rank and return its (picklable) result on all; failures as `together`."""
+    """Run `function` on the group's first rank and return its (picklable) result on all ranks.
+
+    Failures are raised as by `run_on_all_ranks`.
+    """
     rank, size = rank_and_size(group)
     result = run_on_all_ranks(group, function if rank == 0 else lambda: None)
     if size == 1:
         return result  # type: ignore[return-value]
     box = [result]
-    dist.broadcast_object_list(box, src=dist.get_global_rank(_real(group), 0), group=group)
+    dist.broadcast_object_list(box, src=dist.get_global_rank(_or_default_group(group), 0), group=group)
     return box[0]  # type: ignore[return-value]
 
 
 def gather_if_any(group: dist.ProcessGroup | None, value: Any) -> dict[int, Any]:
-    """Return {rank: value} of the ranks whose (picklable) value is not None, on every rank."""
+    """Return {rank: value} for the ranks whose (picklable) value is not None, on every rank."""
     rank, size = rank_and_size(group)
     if size == 1:
         return {} if value is None else {rank: value}
@@ -72,7 +75,7 @@ def gather_if_any(group: dist.ProcessGroup | None, value: Any) -> dict[int, Any]
     return {rank: value for rank, value in enumerate(values) if value is not None}
 
 
-def _real(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    found = dist.group.WORLD if group is None else group
-    assert found is not None
-    return found
+def _or_default_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    actual = dist.group.WORLD if group is None else group
+    assert actual is not None
+    return actual

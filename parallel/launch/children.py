@@ -1,7 +1,7 @@
-"""Forks that live no longer than the process that made them, and that it alone may stop.
+"""Child processes that end with their parent, and that only the parent stops.
 
-Ctrl-C reaches all processes of a terminal: the first of them answers it, and asks its children to end by SIGTERM,
-which they in turn do. SIGKILL of a parent ends its children (by the kernel, where that is Linux).
+Ctrl-C sends SIGINT to all processes of a terminal. Only the first process handles it; it stops its children with
+SIGTERM, and they stop theirs. If a parent is killed, the kernel kills its children (on Linux).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from contextlib import contextmanager
 from typing import Any
 
 FORK = multiprocessing.get_context("fork")
-KILLED_S = 5.0  # for a killed process to end: one that waits for a disk which hangs does not
+KILLED_S = 5.0  # longest wait for a killed process: one that is blocked by a hanging disk does not end
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Within it neither Ctrl-C nor SIGTERM comes between the start of a child and its place in a list."""
+    """Block SIGINT and SIGTERM, so that none arrives between the start of a child and its registration in a list."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
@@ -34,7 +34,7 @@ def signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Within it SIGTERM raises KeyboardInterrupt, as Ctrl-C does; in the main thread alone."""
+    """Within the context, SIGTERM raises KeyboardInterrupt as Ctrl-C does; only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -46,7 +46,10 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def install_child_signal_handlers(parent: int) -> None:
-    """In a child that was started `signals_blocked`: end with process `parent`; SIGTERM raises KeyboardInterrupt."""
+    """Prepare a child that was started within `signals_blocked`.
+
+    It ends with process `parent`, ignores SIGINT, and raises KeyboardInterrupt on SIGTERM.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -56,24 +59,24 @@ def install_child_signal_handlers(parent: int) -> None:
 
 
 def end_with_parent() -> None:
-    """Be killed when the process that started this one ends, however it ends; on Linux alone."""
+    """Make the kernel kill this process when its parent ends for any reason (only on Linux)."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # prctl's PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def stop(children: Iterable[Any], grace_s: float) -> None:
-    """End those that still run: asked first, so that they note what they have spent, after `grace_s` killed.
+    """End the children that still run: by SIGTERM, so that they can record their time, and after `grace_s` by SIGKILL.
 
-    Signals that come meanwhile are ignored: it takes `grace_s` at most, and KILLED_S where the system hangs.
+    Signals are ignored meanwhile: it takes at most `grace_s`, and KILLED_S more if the system hangs.
     """
     before = {name: signal.signal(name, signal.SIG_IGN) for name in _SIGNALS}
     try:
-        asked = list(children)
-        for child in asked:
+        running = list(children)
+        for child in running:
             child.terminate()
         until = time.monotonic() + grace_s
-        for child in asked:
+        for child in running:
             child.join(max(0.0, until - time.monotonic()))
             if child.exitcode is None:
                 child.kill()
@@ -84,7 +87,7 @@ def stop(children: Iterable[Any], grace_s: float) -> None:
 
 
 def killed(code: int) -> str:
-    """What to say of a process whose exit code is a signal's, negative."""
+    """Return the error message for a process that was ended by a signal (a negative exit code)."""
     return (
         f"its process was ended by {signal.Signals(-code).name}; where memory has run out,"
         " --jobs 1 needs half of it. The same command resumes from here"

@@ -1,10 +1,10 @@
-"""Who am I: rank, world and rendezvous, from torchrun's or SLURM's environment or alone.
+"""Read rank, world size and rendezvous from the environment variables of torchrun or SLURM.
 
-Under SLURM the tasks of one srun are the world, and torchrun's variables go before SLURM's. A process without either
-is a world of one, whatever MASTER_ADDR, MASTER_PORT or WORLD_SIZE another launcher has left in the shell. A batch
-script itself, or the shell of an allocation, is no such task, though SLURM calls it task 0 of n as well: it is a world
-of one, and says so. Tasks meet at the first host of their step. Its name is read out of SLURM's list by hand, a line,
-because scontrol is often missing in a container.
+Under SLURM, the tasks of one srun are the world; torchrun's variables take precedence. A process without either has
+world size 1, even if another launcher left MASTER_ADDR, MASTER_PORT or WORLD_SIZE in the shell. A batch script or the
+shell of an allocation is not a task of srun, although SLURM also calls it task 0 of n: it has world size 1 and logs
+that. Tasks meet at the first host of their job step. Its name is parsed from SLURM's host list here, because scontrol
+is often missing in a container.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from collections.abc import Mapping
 from parallel.errors import UserError
 
 PORTS = range(20_000, 30_000)
-"""Where the tasks of an srun meet, unless MASTER_PORT is set: below the ports that systems hand out by themselves."""
+"""Ports for the rendezvous of srun's tasks, unless MASTER_PORT is set; below the ephemeral ports of the system."""
 BATCH_STEP = 0xFFFFFFF0
-"""SLURM numbers the steps of srun from 0; a batch script and the shell of an allocation have one from here, or none."""
+"""Steps of srun are numbered from 0; batch scripts and shells of an allocation have at least this number, or none."""
 
 
 def read_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
     """Return (rank, world, local rank) from torchrun's or SLURM's variables; (0, 1, 0) when neither is set.
 
-    Raises UserError for variables that are missing, are no whole numbers or contradict each other, and for a world
-    of several processes without a place to meet.
+    Raises UserError for variables that are missing, not whole numbers or contradictory, and for several processes
+    without a rendezvous address.
     """
     if "RANK" in environment:
         names, launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "start all processes with torchrun, or unset RANK"
@@ -48,7 +48,7 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, 
 
 
 def _check_meeting_place(environment: Mapping[str, str], required: bool) -> None:
-    """Raise UserError for a MASTER_ADDR or MASTER_PORT that cannot be used, or is not there but required."""
+    """Raise UserError for an invalid MASTER_ADDR or MASTER_PORT, or a missing one that is required."""
     found = {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
     if required and (missing := {"MASTER_ADDR", "MASTER_PORT"} - set(found)):
         raise UserError(
@@ -63,7 +63,7 @@ def _check_meeting_place(environment: Mapping[str, str], required: bool) -> None
 
 
 def rendezvous(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Return (host, port) where the tasks of an srun meet: the first host of the step, a port from the job's number."""
+    """Return (host, port) of the rendezvous of srun's tasks: the step's first host, a port from the job number."""
     hosts = environment.get("SLURM_STEP_NODELIST", "")
     job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "")
     first = re.match(r"(?:[\w.-]|\[\d[\d,-]*\])+(?=,|$)", hosts)
@@ -72,12 +72,12 @@ def rendezvous(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
             f"SLURM_STEP_NODELIST/SLURM_JOB_ID/SLURM_STEP_ID: found {hosts!r}, {job!r}, {step!r}; a list of hosts as "
             "node[01-04] and two numbers are needed, or MASTER_ADDR and MASTER_PORT"
         )
-    host = re.sub(r"\[(\d+)[^]]*\]", r"\1", first.group())  # node[003-006,9] begins with node003
-    return host, PORTS[(10 * int(job) + int(step)) % len(PORTS)]  # steps of a job may run side by side
+    host = re.sub(r"\[(\d+)[^]]*\]", r"\1", first.group())  # the first host of node[003-006,9] is node003
+    return host, PORTS[(10 * int(job) + int(step)) % len(PORTS)]  # a port per step: steps of a job may be concurrent
 
 
 def rank_environment(rank: int, world: int, local_rank: int, local_world: int, host: str, port: int) -> dict[str, str]:
-    """What torchrun sets for a rank, for launchers of our own."""
+    """Return the variables that torchrun sets for a rank, for the launchers of this project."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(local_rank),
@@ -89,6 +89,6 @@ def rank_environment(rank: int, world: int, local_rank: int, local_world: int, h
 
 
 def is_task_of_srun(environment: Mapping[str, str]) -> bool:
-    """Whether this process is one of the tasks of an srun, and not the batch script or shell of its allocation."""
+    """Return whether this process is a task of srun, and not the batch script or shell of an allocation."""
     step = environment.get("SLURM_STEP_ID", "")  # "-5" in some batch scripts
     return "SLURM_PROCID" in environment and step.isdecimal() and int(step) < BATCH_STEP

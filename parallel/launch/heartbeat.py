@@ -1,18 +1,18 @@
-"""Who died and who hangs: every rank tells that it lives and where it is, and a run that cannot go on ends by name.
+"""Detect ranks that died or hang: every rank sends a heartbeat, and a run that cannot continue ends with a named cause.
 
-Once a second a thread of each rank says, through the store where the ranks met, at what place of the run it is and
-how many collectives it has begun in each process group. Rank 0 reads what all say, the others read rank 0. To blame is
-a rank that is silent for `timeout_s` (killed, stopped, its node gone); one that is late: `timeout_s` ago another began
-a collective that this one has not begun; or one that failed. Every rank prints the same sentence about it, a late one
-its stacks besides, and all end. So a step, a save or a load may be as long as it likes where no rank waits for another,
-and a rank that waits is never taken for the one that it waits for.
+Once a second, a thread of each rank publishes in the rendezvous store where the rank is in the run and how many
+collectives it has started in each process group. Rank 0 reads the beats of all ranks, the others read that of rank 0. A
+rank is to blame in three cases. It sends no beat for `timeout_s` (it was killed or stopped, or its node is gone). It is
+late: another rank started a collective `timeout_s` ago that this rank has not started. Or it failed. Every rank prints
+the same message about it, a late rank also prints its stacks, and all ranks end. So a step, a save or a load may take
+any time if no rank waits for another, and a waiting rank is never mistaken for the rank that it waits for.
 
-The process is ended by os._exit: its main thread may stand in a collective, in C, where no exception reaches it, and an
-orderly end would wait for the same collective. A step pays the setting of an attribute. Talking and watching are two
-threads, because talking stands still where the store does. Not seen are waits of a pipeline's stages for each other,
-which begin no collective: there the backend gives up, a little later, and who has not failed is named.
+The process ends with os._exit, because its main thread may be inside a collective, in C, where no exception reaches it,
+and a normal exit would wait for the same collective. The cost per step is setting one attribute. Sending and watching
+are two threads, because sending blocks if the store does. Waits between pipeline stages start no collective, so they
+are not detected here: the backend times out a little later, and then the ranks that have not failed are reported.
 
-Written by hand, because torch's own watchdog knows NCCL alone and names no rank. Reads private names of torch 2.13:
+It is our own code, because torch's watchdog only supports NCCL and names no rank. It uses private names of torch 2.13:
 `_get_default_store`, `_world`, `_get_sequence_number_for_group`.
 """
 
@@ -45,16 +45,20 @@ from parallel.topology import Topology
 PERIOD_S = 1.0
 """Seconds between two beats."""
 WAITING = "waiting for a batch"
-"""How a place ends at which a rank waits for data."""
+"""Suffix of a place at which a rank waits for data."""
 PATIENCE_S = 5.0
-"""Seconds from a failure for the other ranks to end by themselves; who is silent for as long then is dead."""
+"""After a failure, the other ranks have this time to end themselves; a rank without beats for this long is dead."""
 
-_runs = itertools.count()  # tells the runs of one process apart in the store; ranks make the same runs
+_runs = itertools.count()  # distinguishes the runs of one process in the store; all ranks make the same runs
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself: where it is, the collectives begun by group, and how it left (None: it has not)."""
+    """The beat of a rank: its place, the number of collectives started by group, and its failure.
+
+    `left` is None while the rank runs, "" after a normal end, else its error. `follows` means that the error probably
+    follows from the failure of another rank.
+    """
 
     place: str
     begun: Mapping[str, int] = field(default_factory=dict)
@@ -64,7 +68,7 @@ class Beat:
 
 @dataclass
 class Seen:
-    """What is known of a rank: its last beat, and when, in seconds of the watcher, it was heard and had moved on."""
+    """The last beat of a rank, and the watcher's times at which it was last received and last changed."""
 
     beat: Beat
     heard_s: float
@@ -72,18 +76,18 @@ class Seen:
 
 
 class Heartbeat:
-    """Watches a run from `with` to its end: the other ranks, and this rank's own waits for data.
+    """Watches the other ranks and this rank's own waits for data, within a `with` block.
 
-    The run sets `place`, in words that follow "at"; one that ends in WAITING is a wait for data. `timeout_s` is the
-    longest that a rank may wait for another rank or for data.
+    The run sets `place`, a text that can follow "at"; a place that ends in WAITING is a wait for data. `timeout_s` is
+    the longest time that a rank may wait for another rank or for data.
     """
 
     def __init__(self, topology: Topology, timeout_s: float):
         self._place, self._places = "its start", 0
         self._topology, self._timeout_s, self._rank = topology, timeout_s, topology.rank
         self._watched: Sequence[int] = range(1, topology.world) if topology.rank == 0 else [0]
-        self._words: dict[int, str] = {}  # rank -> its last beat as it came
-        self._verdict: dict[int, str] = {}  # rank -> what is to be said of it
+        self._beats: dict[int, str] = {}  # rank -> its last beat as JSON
+        self._verdict: dict[int, str] = {}  # rank to blame -> its fault
         self._left: str | None = None
         self._follows = False
         self._stop, self._named = threading.Event(), threading.Event()
@@ -91,26 +95,26 @@ class Heartbeat:
 
     @property
     def place(self) -> str:
-        """Where the run is."""
+        """The current place of the run."""
         return self._place
 
     @place.setter
     def place(self, place: str) -> None:
         self._place = place
-        self._places += 1  # tells two waits at one place apart
+        self._places += 1  # distinguishes two waits at the same place
 
     def __enter__(self) -> Heartbeat:
         self._threads = [threading.Thread(target=self._watch_own_waits, daemon=True)]
         if self._topology.world > 1:
             self._key = f"heartbeat/{next(_runs)}"
-            ours: Any = distributed_c10d._get_default_store()
-            self._store = ours.clone()  # a connection of its own: the run's may stand in a wait
+            default_store: Any = distributed_c10d._get_default_store()
+            self._store = default_store.clone()  # a separate connection: the run's own may be blocked in a wait
             self._store.set_timeout(datetime.timedelta(seconds=self._timeout_s))
             self._store.set(f"{self._key}/{self._rank}", self._encode_beat(0))
             if self._rank == 0:
                 self._store.set(f"{self._key}/verdict", "{}")
-            mine = f"rank {self._rank} (host {socket.gethostname()}, pid {os.getpid()})"
-            self._names: list[str] = self._topology.gather(mine)  # and now the store has a word of every rank
+            name = f"rank {self._rank} (host {socket.gethostname()}, pid {os.getpid()})"
+            self._names: list[str] = self._topology.gather(name)  # after this, the store has a beat of every rank
             self._threads += [
                 threading.Thread(target=body, daemon=True) for body in (self._exchange_beats, self._watch)
             ]
@@ -122,20 +126,20 @@ class Heartbeat:
         self._follows = isinstance(error, RuntimeError) and bool(re.search("gloo|nccl", str(error), re.IGNORECASE))
         self._left = "" if kind is None else f"{kind.__name__}: {error}".strip().splitlines()[0]
         alone = isinstance(error, Exception) and not (isinstance(error, UserError) and error.everywhere)
-        if alone and self._topology.world > 1:  # the others must hear of it, or name the cause
+        if alone and self._topology.world > 1:  # time for the others to read the failure, or to report its cause
             self._named.wait(3 * PATIENCE_S if self._follows else 2 * PERIOD_S)
         self._stop.set()
         for thread in self._threads:
             thread.join(2 * PERIOD_S)
 
-    # -- talking ----------------------------------------------------------------------------------
+    # -- sending ----------------------------------------------------------------------------------
 
     def _encode_beat(self, number: int) -> str:
         beat = Beat(self.place, _collectives_begun(), self._left, self._follows)
         return json.dumps([number, dataclasses.asdict(beat)])
 
     def _exchange_beats(self) -> None:
-        """Say and read; a store that is gone is left to the watcher, who hears nothing any more."""
+        """Send and read beats; if the store is gone, end, and the watcher notices that no beats arrive."""
         keys = [f"{self._key}/{who}" for who in (*self._watched, "verdict")]
         with contextlib.suppress(RuntimeError):
             for number in itertools.count(1):
@@ -145,17 +149,17 @@ class Heartbeat:
                     self._store.set(keys[-1], json.dumps(self._verdict))
                 if last:
                     return
-                *words, verdict = (text.decode() for text in self._store.multi_get(keys))
-                self._words = dict(zip(self._watched, words, strict=True))
+                *beats, verdict = (text.decode() for text in self._store.multi_get(keys))
+                self._beats = dict(zip(self._watched, beats, strict=True))
                 self._verdict = self._verdict or {int(rank): text for rank, text in json.loads(verdict).items()}
                 self._stop.wait(PERIOD_S)
 
     # -- watching ---------------------------------------------------------------------------------
 
     def _watch_own_waits(self) -> None:
-        """End this process where a wait for data lasts longer than the loader, which waits for its workers, allows.
+        """End this process if a wait for data lasts longer than the loader's own time limit for its workers.
 
-        The main thread may stand in a read of a network disk, in C, where neither a signal nor an exception reaches it.
+        The main thread may be inside a read of a network disk, in C, where neither signals nor exceptions reach it.
         """
         places, waited_s = self._places, 0.0
         while not self._stop.wait(PERIOD_S):
@@ -170,18 +174,18 @@ class Heartbeat:
 
     def _watch(self) -> None:
         seen: dict[int, Seen] = {}
-        words: dict[int, str] = {}
+        beats: dict[int, str] = {}
         now_s, answered_s, before = 0.0, 0.0, time.monotonic()
         while not self._stop.wait(PERIOD_S):
             elapsed, before = time.monotonic() - before, time.monotonic()
-            now_s += min(elapsed, 2 * PERIOD_S)  # a clock that stands where this process was stopped
-            if self._words is not words:
+            now_s += min(elapsed, 2 * PERIOD_S)  # this clock does not advance while this process is stopped
+            if self._beats is not beats:
                 answered_s = now_s
-            heard = {rank: text for rank, text in self._words.items() if text != words.get(rank)}
-            words = self._words
+            new = {rank: text for rank, text in self._beats.items() if text != beats.get(rank)}
+            beats = self._beats
             if self._rank == 0 or self._left:
-                heard[self._rank] = self._encode_beat(0)
-            for rank, text in heard.items():
+                new[self._rank] = self._encode_beat(0)
+            for rank, text in new.items():
                 beat = Beat(**json.loads(text)[1])
                 moved = rank not in seen or seen[rank].beat != beat
                 seen[rank] = Seen(beat, now_s, now_s if moved else seen[rank].moved_s)
@@ -195,24 +199,24 @@ class Heartbeat:
                 return
 
     def _end(self, verdict: Mapping[int, str]) -> None:
-        """Say who is to blame, and end the process, unless it is ending by itself."""
+        """Report the ranks to blame, and end the process unless it is already ending."""
         leaving = self._left is not None
-        told = "; ".join(f"{self._names[rank]} {text}" for rank, text in sorted(verdict.items()))
+        faults = "; ".join(f"{self._names[rank]} {text}" for rank, text in sorted(verdict.items()))
         ends = "This run ends; the same command resumes from its newest checkpoint"
-        print(f"rank {self._rank}: {told}. {ends}", file=sys.stderr, flush=True)
+        print(f"rank {self._rank}: {faults}. {ends}", file=sys.stderr, flush=True)
         if self._rank in verdict and not leaving:
             faulthandler.dump_traceback(file=2, all_threads=True)
         if self._rank == 0:
-            time.sleep(3 * PERIOD_S)  # for the others to read it: the store may end with this process
+            time.sleep(3 * PERIOD_S)  # time for the others to read the verdict: the store may end with this process
         self._named.set()
         if not leaving:
             os._exit(LOST)
 
 
 def judge(seen: Mapping[int, Seen], now_s: float, timeout_s: float, knows_all: bool) -> dict[int, str]:
-    """Who is to blame and what to say of each, by rank; nobody while the run goes on.
+    """Return the ranks to blame, each with its fault; {} while the run can continue.
 
-    Only who `knows_all` ranks can tell who is late: for others the late one may itself wait for a rank unseen.
+    Only a rank that `knows_all` ranks can detect late ones: for others, a late rank may be waiting for an unseen one.
     """
     failed = {rank: one for rank, one in seen.items() if one.beat.left}
     running = {rank: one for rank, one in seen.items() if one.beat.left is None}
@@ -234,7 +238,10 @@ def judge(seen: Mapping[int, Seen], now_s: float, timeout_s: float, knows_all: b
 
 
 def _late(running: Mapping[int, Seen], now_s: float, timeout_s: float) -> set[int]:
-    """Who keeps others waiting too long: behind somebody in the collectives of a group, ahead of nobody in any."""
+    """Return the ranks that make others wait too long.
+
+    Such a rank has started fewer collectives than another in some group, and more than another in none.
+    """
     behind, ahead = set(), set()
     for group in {group for one in running.values() for group in one.beat.begun}:
         begun = {rank: one.beat.begun[group] for rank, one in running.items() if group in one.beat.begun}
@@ -245,6 +252,9 @@ def _late(running: Mapping[int, Seen], now_s: float, timeout_s: float) -> set[in
 
 
 def _collectives_begun() -> dict[str, int]:
-    """Collectives that this rank has begun, by group; not in the default one, where a pipeline sends unequally much."""
+    """Return the number of collectives that this rank has started, by group.
+
+    The default group is excluded, because ranks of a pipeline send different numbers of messages in it.
+    """
     groups: list[Any] = [group for group in list(distributed_c10d._world.pg_map) if group is not dist.group.WORLD]
     return {distributed_c10d._world.pg_names[group]: group._get_sequence_number_for_group() for group in groups}

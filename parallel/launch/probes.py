@@ -1,4 +1,4 @@
-"""What this rank's GPU and the network between the ranks can do, tried on them: before a run, not within one."""
+"""Test this rank's GPU and the network between the ranks, before a run."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from parallel.errors import UserError
 from parallel.launch.world import device_type, meet, stop
 
 MEETING_S = 60.0
-"""For all ranks to meet: one node may import torch so much later than another."""
+"""Time for all ranks to meet: nodes may finish importing torch at very different times."""
 MATRIX, MATRIX_FLOPS = 8192, 50e12
-"""Side of the bf16 product, and the operations a second that a GPU worth using makes (an A100 four times as many)."""
+"""Size of the bf16 matrix product, and the minimum of operations per second (an A100 has four times as many)."""
 SUMMED_BYTES = {"cuda": 256 << 20, "cpu": 1 << 20}
 SUMMED_BYTES_PER_S = {"cuda": 1e9, "cpu": 1e5}
-"""A tenth of what one 100 Gb/s adapter moves; on CPUs only that it moves at all."""
+"""Minimum rates: on GPUs a tenth of a 100 Gb/s adapter; on CPUs low, to test only that the sum works."""
 
 
 def why_no_gpu() -> str | None:
-    """Why torch sees no GPU here; None where it sees one."""
+    """Return why torch sees no GPU, or None if it sees one."""
     if device_type() == "cuda":
         return None
     if torch.version.cuda is None:
-        return "torch here is built for CPUs alone"
+        return "this torch is built for CPUs only"
     try:
         torch.cuda.init()
-    except Exception as error:  # torch says it in several types
-        return f"torch for CUDA {torch.version.cuda} and the driver do not agree: {error}"
-    return "none is visible"
+    except Exception as error:  # torch raises several types
+        return f"torch for CUDA {torch.version.cuda} does not match the driver: {error}"
+    return "no GPU is visible"
 
 
 def probe_gpu(local_rank: int) -> str:
-    """Which GPU this rank has and how fast it multiplies; UserError where it is missing, fails, or is wrong or slow."""
+    """Return this rank's GPU and its speed as text. Raises UserError if it is missing, fails, or is wrong or slow."""
     if local_rank >= torch.cuda.device_count():
-        raise UserError(f"{torch.cuda.device_count()} are visible, and this is process {local_rank + 1}")
+        raise UserError(f"{torch.cuda.device_count()} GPUs are visible, but this is process {local_rank + 1}")
     try:
         flops = _multiply(torch.device("cuda", local_rank))
     except RuntimeError as error:
@@ -47,12 +47,15 @@ def probe_gpu(local_rank: int) -> str:
 
 
 def probe_world() -> str:
-    """How fast all ranks sum a tensor; UserError where they cannot meet, or the sum is wrong or slow. Collective."""
+    """Return how fast all ranks sum a tensor, as text. A collective call.
+
+    Raises UserError if the ranks cannot meet, or the sum is wrong or slow.
+    """
     try:
         launch = meet(MEETING_S)
         kind = launch.device.type
         values = torch.ones(SUMMED_BYTES[kind] // 4, device=launch.device)
-        dist.all_reduce(values)  # the first opens the connections
+        dist.all_reduce(values)  # not timed: the first call opens the connections
         dist.barrier()
         began = time.perf_counter()
         dist.all_reduce(values)

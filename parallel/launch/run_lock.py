@@ -1,9 +1,9 @@
-"""One process per run directory: a second is refused, by name.
+"""The lock of a run directory: a second process is refused, with a message that names the first.
 
-A POSIX record lock on `run_dir/lock`. The kernel releases it when the process ends, however it ends; forked
-loader workers do not inherit it (a flock they would), so an orphaned worker cannot keep a dead run locked; it works
-over NFS. Its price: closing any descriptor of the file in the holding process releases the lock, so nothing but this
-class opens that file, and a second lock by the same process is refused here instead of by the kernel.
+It is a POSIX record lock on `run_dir/lock`. The kernel releases it when the process ends for any reason. Forked loader
+workers do not inherit it (unlike a flock), so an orphaned worker cannot keep a dead run locked. It works over NFS. The
+trade-off: closing any descriptor of the file in the holding process releases the lock. So only this class opens the
+file, and it refuses a second lock by the same process itself, because the kernel would not.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from typing import IO
 from parallel.errors import UserError
 
 LOCK_FILE = "lock"
-_held: dict[tuple[int, Path], RunLock] = {}  # by process: a fork inherits the dictionary, not the lock
+_held: dict[tuple[int, Path], RunLock] = {}  # keyed by pid too: a fork inherits the dictionary but not the lock
 
 
 class RunLock:
-    """Holds a run directory from construction to `release` (or the end of a `with`).
+    """Locks a run directory from construction until `release` (or the end of a `with` block).
 
-    Raises UserError when another process holds it (with its pid, host and start) or the directory is unwritable.
+    Raises UserError if another process holds the lock (with its pid, host and start) or the directory is not writable.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Create the directory if need be, and lock it."""
+        """Create the directory if it does not exist, and lock it."""
         path = run_dir / LOCK_FILE
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._key = (os.getpid(), path.resolve())
             if self._key in _held:
-                raise UserError(f"{run_dir}: in use by this very process; close the first run before the second")
+                raise UserError(f"{run_dir}: in use by this process; close the first run before the second")
             self._stream: IO[str] | None = path.open("a+")
         except OSError as error:
             raise UserError(
@@ -58,7 +58,7 @@ class RunLock:
         self._stream.flush()
 
     def release(self) -> None:
-        """Let the directory go; doing so twice is harmless."""
+        """Release the lock; a second call does nothing."""
         if self._stream is not None and self._key[0] == os.getpid():
             self._stream.close()
             _held.pop(self._key, None)
@@ -76,17 +76,17 @@ class RunLock:
 
 
 def check_free(run_dir: Path) -> None:
-    """Raise UserError where another process holds a run directory; its lock is tried and let go at once.
+    """Raise UserError if another process holds the lock of a run directory; take and release it immediately.
 
-    Not for a process that holds the lock itself: closing the file would release it.
+    A process that holds the lock itself must not call this: closing the file would release its lock.
     """
     try:
         with (run_dir / LOCK_FILE).open() as stream:
             holder = _holder(stream)
-            fcntl.lockf(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that checks on several nodes do not meet
+            fcntl.lockf(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that concurrent checks do not conflict
     except BlockingIOError:
         raise _in_use(run_dir, holder) from None
-    except OSError:  # there is no lock yet, or the disk refuses it, which the check of the disk reports
+    except OSError:  # there is no lock file yet, or a disk error, which the disk check reports
         return
 
 

@@ -1,8 +1,8 @@
-"""This process in its world: rank, device and the default process group (`environment.py` tells who it is).
+"""Join the world: rank, device and the default process group (`environment.py` reads the rank).
 
-One entry, `start`, makes the default process group once per process and hands out a `Launch`. A
-process started by hand is a world of one with an in-memory store, so the laptop runs the same code
-as the cluster. Later calls in the same process return the same world.
+`start` creates the default process group once per process and returns a `Launch`. A process that was started without a
+launcher has world size 1 and an in-memory store, so a laptop runs the same code as a cluster. Later calls in the same
+process return the same world.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from parallel.launch.imports import import_deepspeed
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 600
-"""Seconds that a rank waits for another."""
+"""Default seconds that a rank waits for another."""
 MARGIN_S = 5
-"""Seconds by which a collective gives up later than that: the heartbeat, which can name a rank, speaks first."""
+"""Collectives time out this much later, so that the heartbeat, which can name the rank, reports first."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process in the world: global rank, number of processes, rank on the node, its device."""
+    """This process: global rank, world size, rank on the node, device."""
 
     rank: int
     world: int
@@ -41,18 +41,19 @@ class Launch:
 
 
 def start(timeout_s: float = TIMEOUT_S) -> Launch:
-    """Join the world as `meet` does, with DeepSpeed."""
+    """Join the world as `meet` does, and start DeepSpeed."""
     launch = meet(timeout_s)
-    torch.set_flush_denormal(True)  # a CPU takes a hundred times as long for them; SiLU's gradient ends in them
+    # A CPU needs a hundred times as long for denormal numbers, which SiLU's gradient produces.
+    torch.set_flush_denormal(True)
     os.environ["LOCAL_RANK"] = str(launch.local_rank)  # DeepSpeed's PipelineModule reads it (0.19.8)
     _start_deepspeed(launch.device)
     return launch
 
 
 def meet(timeout_s: float = TIMEOUT_S) -> Launch:
-    """Join the world, where ranks wait so long for each other.
+    """Join the world; ranks wait `timeout_s` for each other.
 
-    Raises UserError when the environment is half set, CUDA devices are too few, or the ranks cannot meet.
+    Raises UserError if the environment is incomplete, there are too few CUDA devices, or the ranks cannot meet.
     """
     rank, world, local_rank = read_environment()
     device = torch.device("cpu")
@@ -70,23 +71,23 @@ def meet(timeout_s: float = TIMEOUT_S) -> Launch:
 
 
 def device_type() -> str:
-    """The kind of device that `start` gives to this process: "cuda" where torch sees a GPU, else "cpu"."""
+    """Return the device type that `start` selects: "cuda" if torch sees a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def silenced() -> contextlib.AbstractContextManager[object]:
-    """A context in which DeepSpeed 0.19.8's bare prints (axes, layers, memory) go nowhere."""
+    """Return a context that discards what DeepSpeed 0.19.8 prints (axes, layers, memory)."""
     return contextlib.redirect_stdout(io.StringIO())
 
 
 def stop() -> None:
-    """Leave the world: destroys every process group of this process."""
+    """Leave the world: destroy every process group of this process."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _join(rank: int, world: int, backend: str, timeout_s: float) -> None:
-    """Make the default process group."""
+    """Create the default process group."""
     timeout = datetime.timedelta(seconds=timeout_s + MARGIN_S)
     num_tasks = os.environ.get("SLURM_NTASKS", "1")
     if "RANK" not in os.environ and not is_task_of_srun(os.environ) and num_tasks != "1":
@@ -94,7 +95,7 @@ def _join(rank: int, world: int, backend: str, timeout_s: float) -> None:
             "SLURM gave this job %s tasks, but this process is none of them and trains alone; srun starts all",
             num_tasks,
         )
-    if world == 1:  # it meets nobody, so a MASTER_ADDR that is left in the shell does not matter
+    if world == 1:  # no rendezvous, so a MASTER_ADDR that is left in the shell does not matter
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
@@ -108,13 +109,13 @@ def _join(rank: int, world: int, backend: str, timeout_s: float) -> None:
     except dist.DistError as error:
         place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"{place}: {world} processes could not meet there ({str(error).splitlines()[0]}); all must be started, and "
-            "the port be free on that host: MASTER_PORT names another"
+            f"{place}: {world} processes could not meet there ({str(error).splitlines()[0]}); start all of them, and "
+            "choose a port that is free on that host (MASTER_PORT)"
         ) from error
 
 
 def _start_deepspeed(device: torch.device) -> None:
-    """Import DeepSpeed for this device and let it adopt the process group."""
+    """Import DeepSpeed for this device and make it use the existing process group."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import_deepspeed()
@@ -123,7 +124,7 @@ def _start_deepspeed(device: torch.device) -> None:
     import deepspeed.utils
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # DeepSpeed 0.19.8 calls collectives by the names that torch 2.13 deprecates.
+    # DeepSpeed 0.19.8 uses names of collectives that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
     if device.type == "cpu":

@@ -1,14 +1,14 @@
-"""The optimizers by the names of the recipe: how each is built, what state it keeps, what it demands of a run.
+"""The table of optimizers, by their names in recipes: how each is built, its state, and its requirements on a recipe.
 
-One table. The recipe's schema and rules read the names and demands, the engine the state that it creates before the
-first step, the planner that state's bytes. To add an optimizer that updates each weight by itself (most of torch's
-do) add an entry to OPTIMIZERS; a test compares the declared state with the state after a step.
+The recipe's schema uses the names and requirements, the engine creates the declared state before the first step, and
+the planner counts its bytes. To add an optimizer that updates each weight separately (as most in torch do), add an
+entry to OPTIMIZERS; a test compares the declared state with the state after a step.
 
-The trade-off of declaring the state: torch's optimizers create theirs at their first step, but a checkpoint is loaded
-before any step. Nothing here imports torch or DeepSpeed before an optimizer is built, so the table costs no start-up.
+The state must be declared, because torch's optimizers create it in their first step, but a checkpoint is loaded before
+any step. The table imports torch and DeepSpeed only when an optimizer is built, so it does not slow down commands.
 
-Left out: `torch.optim.Muon` (2.13). It accepts 2-D parameters only, and ZeRO hands every optimizer flat 1-D
-partitions; DeepSpeed's Muon orthogonalises before it partitions.
+`torch.optim.Muon` (2.13) is not included: it accepts only 2-D parameters, but ZeRO passes flat 1-D partitions to every
+optimizer. DeepSpeed's Muon orthogonalises before it partitions.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ WHOLE_MATRICES = "use_muon"
 
 @dataclass(frozen=True)
 class GroupState:
-    """What an optimizer keeps for one parameter group, beside the fp32 master weights and the EMA.
+    """The optimizer state of one parameter group, without the fp32 master weights and the EMA.
 
-    `tensors` hold one fp32 number for each weight, 0 at the start. `scalars` are one number for the group, by name
-    with the value at the start; they live where `scalars_on` names: as a tensor on the weights' `device`, as a tensor
-    on the `host` (what torch reads there costs no synchronisation), or as a `number` of Python.
+    `tensors` have one fp32 number per weight, initially 0. `scalars` have one number per group: name -> initial value.
+    `scalars_on` says where they are: a tensor on the weights' `device`, a tensor on the `host` (which torch reads
+    without synchronisation), or a Python `number`.
     """
 
     tensors: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
@@ -49,7 +49,7 @@ class GroupState:
 
 @dataclass(frozen=True)
 class Demand:
-    """A value that a recipe's key must have with an optimizer; `reason` completes "with optimizer.name X, ..."."""
+    """A value that a recipe's key must have for an optimizer; `reason` completes "with optimizer.name X, ..."."""
 
     key: str
     value: Any
@@ -58,11 +58,11 @@ class Demand:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """One optimizer. `build(groups)` returns it over parameter groups that hold lr, betas, eps and weight_decay.
+    """One optimizer. `build(groups)` returns it for parameter groups with lr, betas, eps and weight_decay.
 
-    `matrices` is the state of groups whose matrices are updated as a whole (`WHOLE_MATRICES`), None for an optimizer
-    that has no such groups. `step_context(device)` is entered around each step. `norm_of` says what the logged
-    norm is the norm of.
+    `matrices` is the state of groups whose matrices are updated as a whole (`WHOLE_MATRICES`), None if the optimizer
+    has no such groups. `step_context(device)` is a context for each step. `norm_of` says whether the logged norm is
+    that of the gradient or of the update.
     """
 
     build: Callable[[Groups], Any]
@@ -73,7 +73,7 @@ class Optimizer:
     step_context: Callable[[Any], AbstractContextManager[None]] = lambda device: contextlib.nullcontext()
 
     def state_of(self, group: Mapping[str, Any]) -> GroupState:
-        """The state of one parameter group."""
+        """Return the state of one parameter group."""
         return self.matrices if self.matrices is not None and group.get(WHOLE_MATRICES) else self.state
 
 
@@ -106,7 +106,7 @@ def _deepspeed_adam(groups: Groups) -> Any:
 def _muon(groups: Groups) -> Any:
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    return MuonWithAuxAdam(groups)  # without an Adam of its own it uses its inline one, which needs no compiler
+    return MuonWithAuxAdam(groups)  # without another Adam it uses its inline one, which needs no compiler
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -121,17 +121,17 @@ OPTIMIZERS: dict[str, Optimizer] = {
             Demand("parallel.tensor", 1, "which needs whole matrices"),
             Demand("parallel.pipeline", 1, "which needs whole matrices"),
             Demand("optimizer.clip", 0, "whose update is not a gradient"),
-            Demand("precision", "fp32", "which is proven in fp32 only"),
+            Demand("precision", "fp32", "which is tested in fp32 only"),
         ),
-        norm_of="update",  # it is orthogonalised before the norm is taken
+        norm_of="update",  # DeepSpeed orthogonalises before it computes the norm
         step_context=muon_step,
     ),
     "apex_adam": Optimizer(_apex_adam),
     "deepspeed_adam": Optimizer(_deepspeed_adam),
 }
-"""Name -> optimizer. `adamw` is torch's fused AdamW; `muon` takes hidden matrices and leaves the rest to AdamW."""
+"""Name -> optimizer. `adamw` is torch's fused AdamW; `muon` updates hidden matrices and uses AdamW for the rest."""
 
 
 def whole_matrix_groups(groups: Iterable[Mapping[str, Any]]) -> frozenset[int]:
-    """Indexes of the groups whose matrices are updated as a whole."""
+    """Return the indexes of the groups whose matrices are updated as a whole."""
     return frozenset(index for index, group in enumerate(groups) if group.get(WHOLE_MATRICES))

@@ -1,6 +1,6 @@
 """Fused Adam kernels of other packages, detected by importing the symbol itself.
 
-Package names lie: the registry's `apex` is another project than NVIDIA's, and its presence proves nothing.
+The package name is not sufficient: the package `apex` of the package index is not NVIDIA's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from parallel.errors import UserError
 
 
 def apex_fused_adam() -> Any:
-    """NVIDIA apex's FusedAdam; raises UserError where it is not built for CUDA."""
+    """Return NVIDIA apex's FusedAdam. Raises UserError if it is not installed with CUDA kernels."""
     try:
         from amp_C import multi_tensor_adam  # noqa: F401  # pyright: ignore  (proves a CUDA build)
         from apex.optimizers import FusedAdam  # pyright: ignore
@@ -25,7 +25,7 @@ def apex_fused_adam() -> Any:
 
 
 def deepspeed_fused_adam() -> Any:
-    """DeepSpeed's FusedAdam; raises UserError without a CUDA device (its kernel is compiled for one)."""
+    """Return DeepSpeed's FusedAdam. Raises UserError without a CUDA device, for which its kernel is compiled."""
     import torch
 
     if not torch.cuda.is_available():

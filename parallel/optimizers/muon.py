@@ -1,11 +1,10 @@
-"""Three things that DeepSpeed 0.19.8's Muon needs from whoever uses it, held to the moment of a step.
+"""Three workarounds for DeepSpeed 0.19.8's Muon, active only during a step.
 
-Convolution weights: its `muon_update` flattens a 4-D gradient and then selects between the flat update
-and the 4-D gradient, which fails or broadcasts to nonsense. Inside `muon_step` it sees matrices
-(out, in * kernel). Compilation: its iteration is compiled by decorator, which on a CPU is minutes for
-seconds of use; there it runs eagerly. Precision: it iterates in half precision wherever torch can, which
-a CPU without matrix units emulates, slower by 1.2 to 1.7 times than fp32; there it iterates in fp32.
-Remove when the canaries in tests/unit/test_muon.py fail.
+Convolution weights: its `muon_update` flattens a 4-D gradient and then selects between the flat update and the 4-D
+gradient, which fails or broadcasts wrongly. Inside `muon_step` it gets matrices (out, in * kernel). Compilation: a
+decorator compiles its iteration, which on a CPU takes minutes and saves seconds; there it runs eagerly. Precision: it
+iterates in half precision if torch can; a CPU without matrix units emulates that, 1.2 to 1.7 times slower than fp32;
+there it iterates in fp32. Remove each when its canary in tests/unit/test_muon.py fails.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def muon_step(device: torch.device) -> Iterator[None]:
-    """A context in which DeepSpeed's Muon takes convolution weights; on a CPU uncompiled and in fp32."""
+    """Within the context, DeepSpeed's Muon accepts convolution weights; on a CPU it runs uncompiled and in fp32."""
     import torch
     from deepspeed.runtime.zero.muon import original_muon
 

@@ -1,1 +1,1 @@
-"""The engine: DeepSpeed ZeRO around a program, its configuration, its state and the bytes of it."""
+"""The engine, which runs a program under DeepSpeed ZeRO: configuration, state, and the bytes of the state."""

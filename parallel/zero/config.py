@@ -1,7 +1,7 @@
-"""What the engine is told, and DeepSpeed's configuration made of it, every key that matters written out.
+"""The engine's settings and the DeepSpeed configuration derived from them.
 
-DeepSpeed's defaults are traps: they clip at 1.0, accumulate bf16 gradients in bf16 and replace torch's
-linear for the whole process. Offload, MoE and fp16 are never on.
+Every relevant DeepSpeed key is set explicitly, because its defaults are dangerous: they clip at 1.0, accumulate bf16
+gradients in bf16 and replace torch's linear function for the whole process. Offload, MoE and fp16 are never enabled.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 BUCKET = 50_000_000
-"""Elements that DeepSpeed reduces or gathers at a time."""
+"""Number of elements that DeepSpeed reduces or gathers at a time."""
 PERSISTENT = 10_000
-"""Elements up to which ZeRO-3 leaves a parameter whole on every rank."""
+"""ZeRO stage 3 replicates parameters with at most this many elements on every rank."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class EngineSettings:
 def deepspeed_config(
     zero: int, data_size: int, settings: EngineSettings, whole_matrices: bool = False
 ) -> dict[str, Any]:
-    """Return DeepSpeed's configuration with every key that matters written out; offload, MoE and fp16 are never on.
+    """Return DeepSpeed's configuration.
 
-    `whole_matrices` says that the optimizer updates matrices as a whole, so that no rank may keep a part of a gradient.
+    `whole_matrices` means that the optimizer (Muon) updates matrices as a whole, so gradients must not be scattered.
     """
     half = settings.precision == "bf16"
     return {
@@ -52,7 +52,7 @@ def deepspeed_config(
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "dump_state": False,
-        # Its pipeline would send a slot in pieces over the tensor ranks, of sizes that it takes from another slot.
+        # The default (0.19.8) sends a slot in parts over the tensor-parallel ranks, with sizes of another slot.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "zero_optimization": {
             "stage": zero,

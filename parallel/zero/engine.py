@@ -1,10 +1,9 @@
-"""The engine: DeepSpeed ZeRO 1, 2 and 3 around a program, with fp32 masters and an EMA beside them.
+"""The engine: runs a program under DeepSpeed ZeRO stages 1, 2 and 3, with fp32 master weights and an EMA.
 
-What is optimised is the sum of design rule "weights": sum_b weight_b * sum_t coefficient_t *
-term_t[b] / global_batch, over all micro-steps and data ranks, whatever the layout. DeepSpeed
-averages over both, so the loss is multiplied by their number first. Every DeepSpeed key is written
-out, because its defaults clip at 1.0 and accumulate bf16 gradients in bf16. The EMA of a parameter
-is one more flat tensor in the optimizer state, so it is partitioned, saved and resumed like one.
+The objective is the same under every layout: sum_b weight_b * sum_t coefficient_t * term_t[b] / global_batch, over all
+micro-steps and data-parallel ranks. DeepSpeed averages over both, so the loss is first multiplied by their numbers. The
+EMA of a parameter is one more flat tensor in the optimizer state, so it is partitioned, saved and resumed like a
+moment.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from parallel.zero.state import ZeroState
 
 @dataclass
 class StepRecord:
-    """What one step leaves on the device: weighted sums of the terms (T,), the norm, and whether it was applied."""
+    """The results of one step, on the device: weighted sums of the terms (T,), the norm, and whether it was skipped."""
 
     terms: Tensor
     grad_norm: Tensor
@@ -37,9 +36,8 @@ class StepRecord:
 class Engine:
     """One trained program under one layout.
 
-    `groups` are the optimizer's parameter groups over the whole model, each with a unique `name`;
-    parameters carry their global name as `global_name`. `optimizer` is what updates them.
-    `costs` are what each layer costs; a pipeline is cut by them, nothing else reads them.
+    `groups` are the optimizer's parameter groups over the whole model, each with a unique `name`. Parameters have their
+    global name in the attribute `global_name`. `costs` are the costs of each layer, which only the pipeline cut uses.
     """
 
     def __init__(
@@ -60,10 +58,10 @@ class Engine:
         self.zero = topology.layout.zero
         self.coefficients = torch.tensor(list(terms.values()), dtype=torch.float32, device=device)
         self.terms = torch.zeros(len(terms), dtype=torch.float64, device=device)
-        # Undo DeepSpeed's averages: over data ranks and over accumulated micro-steps.
+        # Undoes DeepSpeed's averages over data-parallel ranks and accumulated micro-steps.
         self.scale = settings.micro_steps * topology.data_size / settings.global_batch
         program = Program(layers, inputs, list(terms), settings.recompute)
-        self.inputs = program.boundaries[0]  # what the first stage unpacks, in its order
+        self.inputs = program.boundaries[0]  # in the order in which the first pipeline stage unpacks them
         self.pipelined = topology.layout.pipeline > 1
         if self.pipelined:
             module: Any = pipeline_module(program, topology, self._loss, len(groups), costs)
@@ -71,7 +69,7 @@ class Engine:
         else:
             module, dummies = program, []
         inner = optimizer.build(_local_groups(groups, module, dummies))
-        inner.register_step_post_hook(self._update_ema)
+        inner.register_step_post_hook(self._update_ema)  # runs only for applied updates: DeepSpeed skips the others
         whole_matrices = any(group.get(WHOLE_MATRICES) for group in groups)
         with silenced():
             engine, *_ = deepspeed.initialize(
@@ -87,9 +85,9 @@ class Engine:
         self.state: Any = ZeroState(engine, self.zero, topology.tensor_rank, optimizer)
 
     def step(self, batches: Iterator[Mapping[str, Any]], lr: Mapping[str, float]) -> StepRecord:
-        """One optimizer step over `micro_steps` micro-batches; `lr` maps group name to its rate.
+        """Run one optimizer step over `micro_steps` micro-batches; `lr` maps a group's name to its rate.
 
-        A non-finite gradient norm skips the update (DeepSpeed's own check) and is reported.
+        If the gradient norm is not finite, DeepSpeed skips the update; the record reports it.
         """
         for group in self.deepspeed.optimizer.optimizer.param_groups:
             group["lr"] = lr[group["name"]]
@@ -101,9 +99,9 @@ class Engine:
         return StepRecord(self.terms.clone(), norm.clone().reshape(()), bool(optimizer.overflow))
 
     def _run(self, batches: Iterator[Mapping[str, Any]]) -> None:
-        """Forward and backward over the micro-batches, then the update."""
+        """Run forward and backward passes of the micro-batches, then the update."""
         if self.pipelined:
-            self.deepspeed.reset_activation_shape()
+            self.deepspeed.reset_activation_shape()  # shapes may differ between steps, by the task of the batch
             self.deepspeed.train_batch(pipeline_batches(batches, self.inputs, self.device))
             return
         for _ in range(self.settings.micro_steps):
@@ -115,16 +113,17 @@ class Engine:
             self.deepspeed.step()
 
     def close(self) -> None:
-        """Remove DeepSpeed's hooks and let the memory go, so that another engine can follow."""
+        """Remove DeepSpeed's hooks and release the memory, so that another engine can be created."""
         self.deepspeed.destroy()
         self.deepspeed = self.state = None
 
     # -- loss and EMA -------------------------------------------------------------------------
 
     def _loss(self, terms: Tensor, weight: Tensor) -> Tensor:
-        counted = torch.where(weight[:, None] > 0, terms, 0.0) * weight[:, None]
-        self.terms += counted.detach().sum(dim=0).double() / self.settings.global_batch
-        return (counted * self.coefficients).sum() * self.scale
+        # `where` before the product: a bad sample may give NaN, and NaN * 0 is NaN.
+        weighted = torch.where(weight[:, None] > 0, terms, 0.0) * weight[:, None]
+        self.terms += weighted.detach().sum(dim=0).double() / self.settings.global_batch
+        return (weighted * self.coefficients).sum() * self.scale
 
     @torch.no_grad()
     def _update_ema(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -134,7 +133,7 @@ class Engine:
 
 
 def name_parameters(model: nn.Module) -> None:
-    """Stamp each parameter with its name in the model: the name it has in every checkpoint and layout."""
+    """Store each parameter's name in the model as its `global_name`, which checkpoints use under every layout."""
     for name, parameter in model.named_parameters():
         parameter.global_name = name  # type: ignore[attr-defined]
 
@@ -142,7 +141,7 @@ def name_parameters(model: nn.Module) -> None:
 def _local_groups(
     groups: Sequence[Mapping[str, Any]], module: nn.Module, dummies: Sequence[nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """The groups restricted to the parameters this rank's stage holds, each with its dummy in a pipeline."""
+    """Return the groups with only the parameters of this rank's pipeline stage, each with its dummy in a pipeline."""
     held = {id(parameter) for parameter in module.parameters()}
     local = []
     for index, group in enumerate(groups):

@@ -1,4 +1,4 @@
-"""The bytes that an engine keeps for a rank's weights, counted on its tensors: what `state_bytes.py` foretells."""
+"""Count the bytes of an engine's tensors, to compare them with the calculation in `state_bytes.py`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from parallel.zero.engine import Engine
 
 
 def kept_bytes(engine: Engine) -> dict[str, int]:
-    """Bytes by kind as `state_bytes` names them, but for gradients, which there are within a step alone.
+    """Return the bytes by kind as `state_bytes` does, except gradients, which exist only during a step.
 
-    Reads what DeepSpeed (0.19.8) holds. Moments and average are there once the optimizer has been asked for them.
+    Uses private attributes of DeepSpeed (0.19.8).
     """
     wrapped: Any = engine.deepspeed.optimizer
     parameters = list(engine.deepspeed.module.parameters())
@@ -23,7 +23,8 @@ def kept_bytes(engine: Engine) -> dict[str, int]:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         weights = [wrapped.lp_param_buffer, *(parameter.data for parameter in trained)]
         frozen += [parameter.ds_tensor for parameter in frozen]  # pyright: ignore[reportAttributeAccessIssue]
-        masters = [flat for flat in wrapped.fp32_partitioned_groups_flat if not _share(flat, wrapped.lp_param_buffer)]
+        flats = wrapped.fp32_partitioned_groups_flat
+        masters = [flat for flat in flats if not _same_storage(flat, wrapped.lp_param_buffer)]
     else:
         weights = getattr(wrapped, "bf16_groups_flat", None) or wrapped.bit16_groups_flat
         masters = [flat for group in wrapped.optimizer.param_groups for flat in group["params"]]
@@ -37,8 +38,8 @@ def kept_bytes(engine: Engine) -> dict[str, int]:
     }
 
 
-def _share(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

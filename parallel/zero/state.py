@@ -1,9 +1,9 @@
-"""The state that DeepSpeed keeps of a model, as flat views by global name: what a checkpoint saves and loads.
+"""DeepSpeed's state of a model as flat views by global name, which a checkpoint saves and loads.
 
-Reads private attributes of DeepSpeed 0.19.8: `_hp_mapping` of a parameter and `params_in_partition`
-under ZeRO 1 and 2; `ds_tensor`, `ds_numel`, `ds_shape`, `ds_process_group` of a parameter, `grad_position`,
-`fp32_partitioned_groups_flat`, `sub_group_to_group_id`, `persistent_parameters` under ZeRO 3. The public
-accessors gather whole tensors or leave a second parameter group without its moments.
+Uses private attributes of DeepSpeed 0.19.8. ZeRO stages 1 and 2: `_hp_mapping` of a parameter, `params_in_partition`.
+ZeRO stage 3: `ds_tensor`, `ds_numel`, `ds_shape`, `ds_process_group` of a parameter, `grad_position`,
+`fp32_partitioned_groups_flat`, `sub_group_to_group_id`, `persistent_parameters`. The public functions gather whole
+tensors, or omit the moments of all parameter groups but the first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from parallel.optimizers import WHOLE_MATRICES, Optimizer
 
 
 class ZeroState:
-    """Masters, moments and EMA of a DeepSpeed engine; fills the optimizer state when made."""
+    """Master weights, moments and EMA of a DeepSpeed engine; the constructor creates the optimizer state."""
 
     def __init__(self, engine: Any, zero: int, tensor_rank: int, optimizer: Optimizer):
         self.module, self.wrapped = engine.module, engine.optimizer
@@ -29,28 +29,28 @@ class ZeroState:
         self._fill_state()
 
     def fragments(self, loading: bool = False) -> list[Fragment]:
-        """Writable flat views of what this rank keeps of every trained parameter: master, moments, EMA.
+        """Return writable flat views of this rank's part of every trained parameter: master weights, moments, EMA.
 
-        To save, each element belongs to one rank; to load, a rank asks for all it needs (Muon under
-        ZeRO 1 and 2 keeps the state of whole matrices on every rank that holds a part of one).
+        For saving, each element is in the fragments of one rank. With `loading`, a rank gets fragments for everything
+        that it keeps: Muon under ZeRO stages 1 and 2 keeps the momentum of a whole matrix on every rank with a part.
         """
         if self.zero == 3:
             return list(self._fragments_zero3())
         return [fragment for piece in self._fragments_zero12() for fragment in self._with_matrix_state(piece, loading)]
 
     def scalars(self) -> dict[str, dict[str, float]]:
-        """The optimizer's scalars by parameter group and name: `step` counts applied updates (bias correction)."""
-        found = {}
+        """Return the optimizer's scalars by group and name; `step` counts applied updates, for the bias correction."""
+        scalars = {}
         for group, flat in self._flats():
             state, names = self._inner_state()[flat], self.optimizer.state_of(group).scalars
             values = {name: float(state[name]) for name in names}
-            if "step" in group:  # apex and DeepSpeed count in the group
+            if "step" in group:  # apex and DeepSpeed count in the group, not in the state
                 values["step"] = float(group["step"])
-            found[group["name"]] = values
-        return found
+            scalars[group["name"]] = values
+        return scalars
 
     def restore(self, scalars: Mapping[str, Mapping[str, float]]) -> None:
-        """After a load into `fragments`: set the optimizer's scalars and copy the masters to the weights."""
+        """Set the optimizer's scalars and copy the master weights to the weights, after a load into `fragments`."""
         for group, flat in self._flats():
             state, values = self._inner_state()[flat], scalars[group["name"]]
             for name, value in values.items():
@@ -63,7 +63,7 @@ class ZeroState:
         return self.wrapped.optimizer.state
 
     def _flats(self) -> list[tuple[dict[str, Any], Tensor]]:
-        """(parameter group, flat fp32 master partition) pairs of the inner optimizer."""
+        """Return pairs (parameter group, flat fp32 partition of the master weights) of the inner optimizer."""
         wrapped = self.wrapped
         groups = wrapped.optimizer.param_groups
         if self.zero == 3:
@@ -109,7 +109,7 @@ class ZeroState:
                 yield self._fragment(parameter, parameter.ds_shape, start, flats[index], offset, length)
 
     def _whole_matrices(self, flat: Tensor) -> list[Any]:
-        """The matrices whose whole state lies beside this flat partition, in order (Muon under ZeRO 1 and 2)."""
+        """Return the matrices whose full momentum this rank keeps with a flat partition (Muon, ZeRO stages 1 and 2)."""
         held = getattr(self.wrapped, "params_in_partition", None)  # ZeRO 3 and its bf16 class have none
         for index, (group, other) in enumerate(self._flats()):
             if other is flat and group.get(WHOLE_MATRICES) and held is not None:
@@ -117,7 +117,7 @@ class ZeroState:
         return []
 
     def _with_matrix_state(self, piece: tuple[Fragment, Any, Tensor], loading: bool) -> Iterator[Fragment]:
-        """The fragment of a parameter, with its part of the state that covers whole matrices."""
+        """Yield the fragment of a parameter with its state of whole matrices; with `loading`, that is a second one."""
         fragment, parameter, flat = piece
         offset = 0
         for matrix in self._whole_matrices(flat):
@@ -140,11 +140,11 @@ class ZeroState:
         self, parameter: Any, shape: Sequence[int], start: int, flat: Tensor, offset: int, length: int
     ) -> Fragment:
         state = self._inner_state()[flat]
-        alike = {kind: value for kind, value in state.items() if torch.is_tensor(value) and value.dim() == 1}
+        per_element = {kind: value for kind, value in state.items() if torch.is_tensor(value) and value.dim() == 1}
         if self._whole_matrices(flat):
-            for name in self._matrix_tensors:  # laid out otherwise; `_with_matrix_state` adds them
-                del alike[name]
-        tensors = {"model": flat.data, **alike}
+            for name in self._matrix_tensors:  # have another layout; `_with_matrix_state` adds them
+                del per_element[name]
+        tensors = {"model": flat.data, **per_element}
         cut = getattr(parameter, "tensor_cut", None)
         return Fragment(
             name=parameter.global_name,

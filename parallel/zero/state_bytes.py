@@ -1,9 +1,9 @@
-"""The bytes that the engine keeps for a rank's weights, by arithmetic alone.
+"""Calculate the bytes of weights, gradients, optimizer state and EMA on one rank.
 
-The rules are those of DeepSpeed 0.19.8 under our configuration, and a test holds them, to the byte, to engines that
-run. ZeRO 1 and 2 lay each optimizer group out flat, padded to twice the data ranks, and give each rank an equal part;
-ZeRO 3 cuts each parameter by itself. In bf16 ZeRO 1 is another class (BF16_Optimizer), which keeps all gradients in
-fp32. Masters stand beside the weights in fp32 too.
+The rules are those of DeepSpeed 0.19.8 under our configuration; a test compares them with real engines, to the byte.
+ZeRO stages 1 and 2 store each optimizer group as one flat tensor, padded to a multiple of twice the data-parallel size,
+and give each rank an equal part. ZeRO stage 3 divides each parameter separately. In bf16, ZeRO stage 1 is another class
+(BF16_Optimizer), which keeps all gradients in fp32. In fp32, too, master weights are separate from the weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter as a rank holds it: its elements, after any tensor cut, and its optimizer group (None: frozen)."""
+    """One parameter on a rank: its number of elements after a tensor cut, and its optimizer group (None: frozen)."""
 
     numel: int
     group: int | None
@@ -28,10 +28,10 @@ class Weight:
 
 @dataclass(frozen=True)
 class ZeroShape:
-    """What decides how state is laid out: ZeRO stage, data ranks, precision, pipeline, and the optimizer's state.
+    """Everything that determines the layout of state: ZeRO stage, data-parallel size, precision, pipeline, optimizer.
 
-    `states` is the optimizer's state by group, in the groups' order; those in `whole_matrices` keep it for every
-    matrix of which they hold a part.
+    `states` is the optimizer's state by group, in the order of the groups. For groups in `whole_matrices`, a rank keeps
+    the state of every matrix of which it holds a part.
     """
 
     zero: int
@@ -43,10 +43,10 @@ class ZeroShape:
 
 
 def state_bytes(weights: Sequence[Weight], num_groups: int, shape: ZeroShape, data_rank: int = 0) -> dict[str, int]:
-    """Bytes by kind on one data rank: `weights` (trained), `frozen`, `gradients`, `optimizer`, `ema`.
+    """Return the bytes by kind on one data rank: `weights` (trained), `frozen`, `gradients`, `optimizer`, `ema`.
 
-    `weights` are in the model's order. Gradients are those at the end of a micro-batch's backward pass that is not
-    the last one of its step.
+    `weights` are in the model's order. Gradients are those after the backward pass of a micro-batch that is not the
+    last one of its step.
     """
     groups = {
         index: [weight.numel for weight in weights if weight.group == index] + [1] * shape.pipelined
@@ -58,15 +58,15 @@ def state_bytes(weights: Sequence[Weight], num_groups: int, shape: ZeroShape, da
     return make(groups, frozen, shape, data_rank)
 
 
-def fullest(weights: Sequence[Weight], num_groups: int, shape: ZeroShape) -> dict[str, int]:
-    """`state_bytes` of the data rank that keeps most."""
+def largest_state_bytes(weights: Sequence[Weight], num_groups: int, shape: ZeroShape) -> dict[str, int]:
+    """Return the `state_bytes` of the data-parallel rank with the largest sum."""
     uneven = shape.whole_matrices or (shape.zero == 2 and not shape.half)
     ranks = range(shape.data_size if uneven else 1)
-    return max((state_bytes(weights, num_groups, shape, rank) for rank in ranks), key=lambda found: sum(found.values()))
+    return max((state_bytes(weights, num_groups, shape, rank) for rank in ranks), key=lambda kinds: sum(kinds.values()))
 
 
 def _zero_12(groups: dict[int, list[int]], frozen: list[int], shape: ZeroShape, data_rank: int) -> dict[str, int]:
-    item, step = 2 if shape.half else FP32, 2 * shape.data_size
+    item, step = 2 if shape.half else FP32, 2 * shape.data_size  # bytes of a weight, elements of the padding unit
     flat = {index: -(-sum(numels) // step) * step for index, numels in groups.items()}
     part = {index: length // shape.data_size for index, length in flat.items()}
     whole = {index: _overlapping(numels, data_rank * part[index], part[index]) for index, numels in groups.items()}
@@ -107,16 +107,16 @@ def _persistent(numels: list[int]) -> int:
 
 
 def _optimizer_bytes(kept: Mapping[int, int], shape: ZeroShape) -> int:
-    """Bytes of the optimizer's tensors and scalars, for groups that keep them for so many weights."""
+    """Return the bytes of the optimizer's tensors and scalars; `kept` maps a group to its number of elements."""
     states = {index: shape.states[index] for index in kept}
     return sum(numel * FP32 * len(states[index].tensors) + states[index].scalar_bytes for index, numel in kept.items())
 
 
 def _overlapping(numels: list[int], start: int, length: int) -> int:
-    """Elements of the parameters, each whole, of which some lie in the flat group's part from `start` on."""
-    found = position = 0
+    """Return the total elements of all parameters that overlap the range [start, start + length) of the flat group."""
+    total = position = 0
     for numel in numels:
         if position < start + length and position + numel > start:
-            found += numel
+            total += numel
         position += numel
-    return found
+    return total

@@ -1,9 +1,9 @@
 """The command line: `spar-scale train | parity | plan | data | checkpoint | track | doctor | cluster | demo | evaluate
-| report | ablate`, and of a trained run `generate | edit | routes | reconstruct | ask`.
+| report | ablate`, and for a trained run `generate | edit | routes | reconstruct | ask`.
 
-Nothing heavy is imported until a command needs it, so `--help` and a refused recipe take a fraction
-of a second where importing torch alone takes one. A refusal (`UserError`) is one message on stderr
-and exit code 2; an interrupt is 130; everything else is a defect of ours and keeps its traceback.
+Slow imports happen only in the command that needs them, so `--help` and the error of a bad recipe take a fraction of a
+second, while importing torch takes a second. A `UserError` is printed as one message on stderr with exit code 2; an
+interrupt gives 130. Every other exception is a defect of this program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from parallel.launch.environment import read_environment
 from parallel.launch.exit_codes import INTERRUPTED, REFUSED
 from spar_scale.cli.arguments import build_parser
 
-# What the disk or its owner refuses; the person can mend it, so it is no defect of ours.
+# Errors of the disk or its permissions. The user can correct them, so they are no defect of this program.
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS})
 
 
@@ -28,15 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot show is no traceback
+            stream.reconfigure(errors="backslashreplace")  # printing a name outside the locale's encoding must not fail
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    strangers = rest
-    if hasattr(arguments, "overrides"):  # argparse loses `a.b=c` behind an option
+    unknown = rest
+    if hasattr(arguments, "overrides"):  # argparse loses `a.b=c` after an option
         arguments.overrides += [word for word in rest if _is_override(word)]
-        strangers = [word for word in rest if not _is_override(word)]
-    if strangers:
-        parser.error(f"unknown argument: {strangers[0]}")
+        unknown = [word for word in rest if not _is_override(word)]
+    if unknown:
+        parser.error(f"unknown argument: {unknown[0]}")
     place = _place(arguments)
     _start_log(place)
     try:
@@ -50,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "torch" not in sys.modules:
             raise
-        from spar_scale.data.loader import is_lost_worker, lost_worker
+        from spar_scale.data.loader import is_lost_worker, lost_worker_message
 
         if not is_lost_worker(error):
             raise
-        return _refuse(lost_worker(error), everywhere=False, place=place)
+        return _refuse(lost_worker_message(error), everywhere=False, place=place)
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -64,9 +64,9 @@ def _is_override(word: str) -> bool:
 
 
 def _place(arguments: argparse.Namespace) -> tuple[int, int]:
-    """Return (rank, local rank) of a command that a launcher starts once for each rank, (0, 0) of any other.
+    """Return (rank, local rank) of a command that a launcher starts once per rank, else (0, 0).
 
-    Where the environment contradicts itself no process can rely on another to print a refusal: (0, 0) too.
+    Also (0, 0) if the environment is contradictory: then no process can rely on another to print the error.
     """
     if not arguments.started_per_rank or getattr(arguments, "recipe", "") is None:
         return 0, 0
@@ -78,10 +78,10 @@ def _place(arguments: argparse.Namespace) -> tuple[int, int]:
 
 
 def _refuse(message: str, everywhere: bool, place: tuple[int, int]) -> int:
-    """Print a refusal: rank 0 in any case, another rank unless rank 0 is sure to print the same.
+    """Print an error; return the exit code. Rank 0 always prints, another rank only if rank 0 may not have the error.
 
-    Before torch is imported a process has only read files, which are the same on all ranks of a node; so the first
-    rank of each node prints.
+    Before torch is imported, a process has only read files, which are the same for all ranks of a node. Then only the
+    first rank of each node prints.
     """
     rank, local_rank = place
     if rank == 0:
@@ -92,7 +92,7 @@ def _refuse(message: str, everywhere: bool, place: tuple[int, int]) -> int:
 
 
 def _start_log(place: tuple[int, int]) -> None:
-    """Write log lines as plain text to stderr; ranks other than 0 write errors alone."""
+    """Write log lines as plain text to stderr; ranks other than 0 write only errors."""
     logging.basicConfig(level=logging.INFO if place[0] == 0 else logging.ERROR, format="%(message)s")
 
 

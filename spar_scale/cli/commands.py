@@ -1,6 +1,6 @@
-"""What each command of the command line does: its arguments handed to the module that does it, its exit code.
+"""The commands of the command line: each passes its arguments to a module and returns the exit code.
 
-A module is imported by the command that needs it, so a recipe is refused before torch is there.
+A command imports its module itself, so that a bad recipe is refused before torch is imported.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import argparse
 import sys
 
 DIFFERS = 1
-"""Exit code of `parity` where a layout does not give the curve."""
+"""Exit code of `parity` if a layout gives another curve."""
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Train what a recipe describes, or go on where its run stopped."""
+    """Train a recipe, or resume its run."""
     from spar_scale.config.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -26,7 +26,7 @@ def parity(arguments: argparse.Namespace) -> int:
     """Train a recipe under several layouts, compare with one process."""
     from spar_scale.config.recipe import load_recipe
 
-    load_recipe(arguments.recipe, arguments.overrides)  # refused at once, where it is to be
+    load_recipe(arguments.recipe, arguments.overrides)  # refuses a bad recipe before the slow imports
     from spar_scale.runs.parity import Runs, parity
 
     runs = Runs(arguments.steps, arguments.optimizer, arguments.precision, arguments.resumed)
@@ -35,7 +35,7 @@ def parity(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """Say what each layout of a recipe costs on so many GPUs, without any."""
+    """Estimate the costs of each layout of a recipe on a number of GPUs."""
     from spar_scale.config.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -45,8 +45,8 @@ def plan(arguments: argparse.Namespace) -> int:
         from spar_scale.planning.rehearsal import rehearse
 
         return _print_text(rehearse(recipe, arguments.gpus, arguments.rehearse_rank))
-    found = plan(recipe, arguments.gpus, arguments.gpu)
-    return _print_text(found.json() if arguments.json else found.text())
+    result = plan(recipe, arguments.gpus, arguments.gpu)
+    return _print_text(result.json() if arguments.json else result.text())
 
 
 def make(arguments: argparse.Namespace) -> int:
@@ -68,14 +68,14 @@ def index(arguments: argparse.Namespace) -> int:
 
 
 def import_data(arguments: argparse.Namespace) -> int:
-    """Write pictures and captions of your own as shards."""
+    """Write the user's pictures and captions as shards."""
     from spar_scale.data.importing import import_folder
 
     return _print_text(import_folder(arguments.folder, arguments.out, arguments.size, arguments.check_words))
 
 
 def show(arguments: argparse.Namespace) -> int:
-    """Print samples, or draw them."""
+    """Print samples, and optionally write their pictures as a contact sheet."""
     from spar_scale.data.commands import show
 
     show(arguments.paths, arguments.count, arguments.out)
@@ -83,7 +83,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def encode(arguments: argparse.Namespace) -> int:
-    """Store what a recipe's frozen parts make of its samples."""
+    """Store the outputs of a recipe's frozen parts for its samples."""
     from spar_scale.config.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -93,28 +93,28 @@ def encode(arguments: argparse.Namespace) -> int:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    """Print what a checkpoint holds."""
+    """Print the contents of a checkpoint."""
     from parallel.checkpoint import inspect
 
     return _print_text(inspect(arguments.path))
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Compare every file with the manifest."""
+    """Compare every file of a checkpoint with its manifest."""
     from parallel.checkpoint import verify
 
     return _print_text(verify(arguments.path))
 
 
 def track_sync(arguments: argparse.Namespace) -> int:
-    """Send MLflow what it lacks of a run, or of all runs of a directory."""
+    """Send to MLflow the missing values of a run, or of all runs in a directory."""
     from spar_scale.training.mlflow_sync import sync
 
     return _print_text(sync(arguments.path, arguments.uri))
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Say what is installed here and whether it fits together; with a recipe, whether it can be trained here now."""
+    """Check the installation; with a recipe, check whether it can be trained here now."""
     if arguments.recipe is None:
         from spar_scale.doctor.machine import report
 
@@ -128,28 +128,28 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def cluster_job(arguments: argparse.Namespace) -> int:
-    """Look at the nodes of this job, train on them, and have the job go on later if need be."""
+    """Check the nodes of this job, train on them, and requeue the job if necessary."""
     from spar_scale.cluster.job import run_job
 
     return run_job(arguments.recipe, arguments.overrides)
 
 
 def cluster_node(arguments: argparse.Namespace) -> int:
-    """Run a command as the ranks of this node, one for each GPU."""
+    """Run a command as the ranks of this node, one per GPU."""
     from spar_scale.cluster.node import run_node
 
     return run_node(arguments.words)
 
 
 def cluster_submit(arguments: argparse.Namespace) -> int:
-    """Submit every phase of a folder of recipes, each as a job that waits for those it starts from."""
+    """Submit every phase of a folder of recipes as a job that waits for the phases it starts from."""
     from spar_scale.cluster.submit import submit
 
     return _print_text(submit(arguments.folder, arguments.root, arguments.options, arguments.dry_run))
 
 
 def demo(arguments: argparse.Namespace) -> int:
-    """Make the miniature world, train all of SPAR on it, score and show it."""
+    """Make the miniature world, train all of SPAR on it, evaluate it and write the report."""
     try:
         from spar_scale.runs.demo import run
 
@@ -169,7 +169,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def ablate(arguments: argparse.Namespace) -> int:
-    """Train what each switch of SPAR changes, compare on held-out data."""
+    """Train variants of SPAR and compare them on held-out data."""
     from spar_scale.runs.ablation import ablate
 
     seeds = range(arguments.seeds)
@@ -186,14 +186,14 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    """Draw a picture from words."""
+    """Generate a picture from a prompt."""
     from spar_scale.inference.commands import generate
 
     return _print_text(generate(arguments.run_dir, arguments.prompt, arguments.out, _sampling_options(arguments)))
 
 
 def edit(arguments: argparse.Namespace) -> int:
-    """Change a picture as an instruction says."""
+    """Edit a picture by an instruction."""
     from spar_scale.inference.commands import edit
 
     return _print_text(
@@ -208,7 +208,7 @@ def _sampling_options(arguments: argparse.Namespace):
 
 
 def routes(arguments: argparse.Namespace) -> int:
-    """Show which layers of the language model each token takes."""
+    """Show the routing weights of each token over the language model's layers."""
     from spar_scale.inference.commands import routes
 
     return _print_text(routes(arguments.run_dir, arguments.prompt, arguments.out, arguments.image))

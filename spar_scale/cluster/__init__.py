@@ -1,1 +1,1 @@
-"""Jobs of SLURM: what the scripts under `cluster/` hand to Python."""
+"""SLURM jobs: the Python part of the scripts in `cluster/`."""

@@ -1,10 +1,11 @@
-"""The body of a training job: look at the nodes, train on them, then let go, go on later, or stop for good.
+"""The main program of a training job: check the nodes, train on them, then finish, requeue the job, or fail.
 
-The batch process of sbatch is this program. `--signal=B:USR1@SECONDS` warns it before the time limit, and a preemption
-by its signal; it passes that on, the ranks save at their next step and end, and the job asks to be started anew on
-whatever nodes are left. SIGTERM means that SLURM itself ends the job (scancel, preemption, the limit), so then SLURM
-decides what becomes of it. A job that was refused would be refused again and fails, with all that depends on it; so
-does one that has been started anew too often without a new checkpoint. Every other end is worth another attempt.
+It runs as the batch process of sbatch. `--signal=B:USR1@SECONDS` makes SLURM send SIGUSR1 before the time limit, and a
+preemption sends its signal. The program forwards it as SIGUSR1; the ranks save after their current step and exit, and
+the job requeues itself, without bad nodes. SIGTERM means that SLURM itself ends the job (scancel, preemption, time
+limit), so SLURM decides whether it is requeued. A job whose recipe is refused would be refused again, so it fails, with
+all jobs that depend on it. It also fails after too many attempts without a new checkpoint. In all other cases the job
+is requeued.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from spar_scale.cluster import slurm
 from spar_scale.cluster.slurm import Job
 from spar_scale.config.recipe import Recipe, load_recipe
 
-FRUITLESS = 3
-"""Attempts that may end one after another without a new checkpoint."""
+MAX_FRUITLESS = 3
+"""The job fails after this many consecutive attempts without a new checkpoint."""
 PREFLIGHT_S = 300.0
-"""From the first node that has been looked at to the last, a slow shared disk included."""
+"""Longest time between the end of the first and of the last node's check; allows for a slow shared disk."""
 MARGIN_S = 60.0
-"""Beyond `guards.timeout_s`, in which ranks end by themselves, until those that are left are killed."""
+"""Ranks that still run this long after `guards.timeout_s`, when they should have ended themselves, are killed."""
 ENDING_S = 120.0
-"""For SLURM to begin to end this process once the job is queued anew."""
+"""Longest wait for SLURM to end this process after requeueing the job."""
 ATTEMPTS = "attempts.json"
-LOOK_S = 0.5
+POLL_S = 0.5
 
 
 class Signals:
-    """What SLURM has asked of this job, and the step that is to hear of it."""
+    """The signals that SLURM has sent to this job; forwards them to the running job step."""
 
     def __init__(self) -> None:
         self.warned = self.ended = False
@@ -53,7 +54,7 @@ class Signals:
 
 
 class Attempts:
-    """How the run's attempts ended, kept in its directory: the step of the newest checkpoint after each."""
+    """The history of the run's attempts, in a file of its directory: exit codes and newest checkpoints."""
 
     def __init__(self, run_dir: Path):
         self._file = run_dir / ATTEMPTS
@@ -63,17 +64,17 @@ class Attempts:
         )
 
     def step(self) -> int:
-        """The step of the newest checkpoint, 0 without one."""
+        """Return the step of the newest checkpoint, 0 without one."""
         return max((int(path.name.rpartition("-")[2]) for path in self._checkpoints.glob("step-*")), default=0)
 
     def add(self, job: Job, code: int) -> None:
-        """Note the end of one."""
+        """Record the end of an attempt."""
         self._ended.append({"job": job.id, "restart": job.restarts, "step": self.step(), "exit_code": code})
         self._file.parent.mkdir(parents=True, exist_ok=True)
         write_file(self._file, (json.dumps(self._ended, indent=1) + "\n"))
 
     def fruitless(self) -> int:
-        """How many of the last ones ended at the newest checkpoint that there already was when they began."""
+        """Return how many of the latest attempts ended without a new checkpoint."""
         steps = [0, *(int(ended["step"]) for ended in self._ended)]
         count = 0
         while count + 1 < len(steps) and steps[-1 - count] == steps[-2 - count]:
@@ -82,7 +83,7 @@ class Attempts:
 
 
 def run_job(recipe_file: Path, overrides: Sequence[str]) -> int:
-    """Train a recipe on the nodes of this job; return its exit code. Raises UserError for a recipe that is refused."""
+    """Train a recipe on the nodes of this job; return the exit code. Raises UserError for a bad recipe."""
     recipe, job, signals = load_recipe(recipe_file, list(overrides)), Job.of_environment(), Signals()
     attempts = Attempts(recipe.run_dir)
     _announce(f"job {job.id}, attempt {job.restarts + 1} on {job.nodes} node(s), from step {attempts.step()}")
@@ -90,7 +91,7 @@ def run_job(recipe_file: Path, overrides: Sequence[str]) -> int:
     code, unfit = _preflight(recipe, job, words, signals)
     if code == DONE and not signals.warned:
         code = _step(job, ["train", *words], signals, recipe.guards.timeout_s + MARGIN_S)
-    if code != REFUSED:  # one that never began tells nothing of another job that may be training here
+    if code != REFUSED:  # a refused job did not train; the run directory may belong to another job that is training
         attempts.add(job, code)
     return _conclude(job, attempts, signals, code, unfit)
 
@@ -99,15 +100,15 @@ def _step(job: Job, words: Sequence[str], signals: Signals, wait_s: float) -> in
     """Run `spar-scale WORDS` on every node; return the highest exit code. `wait_s` is srun's."""
     program = [sys.executable, "-m", "spar_scale.cli", "cluster", "node", *words]
     signals.step = slurm.srun(job, program, wait_s)
-    if signals.warned:  # between the last look and the start
+    if signals.warned:  # a signal that arrived before the step started was not forwarded
         signals.step.send_signal(signal.SIGUSR1)
     return signals.step.wait()
 
 
 def _preflight(recipe: Recipe, job: Job, words: Sequence[str], signals: Signals) -> tuple[int, list[str]]:
-    """Look at every node; return the exit code and the nodes that are not fit, named here and in the job's comment.
+    """Check every node; return the exit code and the bad nodes, which are also printed and noted in the job's comment.
 
-    Where none is fit the nodes are not the cause, and the recipe is refused.
+    If all nodes are bad, the nodes are not the cause, and the job is refused.
     """
     from spar_scale.doctor.preflight import bad_nodes, forget
 
@@ -115,17 +116,17 @@ def _preflight(recipe: Recipe, job: Job, words: Sequence[str], signals: Signals)
     code = _step(job, ["doctor", *words], signals, PREFLIGHT_S)
     if code in (DONE, REFUSED) or signals.warned:
         return code, []
-    hosts = slurm.ask("scontrol", "show", "hostnames").split()
-    found = bad_nodes(recipe.run_dir, hosts)
-    for host, text in found.items():
+    hosts = slurm.run_command("scontrol", "show", "hostnames").split()
+    faults = bad_nodes(recipe.run_dir, hosts)
+    for host, text in faults.items():
         _announce(f"{host} is not fit: {text}")
-    if found:
-        job.note(f"not fit: {', '.join(found)}")
-    return (REFUSED, []) if len(found) == len(hosts) else (DEFECT, list(found))
+    if faults:
+        job.note(f"not fit: {', '.join(faults)}")
+    return (REFUSED, []) if len(faults) == len(hosts) else (DEFECT, list(faults))
 
 
 def _conclude(job: Job, attempts: Attempts, signals: Signals, code: int, unfit: Sequence[str]) -> int:
-    """What becomes of the job, by how its attempt ended."""
+    """Finish, requeue or fail the job, depending on how its attempt ended; return the exit code."""
     step = attempts.step()
     if code == DONE:
         _announce(f"done, at step {step}")
@@ -136,9 +137,11 @@ def _conclude(job: Job, attempts: Attempts, signals: Signals, code: int, unfit: 
     if code == REFUSED:
         _announce("refused, for the reason above; the same job would be refused again")
         return REFUSED
-    if attempts.fruitless() >= FRUITLESS:
-        told = f"{FRUITLESS} attempts have brought no new checkpoint"
-        _announce(f"{told} (exit code {code}): correct what is reported above, then submit it again; the job ends here")
+    if attempts.fruitless() >= MAX_FRUITLESS:
+        _announce(
+            f"{MAX_FRUITLESS} attempts made no new checkpoint (exit code {code}); the job ends here: correct the error"
+            " above, then submit it again"
+        )
         return DEFECT
     without = f", without {', '.join(unfit)}" if unfit else ""
     _announce(f"ended with exit code {code}; resumes from step {step} when nodes are free{without}")
@@ -149,7 +152,7 @@ def _conclude(job: Job, attempts: Attempts, signals: Signals, code: int, unfit: 
         return code
     until = time.monotonic() + ENDING_S
     while not signals.ended and time.monotonic() < until:
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
     return code
 
 

@@ -1,8 +1,8 @@
-"""One launcher for each node: a process for each GPU of it, ranks of the job's world.
+"""The launcher of a node: starts one process per GPU, each a rank of the job's world.
 
-Where torchrun (2.13) stands elsewhere, for two reasons: it dies of SIGUSR1, by which SLURM warns, and it makes every
-exit code 1, of which a job could not tell whether to go on. This one hands the signal on and the codes back. SLURM
-itself starts the launchers, sees a lost node and decides what runs again.
+It replaces torchrun (2.13) for two reasons: torchrun dies of SIGUSR1, SLURM's warning signal, and it turns every exit
+code into 1, so the job could not decide whether to continue. This launcher forwards the signal and returns the codes.
+SLURM itself starts the launchers, detects a lost node and restarts the job.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from parallel.launch.exit_codes import REFUSED, SIGNALLED, STOPPED
 
 DEVICES = ("cuda", "cpu")
 GRACE_S = 60.0
-"""From a rank's failure for the others of its node: a heartbeat ends them sooner, but one that never began cannot."""
-LOOK_S = 0.2
+"""Time for the other ranks of a node to end after a failure; normally the heartbeat ends them sooner."""
+POLL_S = 0.2
 
 
 def run_node(words: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:
     """Run `spar-scale WORDS` as the ranks of this node; return one exit code for all of them.
 
-    SIGUSR1, SIGTERM and SIGINT all reach the ranks as SIGUSR1: save and stop. Raises UserError outside of srun, or
-    where no process can be started because no GPU was asked for.
+    SIGUSR1, SIGTERM and SIGINT are forwarded to the ranks as SIGUSR1, on which they save and stop. Raises UserError
+    outside srun, or if the job has no GPU.
     """
     ranks = [dict(environment) | own for own in rank_environments(environment)]
     processes: list[subprocess.Popen[bytes]] = []
@@ -48,11 +48,11 @@ def run_node(words: Sequence[str], environment: Mapping[str, str] = os.environ) 
 
 
 def rank_environments(environment: Mapping[str, str]) -> list[dict[str, str]]:
-    """What each rank of this node finds in its environment, beside what the launcher has."""
+    """Return the environment variables of each rank of this node, in addition to the launcher's."""
     try:
         node, nodes = int(environment["SLURM_NODEID"]), int(environment["SLURM_STEP_NUM_NODES"])
     except (KeyError, ValueError):
-        raise UserError("SLURM_NODEID, SLURM_STEP_NUM_NODES: not there; srun starts this, once on each node") from None
+        raise UserError("SLURM_NODEID, SLURM_STEP_NUM_NODES: not set; start this with srun, once per node") from None
     device, count = processes_per_node(environment)
     host, port = rendezvous(environment)
     given = {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
@@ -64,7 +64,7 @@ def rank_environments(environment: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 def processes_per_node(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Return (device, processes): one for each GPU that SLURM has given, with SPAR_DEVICE=cpu SPAR_PROCESSES."""
+    """Return (device, processes): one process per GPU of the job, or SPAR_PROCESSES with SPAR_DEVICE=cpu."""
     device = environment.get("SPAR_DEVICE", "cuda")
     if device not in DEVICES:
         raise UserError(f"SPAR_DEVICE: found '{device}', must be cuda or cpu{nearest(device, DEVICES)}")
@@ -73,37 +73,38 @@ def processes_per_node(environment: Mapping[str, str]) -> tuple[str, int]:
     visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     if not visible:
         raise UserError(
-            "CUDA_VISIBLE_DEVICES: SLURM gave this job no GPU; ask for it (sbatch --gres=gpu:8), or SPAR_DEVICE=cpu"
+            "CUDA_VISIBLE_DEVICES: SLURM gave this job no GPU; request GPUs (sbatch --gres=gpu:8) or set"
+            " SPAR_DEVICE=cpu"
         )
     return device, len(visible)
 
 
 def joint_code(codes: Sequence[int]) -> int:
-    """One exit code for all ranks: a refusal before all, and a failure before a stop that was asked for."""
-    found = {code if code >= 0 else SIGNALLED - code for code in codes}
-    if REFUSED in found:
+    """Return one exit code for all ranks: a refusal has the highest priority, then a failure, then a requested stop."""
+    distinct = {code if code >= 0 else SIGNALLED - code for code in codes}
+    if REFUSED in distinct:
         return REFUSED
-    failures = found - {0, STOPPED}
-    return max(failures) if failures else max(found)
+    failures = distinct - {0, STOPPED}
+    return max(failures) if failures else max(distinct)
 
 
 def _count(name: str, text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{name}: found '{text}', must be a whole number from 1")
+        raise UserError(f"{name}: found '{text}', must be a whole number of at least 1")
     return int(text)
 
 
 def _begin_rank() -> None:
-    """End with the launcher; keep SIGUSR1 waiting until the rank listens to it."""
+    """Make the rank end with the launcher, and block SIGUSR1 until the rank handles it."""
     end_with_parent()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Exit codes of all; where one fails, the others are killed when their time is over."""
+    """Return the exit codes of all processes; after a failure, the others are killed when GRACE_S is over."""
     until = float("inf")
     while any(process.poll() is None for process in processes):
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
         if any(process.returncode not in (None, 0, STOPPED) for process in processes):
             until = min(until, time.monotonic() + GRACE_S)
         if time.monotonic() > until:

@@ -1,4 +1,4 @@
-"""What the system asks of SLURM and tells it, through SLURM's own commands."""
+"""Access to SLURM through its own commands."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from parallel.errors import UserError
 
 PATIENCE_S = 60
-"""A controller that is busy, or changes over to its backup, answers within this."""
+"""Timeout of a SLURM command; a busy controller, or one that fails over to its backup, responds within this time."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """The batch job that this process belongs to: its number, how often it was started anew, how many nodes it has."""
+    """The batch job of this process: its number, how often it was restarted, and its number of nodes."""
 
     id: str
     restarts: int
@@ -25,40 +25,44 @@ class Job:
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Job:
-        """The job; UserError outside of one."""
+        """Return the job of an environment. Raises UserError outside a job."""
         if "SLURM_JOB_ID" not in environment:
-            raise UserError("SLURM_JOB_ID: not set, so this is no job of SLURM; hand a script of cluster/ to sbatch")
+            raise UserError(
+                "SLURM_JOB_ID: not set, so this is not a SLURM job; submit a script of cluster/ with sbatch"
+            )
         numbers = (environment.get(name) or "0" for name in ("SLURM_RESTART_COUNT", "SLURM_JOB_NUM_NODES"))
         restarts, nodes = map(int, numbers)
         return cls(environment["SLURM_JOB_ID"], restarts, max(1, nodes))
 
     def is_running(self) -> bool:
-        """Whether SLURM lets it run on: not where it has begun to end it."""
+        """Return whether the job is running, that is, SLURM has not started to end it."""
         return self._field("JobState") == "RUNNING"
 
     def requeue(self, without: Collection[str] = ()) -> None:
-        """Have it started anew, with this number, when nodes are free, but not on some; SLURM then ends this process.
+        """Requeue the job under the same number, excluding the nodes `without`; SLURM then ends this process.
 
-        The nodes are taken out once it is queued: 22.05 allows it for a job that waits, not for one that runs.
+        Nodes are excluded after requeueing: SLURM 22.05 allows that for a pending job, not for a running one.
         """
-        ask("scontrol", "requeue", self.id)
+        run_command("scontrol", "requeue", self.id)
         if without:
-            before = self._field("ExcNodeList").replace("(null)", "")  # as node[2,4-6], which stays one word
-            ask("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(filter(None, (before, *without)))}")
+            before = self._field("ExcNodeList").replace("(null)", "")  # such as node[2,4-6], kept as it is
+            run_command(
+                "scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(filter(None, (before, *without)))}"
+            )
 
     def _field(self, name: str) -> str:
-        found = re.search(rf"\b{name}=(\S+)", ask("scontrol", "-o", "show", "job", self.id))
+        found = re.search(rf"\b{name}=(\S+)", run_command("scontrol", "-o", "show", "job", self.id))
         return found.group(1) if found else ""
 
     def note(self, text: str) -> None:
-        """Leave a text where `scontrol show job` shows it."""
-        ask("scontrol", "update", f"JobId={self.id}", f"Comment={text}")
+        """Store a text as the job's comment, which `scontrol show job` shows."""
+        run_command("scontrol", "update", f"JobId={self.id}", f"Comment={text}")
 
 
-def ask(*words: str) -> str:
-    """What a command of SLURM prints; UserError with its own words where it refuses.
+def run_command(*words: str) -> str:
+    """Run a SLURM command and return its output. Raises UserError with the command's message if it fails.
 
-    SIGTERM does not end it: SLURM sends that to all of a job which has just asked to be queued anew.
+    The command ignores SIGTERM, because SLURM sends that to all processes of a job that has just been requeued.
     """
     try:
         done = subprocess.run(
@@ -67,7 +71,7 @@ def ask(*words: str) -> str:
     except FileNotFoundError:
         raise UserError(f"{words[0]}: not found; SLURM's commands must be on the PATH") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{words[0]}: SLURM has not answered for {PATIENCE_S} s") from None
+        raise UserError(f"{words[0]}: SLURM has not responded for {PATIENCE_S} s") from None
     if done.returncode:
         raise UserError(f"{' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout.strip()
@@ -78,10 +82,10 @@ def _ignore_sigterm() -> None:
 
 
 def srun(job: Job, words: Sequence[str], wait_s: float) -> subprocess.Popen[bytes]:
-    """Start a command once on every node of the job, with all that the job has there.
+    """Start a command once on every node of the job, with all resources of the job there.
 
-    Tasks that still run `wait_s` after the first has ended are killed. One that fails ends none at once: the others
-    may be about to save, and say more about the cause than a kill would let them.
+    Tasks that still run `wait_s` after the first has ended are killed. A failing task does not end the others at once:
+    they may be saving, and their messages may show the cause.
     """
     nodes = str(job.nodes)
     options = ["--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=0"]

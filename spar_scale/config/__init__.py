@@ -1,1 +1,1 @@
-"""The recipe: its schema, its reading, the rules between its keys."""
+"""Recipes: the schema, reading and validation, and the rules between keys."""

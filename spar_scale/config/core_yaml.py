@@ -1,9 +1,9 @@
-"""YAML as recipes are written: the scalars of the YAML 1.2 core schema, and nothing that surprises.
+"""Read and write the YAML of recipes: the scalars of the YAML 1.2 core schema.
 
-PyYAML reads YAML 1.1, in which `010` is 8, `1:30` is 90, `no` is false, `1e-4` is text, `2026-11-30` is a date and
-`<<` merges mappings. Here `010`, `1:30`, `no` and `2026-11-30` are texts, which a schema that needs a number or a flag
-refuses; `hint` names the spelling that it accepts. Anchors (one alias can expand to gigabytes), tags and doubled
-keys are errors. Text is written so that both a reader of YAML 1.1 and one of 1.2 read the same text back.
+PyYAML reads YAML 1.1, in which `010` is 8, `1:30` is 90, `no` is false, `1e-4` is text, `2026-11-30` is a date and `<<`
+merges mappings. Here `010`, `1:30`, `no` and `2026-11-30` are texts. A schema that needs a number or a flag refuses
+them, and `hint` suggests the correct spelling. Anchors (one alias can expand to gigabytes), tags and repeated keys are
+errors. Text is written so that readers of YAML 1.1 and of YAML 1.2 get the same text back.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FLAGS = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false",
 
 
 def parse(text: str, origin: str) -> Any:
-    """Return the value of a YAML document. Raises UserError, naming `origin`, line and column, for anything else."""
+    """Return the value of a YAML document. Raises UserError, with `origin`, line and column, if it is not valid."""
     try:
         return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
     except yaml.MarkedYAMLError as error:
@@ -47,22 +47,22 @@ def parse(text: str, origin: str) -> Any:
 
 
 def dump(values: Any) -> str:
-    """Return values as YAML text, in their order; readers of YAML 1.1 and 1.2 read the same values from it."""
+    """Return values as YAML text in their order; readers of YAML 1.1 and of YAML 1.2 get the same values from it."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def is_null(text: str) -> bool:
-    """Whether a plain scalar is null (`null`, `~` or nothing)."""
+    """Return whether a plain scalar is null (`null`, `~` or empty)."""
     return re.fullmatch(_SCALARS[0][1], text) is not None
 
 
 def is_quoted(text: str) -> bool:
-    """Whether all of a text is one scalar in quotes, double or single."""
+    """Return whether a whole text is one quoted scalar."""
     return _QUOTED.fullmatch(text) is not None
 
 
 def hint(found: Any, flag: bool) -> str:
-    """Return `"; <why>; write <value>"` for a value that was meant as a number, or as a flag; else an empty string."""
+    """Return `"; <reason>; write <value>"` if a value was probably meant as a number, or as a flag; else ""."""
     if isinstance(found, float) and found.is_integer() and not flag:
         return f"; write {int(found)}"
     if not isinstance(found, str):
@@ -92,14 +92,14 @@ def _is_number(text: str) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # those of YAML 1.1 are not inherited
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # does not inherit the resolvers of YAML 1.1
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         if getattr(event, "anchor", None) is not None:
-            raise yaml.MarkedYAMLError(None, None, "anchors (&) and aliases (*) are not read here", event.start_mark)
+            raise yaml.MarkedYAMLError(None, None, "anchors (&) and aliases (*) are not allowed", event.start_mark)
         if tag := getattr(event, "tag", None):
-            raise yaml.MarkedYAMLError(None, None, f"found the tag {tag}; tags (!) are not read here", event.start_mark)
+            raise yaml.MarkedYAMLError(None, None, f"found the tag {tag}; tags (!) are not allowed", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -122,7 +122,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that YAML 1.1 (inherited) or YAML 1.2 would read as something else."""
+    """Quotes a text that YAML 1.1 (inherited resolvers) or YAML 1.2 would read as another type."""
 
 
 for _kind, _pattern, _first in _SCALARS:

@@ -1,11 +1,10 @@
-"""The schema of a recipe: everything that defines a training run, and nothing that does not.
+"""The schema of a recipe, which defines a training run completely.
 
-Every key is declared here, with its unit and range; an unknown key, a value of another type and two
-keys that contradict each other are refused before anything is built (`spar_scale.config.settings` says how).
-There is no key for dropout: a run is the same under every layout only without it. Keys under
-`parallel` say how the run is spread and change nothing of what is computed.
+Every key is declared here with its unit and range. An unknown key, a value of another type, and contradictory keys are
+refused before anything is built (see `spar_scale.config.settings`). There is no key for dropout, because with dropout a
+run would depend on the layout. Keys under `parallel` define the layout and do not change what is computed.
 
-This module imports nothing heavy, so that a command can refuse a recipe within a second.
+This module has no slow imports, so that a command can refuse a recipe within a second.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ RESUME_MAY_CHANGE = (
     "guards",
     "attention",
 )
-"""Keys (with all below them) that may differ between a run and its continuation."""
+"""Keys (with all keys below them) that may change when a run is resumed."""
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -52,7 +51,7 @@ def _text(text: str) -> str:
 
 
 def _expanded(path: str) -> str:
-    """Replace `~` and `~user` at the beginning by the home directory."""
+    """Replace `~` or `~user` at the start by the home directory."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         user = expanded.partition("/")[0]
@@ -71,13 +70,13 @@ PathText = Annotated[str, AfterValidator(_text), AfterValidator(_expanded)]
 
 
 class Section(BaseModel):
-    """One mapping of a recipe: unknown keys are refused, and so are NaN and infinity."""
+    """One mapping of a recipe; unknown keys, NaN and infinity are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
-    """The shapes, the pretrained parts, and the switches that the ablations turn."""
+    """The shapes, the pretrained parts, and the switches of the ablations."""
 
     preset: Text
     """Named shapes, e.g. `tiny`."""
@@ -90,11 +89,11 @@ class ModelConfig(Section):
     streams: Literal["dual", "semantic", "pixel"] = "dual"
     """The streams of the unified tokenizer."""
     encoder: Literal["trained", "frozen"] = "trained"
-    """Whether the vision encoder ever trains (in the phases that would train it)."""
+    """`frozen`: the vision encoder is not trained in the phases that otherwise train it."""
     semantic_distillation: bool = True
-    """L_s: hold the encoder's features to those that it started with."""
+    """L_s: keep the encoder's features close to its initial ones."""
     pixel_alignment: bool = True
-    """L_p: hold the pixel stream to the frozen pixel encoder's latent."""
+    """L_p: keep the pixel stream close to the frozen pixel encoder's latent."""
 
 
 def _known_optimizer(name: str) -> str:
@@ -114,25 +113,25 @@ class TrainConfig(Section):
     """How long the run is."""
 
     steps: Count
-    """Optimizer steps of the whole run; the schedule ends there."""
+    """Optimizer steps of the run; the learning-rate schedule ends there."""
     log_every: Count = 10
-    """Steps between two writes of the metrics (every step's values are kept)."""
+    """Steps between two writes of the metrics (the values of every step are written)."""
 
 
 class OptimizerConfig(Section):
-    """The update rule, its schedule and the moving average of the weights."""
+    """The update rule, its schedule and the exponential moving average (EMA) of the weights."""
 
     name: Annotated[str, AfterValidator(_known_optimizer)] = "adamw"
-    """`adamw` (torch's, fused), `nadam`, `radam`, `muon` (DeepSpeed's, with AdamW for what is no hidden matrix),
-    `apex_adam` or `deepspeed_adam`."""
+    """`adamw` (torch's, fused), `nadam`, `radam`, `muon` (DeepSpeed's, with AdamW for parameters that are not hidden
+    matrices), `apex_adam` or `deepspeed_adam`."""
     lr: Positive
     """Peak learning rate of AdamW."""
     min_lr: NotNegative = 0.0
     """Learning rate at the last step."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of linear rise from 0 to `lr`."""
+    """Steps of linear warm-up from 0 to `lr`."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """The way from `lr` down to `min_lr` after the warm-up (`constant` stays at `lr`)."""
+    """Decay from `lr` to `min_lr` after the warm-up (`constant` stays at `lr`)."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     eps: Positive = 1e-8
@@ -140,11 +139,11 @@ class OptimizerConfig(Section):
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay."""
     clip: NotNegative = 1.0
-    """Largest gradient norm; 0 switches clipping off."""
+    """Gradient norm above which gradients are clipped; 0 disables clipping."""
     groups: dict[str, NotNegative] = {}
-    """Learning-rate multiplier by group of the stage, e.g. `{encoder: 0.1}`; 1 where not named."""
+    """Learning-rate multiplier by parameter group of the training stage, e.g. `{encoder: 0.1}`; 1 for other groups."""
     ema_decay: BelowOne = 0.999
-    """Decay of the moving average of the weights, which the next phase starts from."""
+    """Decay of the EMA of the weights, from which the next phase starts."""
     muon_lr: Positive = 0.015
     """Peak learning rate of Muon's matrices; follows the same schedule as `lr`."""
     muon_momentum: BelowOne = 0.95
@@ -152,7 +151,7 @@ class OptimizerConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """Weights and settings of the losses; each is read by the stages that have such a loss."""
+    """Weights and settings of the losses; each is read by the phases that have such a loss."""
 
     perceptual_weight: NotNegative = 0.0
     """Coefficient of the perceptual loss beside the mean squared error."""
@@ -163,19 +162,19 @@ class ObjectiveConfig(Section):
     adversarial_weight: NotNegative = 0.0
     """lambda_GAN, the coefficient of the generator's loss; 0 trains without a discriminator."""
     adversarial_start: Annotated[int, Field(ge=0)] = 0
-    """Step from which the discriminator takes part."""
+    """First step with the discriminator."""
     lecam_weight: NotNegative = 0.001
     """Coefficient of the LeCam regulariser in the discriminator's loss."""
     latent_noise: NotNegative = 0.0
-    """Standard deviation of the noise on the latent that the pixel decoder reads while it trains."""
+    """Standard deviation of the noise that is added to the pixel decoder's input latent during training."""
     latent_power_weight: NotNegative = 0.0
-    """Coefficient of the penalty on the latent's mean square above 1, which keeps it from growing."""
+    """Coefficient of the penalty on a mean square of the latent above 1, which prevents growth."""
     align_weight: NotNegative = 0.5
     """lambda_a, the coefficient of the alignment of the diffusion transformer."""
     align_block: Count = 6
     """Block of the diffusion transformer whose features are aligned, counted from 1."""
     timestep_shift: Annotated[float, Field(ge=1)] = 1.0
-    """Shift s of the training's times towards noise, sigma -> s sigma / (1 + (s - 1) sigma); 1 is the published."""
+    """Shift s of the training times towards noise, sigma -> s sigma / (1 + (s - 1) sigma); the paper has 1."""
     caption_dropout: Share = 0.1
     """Share of samples trained without their caption."""
 
@@ -184,7 +183,7 @@ class SourceConfig(Section):
     """One set of shards."""
 
     name: Text
-    """The task that these samples are for."""
+    """The task of these samples."""
     shards: PathText
     """Glob or URL of webdataset tar shards."""
     weight: Positive = 1.0
@@ -192,64 +191,64 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """What is trained on, and in which portions."""
+    """The training data, and how it is divided."""
 
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
-    """The sources that are mixed."""
+    """The sources of the mixture."""
     task_block: Count
     """Consecutive samples of a global batch that share one task."""
     workers: Annotated[int, Field(ge=0)] = 1
-    """Loader processes per rank; 0 loads in the training process."""
+    """Loader worker processes per rank; 0 loads in the training process."""
     encoded: PathText | None = None
-    """Directory, relative to the run directory, of what `spar-scale data encode` stored; null computes it anew."""
+    """Directory of the stored values of `spar-scale data encode`, relative to the run directory; null computes them."""
 
 
 class CheckpointConfig(Section):
     """When the run is saved."""
 
     every: Count
-    """Steps between two checkpoints; the last step always gets one."""
+    """Steps between two checkpoints; the last step always has one."""
     keep: Count = 3
-    """How many checkpoints stay; the oldest go first."""
+    """Retention: how many checkpoints are kept; the oldest are removed first."""
 
 
 class GuardsConfig(Section):
-    """When a run that goes wrong stops."""
+    """Limits at which a faulty run stops."""
 
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10
-    """Steps in a row with a non-finite loss or gradient that are skipped before the run stops."""
+    """Consecutive steps with a non-finite loss or gradient that are skipped before the run stops."""
     max_bad_fraction: Share = 0.01
-    """Largest share of samples that may turn out unreadable."""
+    """Accepted share of bad samples."""
     timeout_s: Annotated[float, Field(ge=5)] = 600
-    """Seconds that a rank may wait for another rank or for a batch, or be silent, before the run ends and names it.
-    It must be above what ranks spend unequally: the export of weights, which the first rank does alone, or a slow
+    """Seconds that a rank may wait for another rank or a batch, or send no heartbeat, before the run ends and names it.
+    It must exceed the time by which ranks can differ: the export of weights, which only the first rank does, or a slow
     disk of one node."""
 
 
 class TrackingConfig(Section):
-    """Where the metrics are mirrored to, beside metrics.jsonl."""
+    """The MLflow mirror of metrics.jsonl."""
 
     mirror: bool = True
-    """Whether the run is shown in MLflow at all."""
+    """Whether the run is mirrored to MLflow."""
     uri: Text | None = None
-    """Address of the MLflow server; null keeps a database in the directory that holds the run's."""
+    """Address of the MLflow server; null uses a database file in the parent of the run directory."""
     experiment: Text = "spar"
-    """Name that the runs of one study share."""
+    """Name of the MLflow experiment, common to the runs of a study."""
 
 
 class ParallelConfig(Section):
-    """How the run is spread. The data-parallel size is what is left of the world."""
+    """The layout. The data-parallel size is the world size divided by the tensor- and pipeline-parallel sizes."""
 
     tensor: Count = 1
-    """Ranks that share each matrix."""
+    """Tensor-parallel size: ranks that share each matrix."""
     pipeline: Count = 1
-    """Ranks that share the list of layers."""
+    """Pipeline-parallel size: ranks that share the list of layers."""
     zero: Literal[1, 2, 3] = 1
-    """What data ranks share: 1 optimizer state, 2 and gradients, 3 and weights."""
+    """ZeRO stage: data-parallel ranks share 1 the optimizer state, 2 also gradients, 3 also weights."""
     micro_batch: Count = 16
     """Samples that one rank computes at a time."""
     recompute: Literal["none", "blocks"] = "none"
-    """`blocks` keeps only each layer's inputs for the backward pass and computes the rest again."""
+    """`blocks` saves only the inputs of each layer for the backward pass and recomputes its activations."""
 
 
 class Recipe(Section):
@@ -258,18 +257,18 @@ class Recipe(Section):
     stage: Annotated[str, AfterValidator(_known_stage)]
     """The training stage: the part of SPAR that trains."""
     phase: str
-    """The phase of that stage."""
+    """The phase of the training stage."""
     model: ModelConfig
     init_from: PathText | None = None
-    """Run directory of the phase before, relative to `run_dir`; its moving average is taken."""
+    """Run directory of the previous phase, relative to `run_dir`; this run starts from its EMA weights."""
     run_dir: Annotated[Path, AfterValidator(_own_directory)]
-    """Where everything of this run is written, relative to the working directory."""
+    """Directory for everything that this run writes, relative to the working directory."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """The one seed: initial weights, order of the data and every draw follow from it."""
+    """The seed of initial weights, data order and all random draws."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: weights and activations in bf16, master weights, sums and losses in fp32."""
     attention: Literal["auto", "math", "sdpa", "flash", "flash_attn_2", "flash_attn_3", "flash_attn_4"] = "auto"
-    """Who computes softmax attention; what is named and not there is refused (`spar-scale doctor` lists them)."""
+    """Backend of softmax attention; a backend that is not available is refused (`spar-scale doctor` lists them)."""
     global_batch: Count
     """Samples per optimizer step, over all ranks."""
     train: TrainConfig
@@ -283,9 +282,9 @@ class Recipe(Section):
 
     @classmethod
     def contradictions(cls, value: Lookup) -> Iterator[Contradiction]:
-        """Yield (dotted key, what was found and the rule) for keys that do not go together."""
+        """Yield (dotted key, found value and rule) for contradictory keys."""
         for rule in (*RULES, _read_by_this_stage):
-            with contextlib.suppress(KeyError):  # a key of this rule is itself broken, and already reported
+            with contextlib.suppress(KeyError):  # a key of this rule is invalid itself, which is reported already
                 yield from rule(value)
 
     @model_validator(mode="after")
@@ -299,30 +298,30 @@ class Recipe(Section):
         return self
 
     def save(self, path: Path) -> None:
-        """Write every key with its value to `path`; a reader sees the old file or the whole new one."""
+        """Write every key with its value to `path`, atomically."""
         write_file(path, dump(self.model_dump(mode="json")))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe with its parents, apply `a.b=c` overrides and validate; UserError names every fault."""
+    """Read a recipe with its parents, apply `a.b=c` overrides and validate. Raises UserError that lists all errors."""
     return load(path, Recipe, overrides)
 
 
 def beside(run_dir: Path, reference: str) -> Path:
-    """Return, absolute, a path that a recipe gives relative to its run directory.
+    """Return the absolute path of a reference that a recipe gives relative to its run directory.
 
-    `..` is taken off the path as it is written: `../init` of a run directory `runs/a` is `runs/init`, even where
-    `runs/a` is a symbolic link to another disk.
+    `..` is resolved in the text of the path: `../init` for the run directory `runs/a` is `runs/init`, even if `runs/a`
+    is a symbolic link to another disk.
     """
     return Path(os.path.abspath(run_dir / reference))
 
 
 def behind_link(run_dir: Path, reference: str) -> str:
-    """Return a hint for a refusal: that the path exists beside what `run_dir` links to, where it is not looked for."""
+    """Return a hint for an error message if the path only exists relative to the target of a symbolic link."""
     behind = Path(os.path.realpath(run_dir / reference))
     if beside(run_dir, reference).exists() or not behind.exists():
         return ""
-    return f"; {run_dir} is behind a symbolic link, whose target has {behind}: name it by its absolute path to use it"
+    return f"; {run_dir} is a symbolic link, and {behind} exists at its target: give that absolute path to use it"
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -333,12 +332,12 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def may_change_at_resume(key: str) -> bool:
-    """Tell whether a run may go on with another value of this dotted key (RESUME_MAY_CHANGE)."""
-    return any(key == free or key.startswith(f"{free}.") for free in RESUME_MAY_CHANGE)
+    """Return whether a run may be resumed with another value of this dotted key (RESUME_MAY_CHANGE)."""
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in RESUME_MAY_CHANGE)
 
 
 def flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of nested mappings; a list is one value."""
+    """Yield (dotted key, value) of nested mappings; a list counts as one value."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{above}{key}.")
@@ -349,7 +348,7 @@ def flatten(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]
 def _read_by_this_stage(value: Lookup) -> Iterator[Contradiction]:
     stage, phase = value("stage"), value("phase")
     declared = find(stage, phase)
-    if declared is None:  # another rule reports it
+    if declared is None:  # reported by another rule
         return
     for key, those in readers().items():
         with contextlib.suppress(KeyError):

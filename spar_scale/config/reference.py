@@ -1,4 +1,4 @@
-"""docs/recipes.md: every key of a recipe with its type, default, meaning and readers, generated from the schema.
+"""Generate docs/recipes.md from the schema: every key of a recipe with type, default, meaning and readers.
 
 `python -m spar_scale.config.reference > docs/recipes.md` writes it; a test compares the file with the schema.
 """
@@ -18,9 +18,9 @@ from spar_scale.phases import readers
 
 HEAD = f"""# Keys of a recipe
 
-Generated from the schema (`python -m spar_scale.config.reference > docs/recipes.md`). A unit stands in the name of a
-key (`_s`: seconds) or in its meaning. Where "read by" is empty every phase reads the key. A recipe that sets a key
-which its phase does not read is refused. A run may be resumed with other values of the keys that are marked with *:
+Generated from the schema (`python -m spar_scale.config.reference > docs/recipes.md`). A unit is in the name of a key
+(`_s`: seconds) or in its meaning. If "read by" is empty, every phase reads the key. A recipe that sets a key which its
+phase does not read is refused. A run may be resumed with other values of the keys that are marked with *:
 {", ".join(f"`{key}`" for key in RESUME_MAY_CHANGE)}.
 """
 COLUMNS = ("key", "type", "default", "meaning", "read by")
@@ -68,7 +68,7 @@ def _limit(entry: Any) -> str:
 
 
 def _name(annotation: Any) -> str:
-    """Return a type in words; annotated types are shown with their limits."""
+    """Return a type as words; annotated types have their limits."""
     if annotation is type(None):
         return "null"
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -92,7 +92,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a key holds (for a list of sections, that of its entries)."""
+    """Return the section of a key (for a list of sections, that of its entries), or None for a value."""
     if isinstance(annotation, type) and get_origin(annotation) is None:
         return annotation if issubclass(annotation, BaseModel) else None
     return next((found for argument in get_args(annotation) if (found := _section(argument))), None)

@@ -1,7 +1,7 @@
-"""The rules between the keys of a recipe: which values do not go together, and why.
+"""The rules between the keys of a recipe: which combinations of values are refused, and why.
 
-A rule looks values up by dotted key and yields a contradiction for each key that breaks it. Looking
-a key up that is itself broken raises KeyError, which ends the rule: its error is already reported.
+A rule looks up values by dotted key and yields a contradiction for each key that breaks it. The lookup of a key that is
+invalid itself raises KeyError, which ends the rule, because that error is reported already.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _pipeline_needs_zero_1(value: Lookup) -> Iterator[Contradiction]:
     if pipeline > 1 and zero != 1:
         fits = f"parallel.pipeline={pipeline} parallel.zero=1 or parallel.pipeline=1 parallel.zero={zero}"
         found = f"found {zero} with parallel.pipeline {pipeline}"
-        yield "parallel.zero", f"{found}, a pipeline runs under zero 1 only; nearest that fit: {fits}"
+        yield "parallel.zero", f"{found}, a pipeline needs ZeRO stage 1; nearest that fit: {fits}"
 
 
 def _optimizer_demands(value: Lookup) -> Iterator[Contradiction]:

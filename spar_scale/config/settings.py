@@ -1,11 +1,10 @@
-"""From YAML files and `a.b=c` overrides to a validated pydantic model, refusing everything at once.
+"""Read YAML files and `a.b=c` overrides into a validated pydantic model, and report all errors at once.
 
-Whoever mends a recipe should run into one refusal, not five in a row: the schema's errors, the
-contradictions between keys and the overrides that make no sense are collected and raised together,
-each with its dotted key, what was found, the rule and the nearest valid name. Files are YAML
-(`core_yaml.py`). The text of an override is taken as it stands where the schema has a text (`run_dir=runs/exp #3`),
-and is YAML elsewhere. The trade-off of validating in strict mode: `"3"` is no integer and `1` no flag, for file and
-override alike.
+A user should see all errors of a recipe in one message, so schema errors, contradictions between keys and invalid
+overrides are collected and raised together, each with its dotted key, the value found, the rule and the nearest valid
+name. Files are YAML (`core_yaml.py`). The text of an override is used literally if the schema has a text
+(`run_dir=runs/exp #3`), and parsed as YAML otherwise. Validation is strict: `"3"` is not an integer and `1` is not a
+flag, in files and overrides.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from spar_scale.config import core_yaml
 
 Settings = TypeVar("Settings", bound=BaseModel)
 Lookup = Callable[[str], Any]
-Contradiction = tuple[str, str]  # (dotted key, what was found and the rule)
+Contradiction = tuple[str, str]  # (dotted key, found value and rule)
 CONTRADICTIONS_FOLLOW = {"contradictions_follow": True}
-"""Context of a validation after which `validate` itself collects the contradictions: the model leaves them out."""
+"""Validation context with which the model skips contradictions, because `validate` collects them itself."""
 
 
 def load(path: str | Path, model: type[Settings], overrides: list[str] | None = None) -> Settings:
     """Read `path` with its parents (`extends:`), apply the overrides, validate as `model`.
 
-    A model may offer `contradictions(value)`, a class method that takes a lookup by dotted key and
-    yields what does not go together. Raises UserError with every error found.
+    A model may have a class method `contradictions(value)`, which takes a lookup by dotted key and yields
+    contradictions. Raises UserError with all errors.
     """
     path = Path(path)
     values = read(path)
@@ -52,10 +51,10 @@ def load(path: str | Path, model: type[Settings], overrides: list[str] | None = 
 
 
 def read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the mapping in `path`, merged over the file that its `extends:` names (relative to it)."""
+    """Return the mapping in `path`, merged over the file that its `extends:` names (relative to `path`)."""
     if path.resolve() in children:
         chain = " -> ".join(str(p.name) for p in (*children, path))
-        raise UserError(f"{path}: extends: a circle ({chain}); the first parent must extend nothing")
+        raise UserError(f"{path}: extends: a cycle ({chain}); the first parent must not extend another file")
     values = _parse_file(path)
     parent = values.pop("extends", None)
     if parent is None:
@@ -66,7 +65,7 @@ def read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return `below` with `above` laid over it: mappings merge key by key, anything else replaces."""
+    """Return `below` updated with `above`: mappings merge key by key, other values replace."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
@@ -75,10 +74,10 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(values: dict[str, Any], override: str, model: type[BaseModel]) -> None:
-    """Set one `a.b=c` in `values`, in place; a number in the key picks a list's entry.
+    """Apply one override `a.b=c` to `values`, in place; a number in the key is the index of a list entry.
 
-    Where `model` has a text, `c` is that text as it stands; one pair of YAML quotes around all of it is taken off,
-    and `null` or nothing is null where the key may be null. Elsewhere `c` is YAML.
+    If `model` has a text at the key, `c` is used literally: only one pair of YAML quotes around all of it is removed,
+    and `null` or nothing is null if the key may be null. Otherwise `c` is parsed as YAML.
     """
     dotted, equals, text = override.partition("=")
     parts = dotted.split(".")
@@ -98,12 +97,12 @@ def apply_override(values: dict[str, Any], override: str, model: type[BaseModel]
 
 
 def validate(values: dict[str, Any], model: type[Settings]) -> tuple[Settings | None, list[str]]:
-    """Return the model, or None, and the errors as text, in the order of the keys they name."""
+    """Return the model, or None, and the errors as text, in the order of their keys."""
     errors: list[str] = []
-    found = None
+    validated = None
     broken: list[str] = []
     try:
-        found = model.model_validate_json(json.dumps(values), strict=True, context=CONTRADICTIONS_FOLLOW)
+        validated = model.model_validate_json(json.dumps(values), strict=True, context=CONTRADICTIONS_FOLLOW)
     except ValidationError as failure:
         for error in failure.errors(include_url=False):
             broken.append(dotted(error["loc"]))
@@ -111,7 +110,7 @@ def validate(values: dict[str, Any], model: type[Settings]) -> tuple[Settings | 
     rules: Callable[[Lookup], Iterator[Contradiction]] | None = getattr(model, "contradictions", None)
     if rules is not None:
         errors += [f"{key}: {rule}" for key, rule in rules(_Raw(values, model, broken)) if key not in broken]
-    return (None if errors else found), errors
+    return (None if errors else validated), errors
 
 
 def dotted(location: tuple[str | int, ...]) -> str:
@@ -134,7 +133,7 @@ def _parse_file(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: {reason or error}; a readable YAML file is needed") from error
+        raise UserError(f"{path}: {reason or error}; expected a readable YAML file") from error
     values = core_yaml.parse(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: found {show(values)}, must be a mapping of keys to values")
@@ -142,10 +141,10 @@ def _parse_file(path: Path) -> dict[str, Any]:
 
 
 def _override_value(text: str, annotation: Any, origin: str) -> Any:
-    if any("\ud800" <= character <= "\udfff" for character in text):  # bytes of the command line that are no UTF-8
+    if any("\ud800" <= character <= "\udfff" for character in text):  # bytes of the command line that are not UTF-8
         raise UserError(f"{origin}: found {text!r}, must be UTF-8 text")
     alternatives = _alternatives(annotation)
-    if not all(_is_text(one) for one in alternatives if one is not types.NoneType):
+    if not all(_is_text(kind) for kind in alternatives if kind is not types.NoneType):
         return core_yaml.parse(text, origin)
     if types.NoneType in alternatives and core_yaml.is_null(text):
         return None
@@ -153,10 +152,10 @@ def _override_value(text: str, annotation: Any, origin: str) -> Any:
 
 
 def _type_at(model: type[BaseModel], parts: list[str]) -> Any:
-    """Return the annotation of a dotted key; `str` where the schema has no such key, which it then refuses."""
+    """Return the annotation of a dotted key; `str` for an unknown key, which the schema refuses later."""
     place: Any = model
     for part in parts:
-        below = [found for one in _alternatives(place) if (found := _type_below(one, part)) is not None]
+        below = [inner for kind in _alternatives(place) if (inner := _type_below(kind, part)) is not None]
         if not below:
             return str
         place = below[0]
@@ -177,7 +176,7 @@ def _alternatives(annotation: Any) -> list[Any]:
     if get_origin(annotation) is Annotated:
         return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return [one for argument in get_args(annotation) for one in _alternatives(argument)]
+        return [kind for argument in get_args(annotation) for kind in _alternatives(argument)]
     return [annotation]
 
 
@@ -198,7 +197,7 @@ def _step(place: Any, part: str, parents: list[str]) -> Any:
 
 
 class _Raw:
-    """Looks a dotted key up in unvalidated values; defaults where absent, KeyError where broken."""
+    """Looks up a dotted key in unvalidated values: the default if it is absent, KeyError if it is invalid."""
 
     def __init__(self, values: dict[str, Any], model: type[BaseModel], broken: list[str]):
         self._values, self._model, self._broken = values, model, broken
@@ -223,7 +222,7 @@ def _describe(error: Any, model: type[BaseModel]) -> str:
     location, kind = error["loc"], error["type"]
     key = dotted(location)
     if kind == "missing":
-        return f"{key}: not given, but required"
+        return f"{key}: missing, but required"
     if kind == "extra_forbidden":
         allowed = _keys_at(model, location[:-1])
         name = str(location[-1])
@@ -250,7 +249,7 @@ def _describe(error: Any, model: type[BaseModel]) -> str:
 
 
 def _spelling(kind: str, found: Any) -> str:
-    """Return how to write what was meant, where a value has the wrong type only by its spelling."""
+    """Return how to write a value that has the wrong type only because of its spelling."""
     if kind in ("string_type", "path_type") and isinstance(found, bool | int | float):
         return "; put a text in quotes"
     if kind in ("int_type", "float_type", "int_from_float", "bool_type"):
@@ -259,7 +258,7 @@ def _spelling(kind: str, found: Any) -> str:
 
 
 def nearest_elsewhere(name: str, model: type[BaseModel]) -> str:
-    """Return a hint when exactly this key exists in another section of the schema."""
+    """Return a hint if this key exists in another section of the schema."""
     for section, field in model.model_fields.items():
         inner = _inner_model(field.annotation)
         if inner is not None and name in inner.model_fields:

@@ -1,1 +1,1 @@
-"""Data: the miniature world, tar shards with an index, an order that no layout changes, the loader."""
+"""Data: the miniature world, indexed tar shards, a sample order that does not depend on the layout, and the loader."""

@@ -1,7 +1,7 @@
-"""Pairs of picture and caption in a folder, and a note of everything in it that gives no pair.
+"""Find pairs of picture and caption in a folder, and note every file that gives no pair.
 
-A caption stands in the text file of the picture's name, or in one table for the whole folder. A text is found under the
-exact name, else under the only name that differs in the case of its extension or in its Unicode normal form.
+A caption is in a text file with the picture's name, or in one table for the whole folder. The text file has exactly the
+picture's name, or is the only one whose name differs in the case of the extension or in the Unicode normal form.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ class Pair:
 
 
 def find_pairs(folder: Path, left_out: LeftOut) -> Iterator[Pair]:
-    """Yield the pairs of a folder (a path without links): in the table's order, or by name where there is no table.
+    """Yield the pairs of a folder (a path without links) in the table's order, or by name if there is no table.
 
-    Raises UserError for two tables, a table outside of the folder and one that cannot be read.
+    Raises UserError for two tables, a table outside the folder, and a table that cannot be read.
     """
     tables = [table for name in TABLES if (table := folder / name).is_file()]
     if len(tables) > 1:
-        raise UserError(f"{folder}: holds {' and '.join(TABLES)}; one of them says which pictures are meant")
+        raise UserError(f"{folder}: holds {' and '.join(TABLES)}, expected one table; remove the other")
     if tables and not _is_inside(folder, tables[0]):
-        raise UserError(f"{tables[0]}: is a link to outside of the folder")
+        raise UserError(f"{tables[0]}: is a link to a file outside the folder")
     spellings = _Spellings(folder)
     for name, caption in read_table(tables[0], left_out) if tables else _read_texts(folder, left_out):
-        found = _locate(folder, name, spellings)
-        if isinstance(found, str):
-            left_out.add(found, name)
+        located = _locate(folder, name, spellings)
+        if isinstance(located, str):
+            left_out.add(located, name)
         elif not caption.strip():
             left_out.add("no text", name)
         elif "\0" in caption:
             left_out.add("its text holds NUL characters", name)
         else:
-            yield Pair(_relative(folder, found), found, caption.strip())
+            yield Pair(_relative(folder, located), located, caption.strip())
 
 
 def _locate(folder: Path, name: str, spellings: _Spellings) -> Path | str:
@@ -66,7 +66,7 @@ def _locate(folder: Path, name: str, spellings: _Spellings) -> Path | str:
         for spelling in filter(None, (name, spellings.other(name))):
             file = folder / spelling
             if not _is_inside(folder, file):
-                return "outside of the folder"
+                return "outside the folder"
             if file.is_file():
                 return file
             if file.exists():
@@ -78,29 +78,30 @@ def _locate(folder: Path, name: str, spellings: _Spellings) -> Path | str:
 
 
 def _relative(folder: Path, file: Path) -> str:
-    """Return a file's path relative to the folder, without './' and '..'; links are kept where they lie inside."""
+    """Return a file's path relative to the folder, without './' and '..'; links inside the folder are not resolved."""
     plain = Path(os.path.normpath(file))
     inside = plain if plain.is_relative_to(folder) else Path(os.path.realpath(file))
     return inside.relative_to(folder).as_posix()
 
 
 def _is_inside(folder: Path, path: Path) -> bool:
-    """Return whether a path, its links followed, lies in the folder. Path.resolve raises for a loop of links."""
+    """Return whether a path is in the folder after resolving links."""
+    # os.path.realpath, because Path.resolve raises for a loop of links (Python 3.11).
     return Path(os.path.realpath(path)).is_relative_to(folder)
 
 
 class _Spellings:
-    """The other Unicode spelling of a file name: a Mac stores letters and accents apart (NFD), most editors do not."""
+    """A file whose name has another Unicode normal form: macOS stores accents separately (NFD), others NFC."""
 
     def __init__(self, folder: Path):
         self._folder = folder
 
     def other(self, name: str) -> str | None:
-        """Return the one file of the folder that differs from `name` only in how its accents are encoded."""
+        """Return the only file of the folder that differs from `name` just in the encoding of accents, else None."""
         if name.isascii() or (self._folder / name).exists():
             return None
-        found = self._by_nfc.get(_nfc(os.path.normpath(name)), [])
-        return found[0] if len(found) == 1 else None
+        matches = self._by_nfc.get(_nfc(os.path.normpath(name)), [])
+        return matches[0] if len(matches) == 1 else None
 
     @functools.cached_property
     def _by_nfc(self) -> dict[str, list[str]]:
@@ -111,13 +112,14 @@ class _Spellings:
 
 
 def _walk(folder: Path, left_out: LeftOut) -> Iterator[str]:
-    """Yield the paths of all files but hidden ones; folders that are links or cannot be read are noted."""
+    """Yield the paths of all files except hidden ones; note folders that are links or cannot be read."""
 
     def unreadable(error: OSError) -> None:
         left_out.add("folder that cannot be read", os.path.relpath(error.filename, folder), error.strerror or "")
 
     for where, folders, files in os.walk(folder, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # .ipynb_checkpoints holds copies
+        # In place, so that os.walk skips them. A folder such as .ipynb_checkpoints holds copies of the pictures.
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in sorted(folders):
             if os.path.islink(os.path.join(where, name)):
                 left_out.add("folder that is a link", Path(where, name).relative_to(folder).as_posix())
@@ -127,7 +129,7 @@ def _walk(folder: Path, left_out: LeftOut) -> Iterator[str]:
 
 
 def _read_texts(folder: Path, left_out: LeftOut) -> Iterator[tuple[str, str]]:
-    """Yield (picture, caption) by name, each caption from the text beside it; note every file that gives none."""
+    """Yield (picture, caption) sorted by name, each caption from its text file; note every file that gives no pair."""
     names = _utf8_names(folder, left_out)
     texts: dict[str, list[str]] = {}
     for name in names:
@@ -153,33 +155,33 @@ def _read_texts(folder: Path, left_out: LeftOut) -> Iterator[tuple[str, str]]:
 
 
 def _utf8_names(folder: Path, left_out: LeftOut) -> list[str]:
-    """The sorted paths of the visible files; pictures and texts whose names are no UTF-8 are noted."""
+    """Return the sorted paths of the visible files; note pictures and texts whose names are not UTF-8."""
     names = []
     for name in sorted(_walk(folder, left_out)):
         if is_utf8(name):
             names.append(name)
         elif _extension(name) in READ | NOT_READ | {"txt"}:
-            left_out.add("file name is no UTF-8", name)
+            left_out.add("file name is not UTF-8", name)
     return names
 
 
 def _text_of(picture: str, texts: list[str]) -> str | None:
-    """Choose the text of a picture among those of its name: the exact name, or the only one (.TXT, another NFC)."""
+    """Choose a picture's text file among those with its name: the exact name, else the only candidate, such as .TXT."""
     exact = f"{os.path.splitext(picture)[0]}.txt"
     return exact if exact in texts else texts[0] if len(texts) == 1 else None
 
 
 def _caption(folder: Path, picture: str, text: str | None, left_out: LeftOut) -> str | None:
-    """Read the text of a picture: '' where there is none, None where it cannot be used, which is noted."""
+    """Return the text of a picture: '' if it has no text file; None, with a note, if the file cannot be used."""
     if text is None:
         return ""
     try:
         if not _is_inside(folder, folder / text):
-            left_out.add("outside of the folder", text)
+            left_out.add("outside the folder", text)
             return None
         return (folder / text).read_bytes().decode("utf-8-sig") if (folder / text).is_file() else ""
     except UnicodeDecodeError:
-        left_out.add("its text is no UTF-8", picture)
+        left_out.add("its text is not UTF-8", picture)
     except OSError as error:
         left_out.add("its text cannot be read", picture, error.strerror or str(error))
     return None

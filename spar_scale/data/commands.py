@@ -26,12 +26,12 @@ from spar_scale.data.tar_index import (
 from spar_scale.data.tasks import READ_EXTENSIONS
 from spar_scale.files.outputs import check_picture, write_picture
 
-LISTED = 10  # extensions that a line names
-COLUMNS, CELL, CAPTION = 8, 128, 28  # a contact sheet: images a row, pixels a side, pixels for the text
+MAX_LISTED = 10  # extensions that a line names
+COLUMNS, CELL, CAPTION = 8, 128, 28  # a contact sheet: images per row, pixels per side, pixels for the text
 
 
 def make(config: World, out: Path) -> None:
-    """Write the miniature world's shards under `out`, and say what is there."""
+    """Write the miniature world's shards under `out`, and print how many samples they hold."""
     from spar_scale.data.shards import make_world
 
     shards = make_world(config, out)
@@ -42,19 +42,19 @@ def make(config: World, out: Path) -> None:
 
 
 def index(paths: list[str]) -> None:
-    """Write the index of every shard that the paths or patterns name, and print what of the shard is not used."""
+    """Write the index of every shard that the paths or patterns match, and print which members are not used."""
     for shard in expand_shards(paths):
-        found = index_shard(shard)
-        path = write_index(shard, found, separate_index_path(shard))
-        _print(f"{path}: {len(found)} samples with {_extensions(found)}")
-        for line in _unread(found):
+        shard_index = index_shard(shard)
+        path = write_index(shard, shard_index, separate_index_path(shard))
+        _print(f"{path}: {len(shard_index)} samples with {_extensions(shard_index)}")
+        for line in _unread(shard_index):
             _print(f"  {line}")
-        if found.left_out.names:
-            _print(found.left_out.report().removeprefix("\n"))
+        if shard_index.left_out.names:
+            _print(shard_index.left_out.report().removeprefix("\n"))
 
 
 def show(paths: list[str], count: int, out: Path | None) -> None:
-    """Print what each shard holds and its first `count` texts; with `out`, draw their images as one picture."""
+    """Print a summary of each shard and its first `count` texts; with `out`, write their images as a contact sheet."""
     if count < 0:
         raise UserError(f"count is {count}; it must be at least 0")
     if out is not None:
@@ -76,7 +76,7 @@ def show(paths: list[str], count: int, out: Path | None) -> None:
 
 
 def _print(line: str) -> None:
-    """Print a line; a sign that the output's encoding does not have is escaped."""
+    """Print a line; escape characters that the output's encoding does not have."""
     encoding = sys.stdout.encoding or "utf-8"
     print(line.encode(encoding, "backslashreplace").decode(encoding))
 
@@ -90,7 +90,7 @@ def _extensions(index: ShardIndex) -> str:
 
 
 def _unread(index: ShardIndex) -> list[str]:
-    """Return a line on the members that are in the index and that no task reads, such as pictures of other types."""
+    """Return a line on the indexed members that no task reads, such as pictures of other types."""
     counts = np.bincount(index.extension, minlength=len(index.extensions)).tolist()
     unread = [
         f"{_shown(name)} ({count})"
@@ -103,7 +103,7 @@ def _unread(index: ShardIndex) -> list[str]:
 
 
 def _list(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    return ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
 
 
 def _text(shard: str, table: dict[str, tuple[int, int, int]]) -> str:
@@ -136,7 +136,7 @@ def _contact_sheet(cells: list[tuple[bytes, str, str]], out: Path) -> None:
             text = f"bad: {error}"
         text = f"{name.removesuffix('.png')}: {text}" if "." in name else text
         words = text.split()
-        while words:
+        while words:  # wraps the text by its width in pixels, until the caption area is full
             taken = next((n for n in range(len(words), 0, -1) if pen.textlength(" ".join(words[:n])) <= CELL), 1)
             if y + CELL + 10 > number // COLUMNS * (CELL + CAPTION) + CELL + CAPTION:
                 break

@@ -1,13 +1,13 @@
-"""What `spar-scale data encode` stored, read sample by sample in place of computing it.
+"""Stored values of the frozen parts, written by `spar-scale data encode` and read sample by sample.
 
-A directory holds a manifest and, for each shard, one safetensors file (memory-mapped, never pickled): of
-each sample the slots of its pictures, and for prompts that show a picture the states of their tokens.
-Prompts of words alone recur over all shards, so a source keeps theirs in one file. A token's state
-depends on the tokens up to it, so it is stored once for each distinct beginning of a prompt.
+A directory holds a manifest and one safetensors file per shard (memory-mapped, never pickled). A file holds the picture
+slots of each sample and, for prompts with a picture, the hidden states of their tokens. Prompts without a picture recur
+in all shards, so one file per source holds their states. The state of a token depends only on the tokens up to it, so
+it is stored once per distinct prompt prefix.
 
-`made_of` lists what the values follow from: hashes of the weights, preset, precision, lengths. It stands
-in the manifest, which is written last, and its hash in every file: a directory that was half written or
-made by other weights is refused before training starts, with what differs.
+`made_of` lists everything that determines the values: hashes of the weights, preset, precision, lengths. It is in the
+manifest, which is written last, and its hash is in every file. A directory that is incomplete or was made from other
+weights is refused before training starts, with a message that lists the differences.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ MadeOf = dict[str, Any]
 
 
 class Encoded:
-    """A directory of stored values that was made of `made_of`, for the shards of some sources.
+    """A directory of stored values that was made from `made_of`, for the shards of some sources.
 
-    `sources` maps a source's name to its shards. `command` is what encodes anew. Raises UserError for a
-    directory without a manifest, one made of other things or of other shards, and a missing file.
+    `sources` maps a source's name to its shards. `command` is the command that encodes again; messages name it. Raises
+    UserError for a directory without a manifest, one made from other inputs or shards, and a missing file.
     """
 
     def __init__(self, directory: Path, made_of: MadeOf, sources: Mapping[str, Sequence[str]], command: str):
@@ -47,33 +47,37 @@ class Encoded:
         manifest = read_manifest(path)
         if manifest is None:
             raise UserError(f"data.encoded: there is no {path}; run `{command}`")
-        there: MadeOf = manifest["made_of"]
-        if differing := differences(there, made_of):
-            raise UserError(f"data.encoded: {path} was made of other things ({differing}); run `{command}`")
-        self.key = hash_of(there)
+        stored: MadeOf = manifest["made_of"]
+        if differing := differences(stored, made_of):
+            raise UserError(f"data.encoded: {path} was made from other inputs ({differing}); run `{command}`")
+        self.key = hash_of(stored)
         for source, shards in sources.items():
             if manifest["sources"].get(source) != digest(shards):
-                found = "other shards" if source in manifest["sources"] else "no shards"
-                raise UserError(f"data.encoded: {path} is of {found} of source '{source}'; run `{command}`")
+                which = "other shards" if source in manifest["sources"] else "no shards"
+                raise UserError(f"data.encoded: {path} was made from {which} of source '{source}'; run `{command}`")
         opened = {name: [self.shard(name, number) for number in range(len(shards))] for name, shards in sources.items()}
         self._first = {name: shards[0] for name, shards in opened.items()}
 
     def empty(self, source: str, batch: int, length: int) -> dict[str, Tensor]:
-        """Zeros for every slot: pictures (B, ...), states (B, P, D) of prompts of up to `length` tokens."""
-        own, prompts = self._first[source].own, self._first[source].prompts
-        pictures = {name: own.tensors[name].new_zeros(batch, *own.tensors[name].shape[1:]) for name in own.pictures}
+        """Return zeros for every slot: pictures (B, ...), states (B, P, D) of prompts of up to `length` tokens."""
+        samples, prompts = self._first[source].samples, self._first[source].prompts
+        pictures = {
+            name: samples.tensors[name].new_zeros(batch, *samples.tensors[name].shape[1:]) for name in samples.pictures
+        }
         states = prompts.tensors["states"]
         return pictures | {name: states.new_zeros(batch, length, states.shape[2]) for name in prompts.states}
 
     def shard(self, source: str, number: int) -> EncodedShard:
-        """Open the stored values of a source's shard; a worker does so by itself."""
-        own = Stored(self.directory / file_name(source, number), self.key, self.command)
-        prompts = own if own.states else Stored(self.directory / file_name(source, None), self.key, self.command)
-        return EncodedShard(own, prompts, self.command)
+        """Open the stored values of a source's shard; each worker process opens its own."""
+        samples = EncodedFile(self.directory / file_name(source, number), self.key, self.command)
+        if samples.states:
+            return EncodedShard(samples, samples, self.command)
+        prompts = EncodedFile(self.directory / file_name(source, None), self.key, self.command)
+        return EncodedShard(samples, prompts, self.command)
 
 
-class Stored:
-    """One file. Its tensors are memory-mapped, so opening costs nothing until a value is read."""
+class EncodedFile:
+    """One file of stored values. Its tensors are memory-mapped, so opening reads no values."""
 
     def __init__(self, path: Path, key: str, command: str):
         self.path = path
@@ -84,47 +88,50 @@ class Stored:
         except (OSError, SafetensorError) as error:
             raise UserError(f"data.encoded: {path} cannot be read ({error}); run `{command}`") from None
         if metadata.get("made_of") != key:
-            raise UserError(f"data.encoded: {path} was made of other things than its manifest says; run `{command}`")
+            raise UserError(f"data.encoded: {path} was made from other inputs than its manifest; run `{command}`")
         self.bad: dict[str, str] = json.loads(metadata["bad"])
         self.pictures: list[str] = json.loads(metadata["pictures"])
         self.states: list[str] = json.loads(metadata["states"])
 
 
 class EncodedShard:
-    """The stored values of a shard's samples: `own` holds those of their pictures, `prompts` those of prompts."""
+    """The stored values of a shard's samples: `samples` is the file with their pictures, `prompts` that with states.
 
-    def __init__(self, own: Stored, prompts: Stored, command: str):
-        self.own, self.prompts, self.command = own, prompts, command
-        self._places: dict[bytes, int] | None = None
+    Both are the same file if the prompts have pictures.
+    """
+
+    def __init__(self, samples: EncodedFile, prompts: EncodedFile, command: str):
+        self.samples, self.prompts, self.command = samples, prompts, command
+        self._prompt_numbers: dict[bytes, int] | None = None
 
     def fill(self, slots: Mapping[str, Tensor], row: int, member: int, tokens: np.ndarray) -> None:
-        """Write a sample's values into row `row` of the slots; `tokens` (n,) are its prompt's, without padding.
+        """Write the values of sample `member` into row `row` of the slots; `tokens` (n,) is its prompt without padding.
 
-        Raises BadSample for pictures that could not be read when they were encoded.
+        Raises BadSample if `data encode` could not read the sample's pictures.
         """
-        if str(member) in self.own.bad:
-            raise BadSample(self.own.bad[str(member)])
-        for name in self.own.pictures:
-            slots[name][row] = self.own.tensors[name][member]
-        states = self.prompts.tensors["states"][self._rows(member, tokens)]
+        if str(member) in self.samples.bad:
+            raise BadSample(self.samples.bad[str(member)])
+        for name in self.samples.pictures:
+            slots[name][row] = self.samples.tensors[name][member]
+        states = self.prompts.tensors["states"][self._state_rows(member, tokens)]
         for name, values in zip(self.prompts.states, states.unbind(1), strict=True):
             slots[name][row, : len(tokens)] = values
 
-    def _rows(self, member: int, tokens: np.ndarray) -> Tensor:
-        """Where the states of each of a prompt's tokens stand."""
+    def _state_rows(self, member: int, tokens: np.ndarray) -> Tensor:
+        """Return the row of `states` for each token of a prompt, (n,) int64."""
         stored = self.prompts.tensors
-        if self._places is None:
-            self._places = {key.tobytes(): place for place, key in enumerate(stored["keys"].numpy())}
-        place = self._places.get(prompt_key(tokens, member if self.prompts is self.own else None))
-        if place is None:
+        if self._prompt_numbers is None:
+            self._prompt_numbers = {key.tobytes(): number for number, key in enumerate(stored["keys"].numpy())}
+        number = self._prompt_numbers.get(prompt_key(tokens, member if self.prompts is self.samples else None))
+        if number is None:
             raise UserError(
-                f"data.encoded: {self.prompts.path} does not know the prompt of sample {member}; run `{self.command}`"
+                f"data.encoded: {self.prompts.path} does not hold the prompt of sample {member}; run `{self.command}`"
             )
-        return stored["rows"][stored["first"][place] : stored["first"][place + 1]]
+        return stored["rows"][stored["first"][number] : stored["first"][number + 1]]
 
 
 class PromptStates:
-    """States of prompts on their way to a file: one row (K, D) for each distinct beginning of a prompt."""
+    """Collects states of prompts for a file: one row (K, D) per distinct prompt prefix, K the number of slots."""
 
     def __init__(self, slots: Sequence[str]):
         self.slots = slots
@@ -133,24 +140,29 @@ class PromptStates:
         self._keys: list[bytes] = []
         self._rows: list[list[int]] = []
 
-    def add(self, found: Mapping[str, Tensor], said: Mapping[int, np.ndarray], members: Sequence[int] | None) -> None:
-        """Add a batch: row -> the tokens (n,) of its prompt, and the slots (B, P, D) of their states.
+    def add(
+        self, states: Mapping[str, Tensor], prompts: Mapping[int, np.ndarray], members: Sequence[int] | None
+    ) -> None:
+        """Add a batch: `states` maps a slot to (B, P, D), `prompts` a row of the batch to its tokens (n,).
 
-        `members` are the rows' samples where the prompts show their pictures.
+        `members` are the sample numbers of the rows if the prompts have pictures, else None.
         """
-        stacked = torch.stack([found[name] for name in self.slots], dim=2).cpu()
-        self._states.append(stacked[0, :0])
-        for row, tokens in said.items():
+        stacked = torch.stack([states[name] for name in self.slots], dim=2).cpu()
+        self._states.append(stacked[0, :0])  # gives `states` its shape and dtype even if no prompt is added
+        for row, tokens in prompts.items():
             member = None if members is None else members[row]
-            beginnings = [(member, tokens[: end + 1].tobytes()) for end in range(len(tokens))]
-            added = [end for end, beginning in enumerate(beginnings) if beginning not in self._row_of]
-            self._row_of |= {beginnings[end]: len(self._row_of) + n for n, end in enumerate(added)}
-            self._states.append(stacked[row, added])
+            prefixes = [(member, tokens[: end + 1].tobytes()) for end in range(len(tokens))]
+            new_ends = [end for end, prefix in enumerate(prefixes) if prefix not in self._row_of]
+            self._row_of |= {prefixes[end]: len(self._row_of) + n for n, end in enumerate(new_ends)}
+            self._states.append(stacked[row, new_ends])
             self._keys.append(prompt_key(tokens, member))
-            self._rows.append([self._row_of[beginning] for beginning in beginnings])
+            self._rows.append([self._row_of[prefix] for prefix in prefixes])
 
     def tensors(self) -> dict[str, Tensor]:
-        """`states` (T, K, D); `keys` (n, 16) of the prompts, whose tokens' rows are `rows[first[i]:first[i + 1]]`."""
+        """Return the tensors of the file: `states` (T, K, D), `keys` (n, 16) of the prompts, `rows` and `first`.
+
+        The tokens of prompt i have their states in `rows[first[i]:first[i + 1]]`.
+        """
         keys = np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, 16)
         return {
             "states": torch.cat(self._states),
@@ -163,7 +175,7 @@ class PromptStates:
 def save(
     path: Path, key: str, shards: str, pictures: dict[str, Tensor], states: PromptStates | None, bad: dict[str, str]
 ) -> None:
-    """Write one file, atomically: of shards with this digest, made of what `key` is the hash of."""
+    """Write one file atomically; `key` is the hash of `made_of`, `shards` the digest of the encoded shards."""
     tensors = pictures | ({} if states is None else states.tensors())
     metadata = {"made_of": key, "shards": shards, "bad": json.dumps(bad), "pictures": json.dumps(list(pictures))}
     metadata["states"] = json.dumps([] if states is None else list(states.slots))
@@ -175,7 +187,7 @@ def save(
 
 
 def is_whole(path: Path, key: str, shards: str) -> bool:
-    """Whether a file is there that was made of what `key` is the hash of, and of these shards."""
+    """Return whether a complete file exists with this hash of `made_of` and this digest of shards."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -185,18 +197,18 @@ def is_whole(path: Path, key: str, shards: str) -> bool:
 
 
 def prompt_key(tokens: np.ndarray, member: int | None) -> bytes:
-    """What a prompt is found by: its tokens (n,) int64, and its sample where it shows that one's picture."""
+    """Return the lookup key of a prompt: a hash of its tokens (n,) int64 and, if it has a picture, its sample."""
     return hashlib.sha256(f"{member}\0".encode() + tokens.tobytes()).digest()[:16]
 
 
-def differences(there: MadeOf, wanted: MadeOf) -> str:
-    """Return what was asked for and is not there, as text; empty where all is."""
-    names = [name for name in wanted if there.get(name) != wanted[name]]
-    return ", ".join(f"{name} {_short(there.get(name))} there, {_short(wanted[name])} here" for name in names)
+def differences(stored: MadeOf, expected: MadeOf) -> str:
+    """Return the entries of `expected` that differ in `stored`, as text; '' if there are none."""
+    names = [name for name in expected if stored.get(name) != expected[name]]
+    return ", ".join(f"{name}: found {_short(stored.get(name))}, expected {_short(expected[name])}" for name in names)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """Return a manifest, None where there is none. UserError for what is none of ours or of another version."""
+    """Return a manifest, or None if there is none. Raises UserError if it is damaged or has another version."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["version"] != VERSION:
@@ -205,16 +217,16 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"data.encoded: {path} is no manifest ({error}); delete the directory") from None
+        raise UserError(f"data.encoded: {path} is not a manifest ({error}); delete the directory") from None
 
 
 def hash_of(made_of: MadeOf) -> str:
-    """The hash that stands in every file."""
+    """Return the hash of `made_of` that every file holds."""
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
 def file_name(source: str, number: int | None) -> str:
-    """The file of a source's shard, or of its prompts of words alone."""
+    """Return the file name of a source's shard; with None, of the source's prompts without pictures."""
     return f"{source}-{'prompts' if number is None else f'{number:05d}'}.safetensors"
 
 

@@ -1,10 +1,10 @@
-"""A person's own pictures and captions as shards: `spar-scale data import`.
+"""Import a user's pictures and captions as shards: `spar-scale data import`.
 
-Two forms are read: pictures with a text file of the same name beside them (`img_001.jpg`, `img_001.txt`), at any depth
-of the folder, or one table (`captions.csv` with a header, or `captions.jsonl`) with the columns `image` and `caption`,
-whose images are paths in the folder. The bytes of a picture stay as they are unless it is to be shrunk. Samples stand
-in the order of their names; nothing outside the folder is read, and what cannot be trained on is left out and named.
-Pictures of one name and different extensions would be one sample, so the first of them is taken.
+Two forms of input: pictures with a text file of the same name beside them (`img_001.jpg`, `img_001.txt`), at any depth
+of the folder; or one table (`captions.csv` with a header, or `captions.jsonl`) with the columns `image` and `caption`,
+whose images are paths in the folder. The bytes of a picture are copied unchanged unless it must be shrunk. Samples are
+sorted by name. Nothing outside the folder is read. Files that cannot be trained on are left out and reported. Pictures
+that differ only in the extension would be one sample, so only the first is used.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ SHARD_SAMPLES, SHARD_BYTES = 1000, 1 << 28
 
 
 @dataclass
-class Imported:
-    """What became of a folder: shards, samples, what was left out, and samples with transparent pixels.
+class ImportResult:
+    """The numbers of shards, samples and samples with transparent pixels of an import, and what was left out.
 
-    `unknown` counts the captions with each word that the miniature does not know, `with_unknown` those with any.
+    `unknown` maps each word outside the miniature's vocabulary to the number of captions with it; `with_unknown` counts
+    the captions with any such word.
     """
 
     shards: int = 0
@@ -46,42 +47,43 @@ class Imported:
 
 
 def import_folder(folder: Path, out: Path, size: int | None = None, check_words: bool = False) -> str:
-    """Write the pictures and captions of `folder` as shards under `out`; return what to say of it.
+    """Write the pictures and captions of `folder` as shards under `out`; return a report.
 
-    `size` shrinks pictures whose shorter side is longer (pixels). Raises UserError for a folder without a sample,
-    an `out` that holds anything, and a table that cannot be read.
+    Pictures whose shorter side exceeds `size` pixels are shrunk to it. Raises UserError for a folder without samples,
+    an `out` that is not empty, and a table that cannot be read.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it must hold pictures and their captions")
+        raise UserError(f"{folder}: no such folder; expected a folder with pictures and their captions")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there and not empty; --out names a folder that is new or empty")
-    found = Imported()
-    samples = _samples(list(find_pairs(folder.resolve(), found.left_out)), found, size, check_words)
+        raise UserError(f"{out}: already exists and is not empty; give --out a new or empty folder")
+    result = ImportResult()
+    samples = _samples(list(find_pairs(folder.resolve(), result.left_out)), result, size, check_words)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        _write(samples, temporary, found)
-        if not found.samples:
+        _write(samples, temporary, result)
+        if not result.samples:
             raise UserError(
-                f"{folder}: holds no sample{found.left_out.report()}\na sample is a picture with a text of its name"
+                f"{folder}: holds no sample{result.left_out.report()}\n"
+                "a sample is a picture with a text file of the same name"
             )
         os.replace(temporary, out)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return _report(out, found, check_words)
+    return _report(out, result, check_words)
 
 
-def _write(samples: Iterator[dict[str, Any]], folder: Path, found: Imported) -> None:
-    """Write shards of at most SHARD_SAMPLES and about SHARD_BYTES, which are held in memory."""
+def _write(samples: Iterator[dict[str, Any]], folder: Path, result: ImportResult) -> None:
+    """Write shards of at most SHARD_SAMPLES samples and about SHARD_BYTES; one shard at a time is held in memory."""
     pending: list[dict[str, Any]] = []
     held_bytes = 0
 
     def flush() -> None:
         nonlocal held_bytes
-        write_shard(folder / f"images-{found.shards:05d}.tar", iter(pending))
-        found.shards, found.samples = found.shards + 1, found.samples + len(pending)
+        write_shard(folder / f"images-{result.shards:05d}.tar", iter(pending))
+        result.shards, result.samples = result.shards + 1, result.samples + len(pending)
         pending.clear()
         held_bytes = 0
 
@@ -94,35 +96,35 @@ def _write(samples: Iterator[dict[str, Any]], folder: Path, found: Imported) -> 
         flush()
 
 
-def _samples(pairs: list[Pair], found: Imported, size: int | None, check_words: bool) -> Iterator[dict[str, Any]]:
-    """Samples as they are written, each key once."""
+def _samples(pairs: list[Pair], result: ImportResult, size: int | None, check_words: bool) -> Iterator[dict[str, Any]]:
+    """Yield samples in the form that `write_shard` takes, each key once."""
     seen: dict[str, str] = {}
     for pair in pairs:
         key = sample_key(pair.name)
         if key in seen:
-            found.left_out.add("duplicate key", pair.name, f"as {seen[key]}")
+            result.left_out.add("duplicate key", pair.name, f"as {seen[key]}")
             continue
         try:
             data = pair.file.read_bytes()
             picture = read_picture(data)
             extension, data = _stored(picture, data, size)
         except (BadSample, OSError) as error:
-            found.left_out.add("unreadable image", pair.name, getattr(error, "strerror", None) or str(error))
+            result.left_out.add("unreadable image", pair.name, getattr(error, "strerror", None) or str(error))
             continue
         seen[key] = pair.name
-        found.transparent += picture.transparent
+        result.transparent += picture.transparent
         if check_words:
             unknown = {word for word in pair.caption.split() if word not in TOKENS}
-            found.unknown.update(unknown)
-            found.with_unknown += bool(unknown)
+            result.unknown.update(unknown)
+            result.with_unknown += bool(unknown)
         yield {"__key__": key, extension: data, "txt": pair.caption.encode()}
 
 
 def sample_key(name: str) -> str:
-    """Return the key of a file name without its extension: different names give different keys.
+    """Return the sample key of a file name without its extension; different names give different keys.
 
-    Letters, marks and digits of every script, '_' and '-' stay; each byte of the rest ('/', '.', spaces, '%') is
-    percent-encoded as in URLs. So a key has no dot, at which webdataset ends it, and no folder.
+    Letters, marks and digits of every script, '_' and '-' are kept. Every other byte ('/', '.', space, '%') is
+    percent-encoded as in URLs. So a key has no dot, where webdataset would end it, and no folder.
     """
     return "".join(
         sign
@@ -133,7 +135,7 @@ def sample_key(name: str) -> str:
 
 
 def _stored(picture: Picture, data: bytes, size: int | None) -> tuple[str, bytes]:
-    """The extension and bytes of a picture in a shard: as they are, or of a smaller picture as PNG."""
+    """Return the extension and bytes to store for a picture: unchanged, or shrunk and encoded as PNG."""
     image = picture.image
     if min(image.size) < 2:
         raise BadSample(f"{image.width}x{image.height} pixels; both edges need at least 2")
@@ -146,19 +148,19 @@ def _stored(picture: Picture, data: bytes, size: int | None) -> tuple[str, bytes
     return "png", buffer.getvalue()
 
 
-def _report(out: Path, found: Imported, check_words: bool) -> str:
-    shards = "1 shard" if found.shards == 1 else f"{found.shards} shards"
-    lines = [f"{printable(str(out))}: {found.samples} samples in {shards}{found.left_out.report()}"]
-    if found.transparent:
-        lines.append(f"  pictures with transparency, laid over white: {found.transparent}")
+def _report(out: Path, result: ImportResult, check_words: bool) -> str:
+    shards = "1 shard" if result.shards == 1 else f"{result.shards} shards"
+    lines = [f"{printable(str(out))}: {result.samples} samples in {shards}{result.left_out.report()}"]
+    if result.transparent:
+        lines.append(f"  pictures with transparency, composited over white: {result.transparent}")
     if check_words:
-        lines.append(f"  captions with words that the miniature does not know: {found.with_unknown}")
+        lines.append(f"  captions with words outside the miniature's vocabulary: {result.with_unknown}")
         lines += [
             f"    '{printable(word, NAME_CHARACTERS)}' in {number}{nearest(word, WORDS)}"
-            for word, number in found.unknown.most_common(NAMED)
+            for word, number in result.unknown.most_common(NAMED)
         ]
     lines += [
-        "to train on them, in a recipe of stage align:",
+        "to train on them, add to a recipe of training stage align:",
         "data:",
         "  sources:",
         f"    - {{name: generation, shards: {json.dumps(str(out / 'images-*.tar'))}, weight: 1.0}}",

@@ -1,26 +1,26 @@
-"""What an import leaves out and why, as printable lines."""
+"""Collects the files, rows and members that a reader leaves out, with reasons, for a printable report."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-NAMED = 5  # names listed for one reason
-NAME_CHARACTERS, DETAIL_CHARACTERS = 80, 200  # of a name, and of what is wrong with it, in the report
+NAMED = 5  # names listed per reason
+NAME_CHARACTERS, DETAIL_CHARACTERS = 80, 200  # maximum length of a name, and of its fault, in the report
 
 
 @dataclass
 class LeftOut:
-    """What was left out: reason -> names, printable."""
+    """Names that were left out: reason -> printable names."""
 
     names: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, name: str, detail: str = "") -> None:
-        """Note a name (a file, or the row of a table) and, where it says more than the reason, what is wrong."""
-        about = f" ({printable(detail, DETAIL_CHARACTERS)})" if detail else ""
-        self.names.setdefault(reason, []).append(printable(name, NAME_CHARACTERS) + about)
+        """Note a name (a file, a row of a table, a member) and optionally a detail that the reason does not contain."""
+        suffix = f" ({printable(detail, DETAIL_CHARACTERS)})" if detail else ""
+        self.names.setdefault(reason, []).append(printable(name, NAME_CHARACTERS) + suffix)
 
     def report(self) -> str:
-        """Return a line for each reason: how many, and the first few names."""
+        """Return one line per reason, each after a newline: the count and the first few names."""
         lines = ""
         for reason, names in self.names.items():
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
@@ -29,14 +29,14 @@ class LeftOut:
 
 
 def printable(text: str, limit: int | None = None) -> str:
-    """Return the text with control characters and lone surrogates escaped and its middle cut out beyond `limit`."""
+    """Return the text with control characters and lone surrogates escaped; beyond `limit` its middle is replaced."""
     if limit is not None and len(text) > limit:
         text = f"{text[: limit - 23]}...{text[-20:]}"
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def is_utf8(text: str) -> bool:
-    """Return whether a text can be encoded: a file name that is no UTF-8, or half of an emoji, cannot."""
+    """Return whether a text can be encoded as UTF-8: lone surrogates (undecodable file names, half emojis) cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,17 +1,16 @@
-"""From shards to the micro-batches of one data-parallel rank.
+"""Load the micro-batches of one data-parallel rank from shards.
 
-A micro-batch is named by its number over the whole run, and everything in it follows from that
-number: which samples (order.py), their pixels and their random draws. So a worker process holds no
-state, a run is resumed by giving `first_step`, and ranks, workers and micro-batch change nothing but
-who loads what.
+A micro-batch is identified by its number over the whole run. The number determines everything in it: the samples
+(order.py), their pixels and their random draws. So a worker process has no state, a run resumes by passing
+`first_step`, and the numbers of ranks and workers and the micro-batch size only change which process loads a sample.
 
-Errors come in two sorts. A bad sample (not an image, a member missing) keeps its number with weight
-0 and is reported in the batch; the trainer counts them. A system error (a shard vanished, a disk
-that fails) is raised as UserError naming the file. Workers pass it as a value, because torch (2.13)
-would bury its message in a traceback.
+There are two kinds of errors. A bad sample (not an image, a member is missing) keeps its number, gets weight 0 and is
+reported in the batch; the trainer counts bad samples. A system error (a shard vanished, a disk fails) is raised as
+UserError with the file's name. Worker processes return it as a value, because torch (2.13) would hide its message in a
+traceback.
 
-A wait for a worker is bounded: it is done in short parts, between which `while_waiting` may end it, and after
-`timeout_s` it ends with UserError. With `workers=0` this process reads by itself, and a read that hangs is not bounded.
+Waiting for a worker is bounded. The parent waits in short intervals, calls `while_waiting` between them, and raises
+UserError after `timeout_s`. With `workers=0` the calling process reads the data itself, without a time limit.
 """
 
 from __future__ import annotations
@@ -42,17 +41,17 @@ from spar_scale.data.tar_index import ShardIndex, check_fresh, digest, read_head
 from spar_scale.data.tasks import Conditioned, Members, source_task
 
 Batch = dict[str, Any]
-OPEN_SHARDS = 32  # files and indexes that a worker keeps at hand
-WAIT_S = 600.0  # the longest wait for a worker's batch, unless the caller gives another
-POLL_S = 1.0  # between two looks at whether a wait is to end
-KILLED_S = 5.0  # for a killed worker to end
+OPEN_SHARDS = 32  # shards that a worker keeps open, with their indexes
+WAIT_S = 600.0  # default limit of the wait for a worker's batch
+POLL_S = 1.0  # interval between two calls of `while_waiting`
+KILLED_S = 5.0  # limit of the wait for a killed worker to exit
 SHARED_MEMORY = "/dev/shm"
-PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # which the trainer answers, not a worker
+PARENT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # handled by the trainer, ignored by workers
 
 
 @dataclass(frozen=True)
 class Source:
-    """A set of shards with its share of the mixture. Where the stage mixes tasks, `name` is its task."""
+    """A set of shards with its weight in the mixture. If the training stage mixes tasks, `name` is its task."""
 
     name: str
     shards: str | Sequence[str]
@@ -62,16 +61,16 @@ class Source:
 class Loader:
     """Iterates over the micro-batches of a rank, from global step `first_step` on, for `steps` steps.
 
-    Yields `steps * micro_steps` batches: the task's tensors (B, ...), the draws of the spec (B, ...)
-    fp32, `weight` (B,) fp32 in {0, 1}, `sample` (B,) int64 with -1 in padded slots, and `errors`, a
-    list of {"sample", "source", "shard", "key", "reason"}. B is `micro_batch` always. A padded slot
-    is zero throughout; a bad sample keeps its number and draws.
+    Yields `steps * micro_steps` batches: the task's tensors (B, ...), the draws of the spec (B, ...) fp32, `weight`
+    (B,) fp32 in {0, 1}, `sample` (B,) int64 with -1 in padding rows, and `errors`, a list of {"sample", "source",
+    "shard", "key", "reason"}. B is always `micro_batch`. A padding row is zero in all tensors; a bad sample keeps its
+    number and draws.
 
-    `micro_steps` is the number of batches of one global step, the same on every rank; `digest` the
-    sha256 over the sources' names and shards. With `encoded` the stored slots come in
-    place of the images, everything else as it is. `close()` ends the workers; a loop that runs to its end
-    does so by itself. `while_waiting` is called every POLL_S of a wait for a worker; what it raises ends the wait.
-    Raises UserError for sources that cannot be read or mixed, and for a batch that takes a worker over `timeout_s`.
+    `micro_steps` is the number of batches per global step, the same on every rank; `digest` is the sha256 over the
+    names and shards of the sources. With `encoded`, the stored slots replace the images. `close()` ends the worker
+    processes; iterating to the end does so too. `while_waiting` is called every POLL_S while waiting for a worker; an
+    exception that it raises ends the wait. Raises UserError for sources that cannot be read or mixed, and if a worker
+    needs more than `timeout_s` for a batch.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class Loader:
         for source, group in zip(sources, shards, strict=True):
             total.update(f"{source.name}\0{digest(group)}\n".encode())
         self.digest = total.hexdigest()
-        self._dataset = _MicroBatches(self.order, layout, shards, spec, seed, dp_rank, encoded)
+        self._dataset = _MicroBatchDataset(self.order, layout, shards, spec, seed, dp_rank, encoded)
         self._numbers = range(first_step * layout.per_step, (first_step + steps) * layout.per_step)
         self._workers, self._prefetch = workers, prefetch
         self._timeout_s, self._while_waiting = timeout_s, while_waiting
@@ -114,7 +113,7 @@ class Loader:
         self._passes = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        """Load from the first step; workers start here and live until the last batch or `close()`."""
+        """Load from the first step; worker processes start here and run until the last batch or `close()`."""
         self.close()
         self._passes += 1
         this_pass = self._passes
@@ -127,15 +126,15 @@ class Loader:
             multiprocessing_context="fork" if self._workers else None,
             worker_init_fn=_start_worker,
             timeout=POLL_S if self._workers else 0,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
         )
-        # A worker inherits the block, so no signal reaches it between its start and `_start_worker`.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+        # A worker inherits the signal mask, so no signal reaches it before `_start_worker` ignores the signals.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
         try:
             self._batches = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        # Workers ignore SIGTERM, so multiprocessing's own exit would wait for them without end.
+        # Workers ignore SIGTERM, so multiprocessing's exit handler would terminate them in vain and wait forever.
         atexit.register(self.close)
         try:
             for number in self._numbers:
@@ -146,26 +145,26 @@ class Loader:
                     raise UserError(batch.message)
                 yield batch
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-            # A lost worker shows as torch's own message, or as its tensors' connection breaking.
+            # A lost worker appears as torch's RuntimeError, or as a broken connection while a tensor is received.
             if isinstance(error, RuntimeError) and not is_lost_worker(error):
                 raise
-            raise UserError(lost_worker(error)) from None
+            raise UserError(lost_worker_message(error)) from None
         finally:
             if self._passes == this_pass:
                 self.close()
 
     def close(self) -> None:
-        """End the workers; a second call does nothing."""
+        """End the worker processes; a second call does nothing."""
         batches: Any = self._batches
         self._batches = None
         atexit.unregister(self.close)
         if not hasattr(batches, "_workers"):
             return
-        # A worker holds no state, so it is killed. torch (2.13) would wait 10 s for each that is stuck in a read, and
-        # would end workers only when the iterator is deleted, which a traceback that holds it prevents.
-        # Without this torch reports the killed as lost.
+        # A worker holds no state, so it is killed. torch (2.13) would wait 10 s for each worker that is stuck in a
+        # read, and would end workers only when the iterator is deleted, which a traceback can prevent.
+        # First deregister the workers: otherwise torch's SIGCHLD handler reports the killed ones as lost.
         signal_handling._remove_worker_pids(id(batches))  # pyright: ignore[reportPrivateImportUsage]
-        batches._worker_pids_set, batches._shutdown = False, True  # nothing is left to do for torch
+        batches._worker_pids_set, batches._shutdown = False, True  # disables torch's own shutdown
         for worker in batches._workers:
             worker.kill()
         for worker in batches._workers:
@@ -175,49 +174,53 @@ class Loader:
             queue.close()
 
     def _next(self, batches: Iterator[Batch | _Failure], number: int) -> Batch | _Failure:
-        """The batch of micro-step `number`, once it is there."""
+        """Return the batch of micro-step `number`; wait for its worker at most `timeout_s`."""
         began = time.monotonic()
         while True:
             try:
                 return next(batches)
-            except RuntimeError as error:  # torch (2.13) has no other sign; its iterator may be asked again
+            except RuntimeError as error:
+                # torch (2.13) marks a timeout only by this text; `next` may be called again after it.
                 if not str(error).startswith("DataLoader timed out"):
                     raise
             self._while_waiting()
             if time.monotonic() - began > self._timeout_s:
-                raise UserError(self._stuck(batches, number))
+                raise UserError(self._timeout_message(batches, number))
 
-    def _stuck(self, batches: Any, number: int) -> str:
-        """What to say of a worker that does not deliver micro-step `number`."""
+    def _timeout_message(self, batches: Any, number: int) -> str:
+        """Return the error message for a worker that does not deliver micro-step `number`."""
         samples = [int(n) for n in self._dataset.layout.samples(number, self._dataset.dp_rank) if n != PADDING]
-        places = [self.order.locate(sample) for sample in samples]
-        shards = list(dict.fromkeys(self._dataset.shards[place.source][place.shard] for place in places))
+        locations = [self.order.locate(sample) for sample in samples]
+        shards = list(dict.fromkeys(self._dataset.shards[place.source][place.shard] for place in locations))
         more = f" and {len(shards) - 2} more" if len(shards) > 2 else ""
-        worker = (number - self._numbers.start) % self._workers  # torch gives micro-steps to workers in turn
+        worker = (number - self._numbers.start) % self._workers  # torch assigns micro-steps to workers in turn
         return (
-            f"data.workers: found no batch after {self._timeout_s:g} s (guards.timeout_s): worker {worker} of "
+            f"data.workers: no batch after {self._timeout_s:g} s (guards.timeout_s): worker {worker} of "
             f"{self._workers} (pid {batches._workers[worker].pid}) must load samples {min(samples, default=-1)} to "
-            f"{max(samples, default=-1)} from {', '.join(shards[:2])}{more}; look whether that disk answers and "
+            f"{max(samples, default=-1)} from {', '.join(shards[:2])}{more}; check whether that disk responds and "
             f"whether the process is stopped, or raise guards.timeout_s. {shared_memory()}"
         )
 
 
 def is_lost_worker(error: RuntimeError) -> bool:
-    """Whether torch (2.13) says here that a worker died; its signal handler says so wherever the process is."""
+    """Return whether an error is torch's (2.13) report of a dead worker.
+
+    torch raises it from a SIGCHLD handler, so it can appear in any code of the parent process.
+    """
     return str(error).startswith("DataLoader worker (pid")
 
 
-def lost_worker(error: Exception) -> str:
-    """What a person is told of it."""
+def lost_worker_message(error: Exception) -> str:
+    """Return the error message for a dead worker process."""
     return (
-        f"data.workers: a worker process was lost ({error}); most often the machine has run out of memory, and fewer"
-        " workers or a smaller prefetch help"
+        f"data.workers: a worker process was lost ({error}); the most frequent cause is that the machine ran out of"
+        " memory: use fewer workers or a smaller prefetch"
     )
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """What a worker keeps of a shard."""
+class _OpenShard:
+    """A shard that a worker keeps open."""
 
     reader: ShardReader
     index: ShardIndex
@@ -226,13 +229,13 @@ class _Opened:
 
 @dataclass(frozen=True)
 class _Failure:
-    """A system error on its way out of a worker."""
+    """A system error, returned by a worker as a value."""
 
     message: str
 
 
-class _MicroBatches(Dataset):
-    """Micro-batch number -> batch. Holds open shards only where it is used, never across processes."""
+class _MicroBatchDataset(Dataset):
+    """Maps a micro-batch number to its batch. Each process opens shards for itself; see `__getstate__`."""
 
     def __init__(
         self,
@@ -247,7 +250,7 @@ class _MicroBatches(Dataset):
         self.order, self.layout, self.shards, self.spec = order, layout, shards, spec
         self.seed, self.dp_rank, self.encoded = seed, dp_rank, encoded
         self.tasks = [source_task(spec.task, source.name) for source in order.sources]
-        self.opened: OrderedDict[tuple[int, int], _Opened] = OrderedDict()
+        self.opened: OrderedDict[tuple[int, int], _OpenShard] = OrderedDict()
 
     def __getitem__(self, micro_step: int) -> Batch | _Failure:
         try:
@@ -270,23 +273,24 @@ class _MicroBatches(Dataset):
         arrays |= {name: np.zeros((len(numbers), *d.shape), np.float32) for name, d in self.spec.draws.items()}
         weight = np.zeros(len(numbers), np.float32)
         errors = []
-        for slot, number in enumerate(int(n) for n in numbers):
+        for row, number in enumerate(int(n) for n in numbers):
             if number == PADDING:
                 continue
-            for name, wanted in self.spec.draws.items():
-                arrays[name][slot] = _draw(draw_generator(self.seed, f"draw/{name}", number), wanted)
-            error = self._fill(arrays, stored, slot, number)
+            # Before `_fill`: a bad sample has draws too.
+            for name, draw in self.spec.draws.items():
+                arrays[name][row] = _draw(draw_generator(self.seed, f"draw/{name}", number), draw)
+            error = self._fill(arrays, stored, row, number)
             if error is None:
-                weight[slot] = 1
+                weight[row] = 1
             else:
                 errors.append(error)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()} | stored
         return {**tensors, "weight": torch.from_numpy(weight), "sample": torch.from_numpy(numbers), "errors": errors}
 
     def _fill(
-        self, arrays: dict[str, np.ndarray], stored: dict[str, torch.Tensor], slot: int, number: int
+        self, arrays: dict[str, np.ndarray], stored: dict[str, torch.Tensor], row: int, number: int
     ) -> dict[str, Any] | None:
-        """Write a sample into its slot; return what to report where it is bad."""
+        """Write a sample into its row of the batch; return the error to report if it is a bad sample."""
         place = self.order.locate(number)
         shard, opened = self.shards[place.source][place.shard], self._open(place.source, place.shard)
         table = opened.index.members(place.member)
@@ -302,15 +306,15 @@ class _MicroBatches(Dataset):
             else:
                 assert isinstance(task, Conditioned)
                 values = task.prompt_slots(members, self.spec, draws)
-                opened.encoded.fill(stored, slot, place.member, values["tokens"][values["keep"] > 0])
+                opened.encoded.fill(stored, row, place.member, values["tokens"][values["keep"] > 0])
         except BadSample as error:
             source, key = self.order.sources[place.source].name, opened.index.keys[place.member]
             return {"sample": number, "source": source, "shard": shard, "key": key, "reason": str(error)}
         for name, value in values.items():
-            arrays[name][slot] = value
+            arrays[name][row] = value
         return None
 
-    def _open(self, source: int, number: int) -> _Opened:
+    def _open(self, source: int, number: int) -> _OpenShard:
         if (source, number) in self.opened:
             self.opened.move_to_end((source, number))
             return self.opened[source, number]
@@ -320,7 +324,7 @@ class _MicroBatches(Dataset):
         if len(self.opened) >= OPEN_SHARDS:
             self.opened.popitem(last=False)[1].reader.close()
         encoded = None if self.encoded is None else self.encoded.shard(name, number)
-        self.opened[source, number] = _Opened(reader, index, encoded)
+        self.opened[source, number] = _OpenShard(reader, index, encoded)
         return self.opened[source, number]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -328,7 +332,7 @@ class _MicroBatches(Dataset):
 
 
 def shared_memory() -> str:
-    """How full the memory is through which worker processes pass batches, in words."""
+    """Return how full the shared memory is through which worker processes pass batches, as text."""
     try:
         usage = shutil.disk_usage(SHARED_MEMORY)
     except OSError:
@@ -337,10 +341,10 @@ def shared_memory() -> str:
 
 
 def _share(batch: Batch) -> None:
-    """Move a worker's batch to shared memory, in place; UserError where that has no room.
+    """Move a worker's batch to shared memory, in place. Raises UserError if there is not enough.
 
-    torch (2.13) would do it in the queue's feeder thread, which prints an exception and drops the batch: the parent
-    would wait for ever.
+    torch (2.13) would do this in the feeder thread of the queue, which prints an exception and drops the batch, so the
+    parent would wait forever.
     """
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.numel()]
     try:
@@ -348,28 +352,31 @@ def _share(batch: Batch) -> None:
             tensor.share_memory_()
     except RuntimeError as error:
         size = sum(tensor.nbytes for tensor in tensors) / 1e6
-        more = "let the process open more files (ulimit -n)"
+        remedy = "let the process open more files (ulimit -n)"
         if "open files" not in str(error):
-            more = "give the container more (docker run --shm-size=8g)"
+            remedy = "give the container more (docker run --shm-size=8g)"
         raise UserError(
-            f"{shared_memory()}; a worker process could not pass on a batch of {size:.2f} MB through it "
-            f"({str(error).rpartition(': ')[2]}): {more} or set data.workers=0"
+            f"{shared_memory()}; a worker process could not pass a batch of {size:.2f} MB through it "
+            f"({str(error).rpartition(': ')[2]}): {remedy} or set data.workers=0"
         ) from None
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
-def _draw(generator: np.random.Generator, wanted: Draw) -> np.ndarray:
-    if wanted.distribution == "normal":
-        return generator.standard_normal(wanted.shape, dtype=np.float32)
-    return generator.random(wanted.shape, dtype=np.float32)
+def _draw(generator: np.random.Generator, draw: Draw) -> np.ndarray:
+    if draw.distribution == "normal":
+        return generator.standard_normal(draw.shape, dtype=np.float32)
+    return generator.random(draw.shape, dtype=np.float32)
 
 
 def _start_worker(_: int) -> None:
-    """The parent alone answers signals; a worker ends with it, even when it is killed (locks it inherited go too)."""
+    """Prepare a worker process: it ignores the signals that the trainer handles, and exits when the trainer does.
+
+    A worker also holds the file locks that it inherited, so a worker that outlives its parent would block a new run.
+    """
     torch.set_num_threads(1)
-    for name in PARENTS_SIGNALS:
+    for name in PARENT_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
     end_with_parent()

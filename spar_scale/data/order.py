@@ -1,15 +1,15 @@
-"""Which samples make up a global step: pure functions of (seed, step), the same under every layout.
+"""The samples of each global step: pure functions of (seed, step), the same under every layout.
 
-The position of a run is one integer, samples consumed, counting over epochs. Sample number n belongs
-to global step n // global_batch and to a block of `task_block` consecutive slots, and a block comes
-from one source. Everything is computed in closed form from n (nothing is replayed to resume): a step
-costs O(number of its samples), a new window of the shuffle a permutation of 4096 numbers.
+The position of a run is one integer, the number of consumed samples, counted over epochs. Sample number n belongs to
+global step n // global_batch and to a task block of `task_block` consecutive slots. All samples of a block come from
+one source. Everything is computed in closed form from n, so resuming replays nothing. A step costs O(its number of
+samples); a new shuffle window costs a permutation of 4096 numbers.
 
-The trade-off is the locality of the shuffle: samples mix within a window of 4096 that spans a few
-randomly chosen shards, not over the whole source. In return a reader touches a few shards at a time.
+The trade-off is a local shuffle: samples are mixed within a window of 4096 that spans a few randomly chosen shards, not
+over the whole source. In return a reader needs only a few open shards at a time.
 
-Guarantees, each held by a test: an epoch of a source takes every sample once; the share of each
-source is exact over 1000 blocks; any layout sees the same samples, each with weight 1 exactly once.
+Guarantees, each with a test: an epoch of a source takes every sample once; the share of each source is exact over 1000
+blocks; every layout sees the same samples, each exactly once with weight 1.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import numpy as np
 from parallel.errors import UserError
 
 WINDOW = 4096  # samples that are shuffled together
-CYCLE = 1000  # blocks after which the mixture has every source in its exact share
+CYCLE = 1000  # blocks over which every source has its exact share of the mixture
 PADDING = -1  # the sample number of a slot that holds no sample
 
 
 def draw_generator(seed: int, purpose: str, number: int) -> np.random.Generator:
     """Return the Philox generator of (seed, purpose, number), e.g. (0, "crop", sample number).
 
-    Generators of different keys never overlap: seed and purpose make the 128-bit key, the number
-    stands in the upper half of the 256-bit counter.
+    Generators of different keys never overlap: seed and purpose form the 128-bit key, and the number is in the upper
+    half of the 256-bit counter, so each has 2**128 blocks of its own.
     """
     key = np.array([seed % 2**64, _purpose_key(purpose)], dtype=np.uint64)
     counter = np.array([0, 0, number, 0], dtype=np.uint64)
@@ -41,7 +41,7 @@ def draw_generator(seed: int, purpose: str, number: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class SourceShape:
-    """What the order needs to know of a source: its name, weight and the samples of each shard."""
+    """The properties of a source that determine the order: name, weight and the number of samples per shard."""
 
     name: str
     weight: float
@@ -55,7 +55,7 @@ class SourceShape:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a sample lies: the source's index, its epoch, the shard's index, the sample in the shard."""
+    """The location of a sample: source index, epoch of the source, shard index, sample index in the shard."""
 
     source: int
     epoch: int
@@ -65,7 +65,7 @@ class Location:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a global batch is cut in task blocks; the last block of a step may be shorter."""
+    """The division of a global batch into task blocks; the last block of a step may be shorter."""
 
     global_batch: int
     task_block: int
@@ -94,8 +94,8 @@ class Blocks:
 class Order:
     """Maps sample numbers to samples: block -> source, ordinal within the source -> epoch and member.
 
-    Raises UserError when the mixture cannot be honoured: no source, an empty source, a weight that
-    is not positive or too small to get one block of 1000.
+    Raises UserError for a mixture that is not possible: no source, an empty source, a weight that is not positive or
+    too small for one block in 1000.
     """
 
     def __init__(self, seed: int, sources: Sequence[SourceShape], global_batch: int, task_block: int):
@@ -105,11 +105,11 @@ class Order:
         self._epochs: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def source(self, block: int) -> int:
-        """Return the index of the source that a block is drawn from."""
+        """Return the index of the source of a block."""
         return int(self._mixture(*self._kind(block))[0])
 
     def locate(self, sample: int) -> Location:
-        """Return where sample number `sample` of the run lies."""
+        """Return the location of sample number `sample` of the run."""
         step, within = divmod(sample, self.blocks.global_batch)
         block_of_step, offset = divmod(within, self.blocks.task_block)
         block = step * self.blocks.per_step + block_of_step
@@ -122,13 +122,16 @@ class Order:
         return self.locate(sample).epoch
 
     def _kind(self, block: int) -> tuple[str, int]:
-        """Full and short blocks are mixed apart, each numbered by itself, so that counts have a closed form."""
+        """Return whether a block is "full" or "short", and its number among the blocks of that kind.
+
+        The two kinds have separate mixtures, so that the samples taken from a source have a closed form.
+        """
         step, within = divmod(block, self.blocks.per_step)
         full = self.blocks.global_batch // self.blocks.task_block
         return ("full", step * full + within) if within < full else ("short", step)
 
     def _mixture(self, kind: str, number: int) -> tuple[int, np.ndarray]:
-        """Return the source of block `number` of its kind and the blocks each source had before it."""
+        """Return the source of block `number` of a kind, and how many earlier blocks of the kind each source has."""
         cycle, position = divmod(number, CYCLE)
         order, before = _cycle(self.seed, kind, cycle, self._shares)
         return int(order[position]), before[position] + cycle * np.array(self._shares)
@@ -145,7 +148,7 @@ class Order:
         return ordinal
 
     def _member(self, source: int, epoch: int, position: int) -> Location:
-        """Two-level shuffle: shards are permuted, then each window over the permuted shards."""
+        """Shuffle in two levels: permute the shards, then the positions in each window over the permuted shards."""
         shape = self.sources[source]
         window, offset = divmod(position, WINDOW)
         length = min(WINDOW, shape.samples - window * WINDOW)
@@ -160,7 +163,7 @@ class Order:
         """Return the shards of an epoch in their order and the position at which each ends."""
         if (source, epoch) not in self._epochs:
             shape = self.sources[source]
-            if len(self._epochs) >= 4 * len(self.sources):
+            if len(self._epochs) >= 4 * len(self.sources):  # bounds the cache in a long run
                 self._epochs.clear()
             shards = _permutation(self.seed, f"shards/{shape.name}", epoch, len(shape.shard_samples))
             self._epochs[source, epoch] = shards, np.cumsum(np.array(shape.shard_samples, dtype=np.int64)[shards])
@@ -169,7 +172,7 @@ class Order:
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How data-parallel ranks share the blocks: each is cut in micro-steps of micro_batch x dp_size slots."""
+    """The division of blocks among data-parallel ranks: a block has micro-steps of micro_batch x dp_size slots."""
 
     blocks: Blocks
     micro_batch: int
@@ -184,27 +187,27 @@ class BatchLayout:
     def per_step(self) -> int:
         """Micro-steps of one global step, the same on every rank."""
         full, short = divmod(self.blocks.global_batch, self.blocks.task_block)
-        return full * self._cuts(self.blocks.task_block) + self._cuts(short)
+        return full * self._parts(self.blocks.task_block) + self._parts(short)
 
     def place(self, micro_step: int) -> tuple[int, int]:
         """Return (block, micro-step within the block) of a micro-step counted over the whole run."""
         step, within = divmod(micro_step, self.per_step)
-        block_of_step, cut = divmod(within, self._cuts(self.blocks.task_block))
-        return step * self.blocks.per_step + block_of_step, cut
+        block_of_step, part = divmod(within, self._parts(self.blocks.task_block))
+        return step * self.blocks.per_step + block_of_step, part
 
     def samples(self, micro_step: int, rank: int) -> np.ndarray:
-        """Return the sample numbers (micro_batch,) int64 of a rank in a micro-step; PADDING where none is left."""
-        block, cut = self.place(micro_step)
-        first = (cut * self.dp_size + rank) * self.micro_batch
+        """Return the sample numbers (micro_batch,) int64 of a rank in a micro-step; PADDING behind the block's end."""
+        block, part = self.place(micro_step)
+        first = (part * self.dp_size + rank) * self.micro_batch
         slots = first + np.arange(self.micro_batch, dtype=np.int64)
         return np.where(slots < self.blocks.length(block), self.blocks.first_sample(block) + slots, PADDING)
 
-    def _cuts(self, slots: int) -> int:
+    def _parts(self, slots: int) -> int:
         return -(-slots // (self.micro_batch * self.dp_size))
 
 
 def micro_steps(global_batch: int, task_block: int, micro_batch: int, dp_size: int) -> int:
-    """Return the micro-steps (gradient accumulation) of one global step."""
+    """Return the number of micro-steps (gradient accumulation) of one global step."""
     return BatchLayout(Blocks(global_batch, task_block), micro_batch, dp_size).per_step
 
 
@@ -220,7 +223,7 @@ def _permutation(seed: int, purpose: str, number: int, length: int) -> np.ndarra
 
 @lru_cache(maxsize=16)
 def _cycle(seed: int, kind: str, cycle: int, shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sources of 1000 blocks in order and, before each block, the blocks each source had (1000, S)."""
+    """Return the sources of 1000 blocks (1000,) and how many blocks each source has before each block (1000, S)."""
     members = np.repeat(np.arange(len(shares)), shares)
     order = members[_permutation(seed, f"mixture/{kind}", cycle, CYCLE)]
     taken = order[:, None] == np.arange(len(shares))[None]
@@ -228,7 +231,7 @@ def _cycle(seed: int, kind: str, cycle: int, shares: tuple[int, ...]) -> tuple[n
 
 
 def _shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """Return the blocks of each source in a cycle: largest remainders, ties to the earlier source."""
+    """Return the blocks of each source in a cycle by the largest remainder method; ties go to the earlier source."""
     exact = np.array(weights, dtype=np.float64) / sum(weights) * CYCLE
     shares = np.floor(exact).astype(np.int64)
     for source in np.argsort(shares - exact, kind="stable")[: CYCLE - int(shares.sum())]:
@@ -243,7 +246,7 @@ def _check_sources(sources: Sequence[SourceShape]) -> None:
     for index, source in enumerate(sources):
         where = f"data.sources[{index}] ({source.name})"
         if source.name in names[:index]:
-            raise UserError(f"{where}: the name is taken; it keys the shuffle, so every source needs its own")
+            raise UserError(f"{where}: another source has this name; it keys the shuffle, so names must be unique")
         if not (source.weight > 0 and np.isfinite(source.weight)):
             raise UserError(f"{where}: weight is {source.weight}; it must be positive")
         if source.samples == 0:
@@ -251,6 +254,6 @@ def _check_sources(sources: Sequence[SourceShape]) -> None:
     for index, share in enumerate(_shares([source.weight for source in sources])):
         if share == 0:
             raise UserError(
-                f"data.sources[{index}] ({sources[index].name}): weight {sources[index].weight} is less than one"
-                f" block in {CYCLE} of the mixture; raise it or leave the source out"
+                f"data.sources[{index}] ({sources[index].name}): weight {sources[index].weight} gives less than one"
+                f" block in {CYCLE} of the mixture; raise it or remove the source"
             )

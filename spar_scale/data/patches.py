@@ -1,6 +1,7 @@
-"""What each image token of a picture of the miniature world shows: labels for the vision tower's first lessons.
+"""Labels of the image tokens of a miniature-world picture: the shape and colour that each token shows.
 
-Stage 0 alone reads them, where a vision tower learns from nothing what the paper's brings along.
+Only training stage 0 reads them: it trains a vision tower from random weights, where the paper starts from a pretrained
+one.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ import numpy as np
 from spar_scale.data.shapes_world import COLORS, SHAPES
 
 UNKNOWN = 255
-"""The label where nothing is known: no scene is told, or there is no picture."""
+"""The label of a token whose content is unknown: the sample has no scene, or no picture."""
 NUM_LABELS = (len(SHAPES) + 1, len(COLORS) + 1)
-"""How many there are of shapes and of colours, 0 being the ground."""
-_MARGIN = 1 / 32  # of the image's side: how far around an object's radius a token still belongs to it
+"""Numbers of shape labels and colour labels; 0 is the background."""
+_MARGIN = 1 / 32  # share of the image's side by which an object's square exceeds its radius
 
 
 def shown_patches(scene: Mapping[str, Any] | None, image_size: int, image_tokens: int) -> np.ndarray:
     """Return the labels (N, 2) uint8, shape and colour, of the N = g * g tokens of a scene's picture in raster order.
 
-    A token shows the last drawn object whose square its centre stands in, and the one whose centre it holds.
-    Without a scene all are `UNKNOWN`. Raises KeyError or ValueError for a scene that tells something else.
+    A token is labelled with the last drawn object whose square contains the token's centre, or whose centre is in the
+    token. Without a scene all labels are `UNKNOWN`. Raises KeyError or ValueError for a malformed scene.
     """
     if scene is None:
         return np.full((image_tokens, 2), UNKNOWN, np.uint8)

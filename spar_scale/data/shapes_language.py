@@ -1,6 +1,6 @@
-"""What can be said about a scene of the miniature world: captions, questions with answers, instructions.
+"""Texts about scenes of the miniature world: captions, questions with answers, instructions.
 
-Every sentence is true of its scene and made of the words of `VOCABULARY`, separated by spaces.
+Every sentence is true for its scene and consists of words of `VOCABULARY`, separated by spaces.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ VOCABULARY = (*SPECIAL, *SHAPES, *PLURALS, *COLORS, *NUMBERS, *ZONES, *_REST.spl
 
 
 def captions(scene: Scene) -> list[str]:
-    """Return the captions of a scene, those that say most first.
+    """Return the captions of a scene, the most detailed first.
 
-    One of them is chosen at random: two thirds of single objects are told with their place.
+    One is drawn at random, so the caption of a single object names its place in two of three cases.
     """
     first = scene.objects[0]
     if scene.kind == "single":
@@ -41,35 +41,35 @@ def captions(scene: Scene) -> list[str]:
 
 
 def choose_caption(scene: Scene, draws: np.random.Generator) -> str:
-    """Return one of the captions."""
-    said = captions(scene)
-    return said[int(draws.random() * len(said))]
+    """Return one of the captions, drawn at random."""
+    choices = captions(scene)
+    return choices[int(draws.random() * len(choices))]
 
 
 def questions(scene: Scene, world: World, draws: np.random.Generator) -> list[dict[str, str]]:
-    """Return the questions a scene answers without ambiguity, as {"type", "question", "answer"}.
+    """Return the questions with a unique answer for this scene, as {"type", "question", "answer"}.
 
-    "Is there" questions come in pairs of one yes and one no for each object; the no asks for an
-    object that differs from it in shape or in colour alone, and never for a look that is kept from training.
+    "Is there" questions come in pairs of yes and no for each object. The "no" question is about an object that differs
+    in shape or in colour only, and never about a look that is held out of training.
     """
     objects = scene.objects if scene.kind != "count" else scene.objects[:1]
-    asked = [("count", "how many objects are there ?", NUMBERS[len(scene.objects)])]
+    entries = [("count", "how many objects are there ?", NUMBERS[len(scene.objects)])]
     for index, o in enumerate(objects):
         others = objects[:index] + objects[index + 1 :]
         if scene.kind != "count" and all(o.shape != other.shape for other in others):
-            asked.append(("color", f"what color is the {o.shape} ?", o.color))
+            entries.append(("color", f"what color is the {o.shape} ?", o.color))
         if scene.kind != "count" and all(o.color != other.color for other in others):
-            asked.append(("shape", f"what shape is the {o.color} object ?", o.shape))
+            entries.append(("shape", f"what shape is the {o.color} object ?", o.shape))
         if scene.kind != "count" and o.zone:
-            asked.append(("where", f"where is the {o.look} ?", o.zone))
-        asked.append(("exist", f"is there {name(o)} ?", "yes"))
+            entries.append(("where", f"where is the {o.look} ?", o.zone))
+        entries.append(("exist", f"is there {name(o)} ?", "yes"))
         color, shape = _absent(scene, o, world, draws)
-        asked.append(("exist", f"is there a {color} {shape} ?", "no"))
-    return [{"type": kind, "question": question, "answer": answer} for kind, question, answer in asked]
+        entries.append(("exist", f"is there a {color} {shape} ?", "no"))
+    return [{"type": kind, "question": question, "answer": answer} for kind, question, answer in entries]
 
 
 def instruction(edit: Edit, draws: np.random.Generator) -> str:
-    """Return the instruction of an edit; half of the subjects are named by shape alone where that is enough."""
+    """Return the instruction of an edit; half of the subjects are named by shape only if that is unambiguous."""
     subject, result = edit.subject, edit.result
     if edit.kind == "add":
         return f"add {name(subject)} {place(subject)}"
@@ -86,7 +86,7 @@ def name(o: Object) -> str:
 
 
 def place(o: Object) -> str:
-    """Return where an object stands: "on the left", "in the center"."""
+    """Return the place of an object as words: "on the left", "in the center"."""
     return "in the center" if o.zone == "center" else f"on the {o.zone}"
 
 
@@ -96,7 +96,7 @@ def _relation(o: Object) -> str:
 
 
 def _absent(scene: Scene, o: Object, world: World, draws: np.random.Generator) -> tuple[str, str]:
-    """Return (colour, shape) of an object that is not there and, if it can, differs from `o` in one of the two."""
+    """Return (colour, shape) of an object that the scene lacks; if possible it differs from `o` in only one of them."""
     present = {(other.color, other.shape) for other in scene.objects}
     looks = [(c, s) for c in COLORS for s in world.shapes if f"{c} {s}" not in world.unseen_looks]
     absent = [look for look in looks if look not in present]

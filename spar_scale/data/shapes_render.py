@@ -1,7 +1,7 @@
-"""Draws the scenes of the miniature world as images, a few hundred at a time, in plain numpy.
+"""Render scenes of the miniature world as images, a few hundred at a time, in plain numpy.
 
-Edges are anti-aliased by the signed distance to the shape: a pixel's coverage is 0.5 minus the
-distance of its centre to the edge, cut to [0, 1].
+Edges are anti-aliased by the signed distance to the shape: a pixel's coverage is 0.5 minus the distance of its centre
+to the edge, clipped to [0, 1].
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def render(scenes: Sequence[Scene], size: int) -> np.ndarray:
 
 
 def _grounds(scenes: Sequence[Scene], x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
-    """Return the grey grounds (N, size, size) in about [0, 1]."""
+    """Return the grey backgrounds (N, size, size), approximately in [0, 1]."""
 
     def column(name: str) -> np.ndarray:
         return np.array([getattr(scene.ground, name) for scene in scenes], dtype=np.float32)[:, None, None]
@@ -59,9 +59,9 @@ def _distance(objects: Sequence[Object], x: np.ndarray, y: np.ndarray) -> np.nda
 
 
 def signed_distance(shapes: np.ndarray, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Return the distance in pixels from points (dx, dy) off the centre to the edge of a shape, negative inside.
+    """Return the distance in pixels from points at offset (dx, dy) from the centre to a shape's edge, negative inside.
 
-    `shapes` are indices into SHAPES; all four arrays broadcast. Near corners it is the distance to the nearest side.
+    `shapes` are indices into SHAPES; all four arrays broadcast. Near a corner it is the distance to the nearest side.
     """
     x, y, height = np.abs(dx), np.abs(dy), 0.95 * radius
     sides = {

@@ -1,13 +1,13 @@
 """The miniature world: small captioned scenes of coloured shapes, questions about them, and edits.
 
-Easy on purpose: at 32x32 pixels with one to three large objects on a plain ground, two CPU cores
-learn to draw and describe them in minutes; `texture` lays stripes over the ground where a harder
-world is wanted. Scene n is a function of (seed, purpose, n) alone: it depends neither on how many
-scenes are made nor on how they are cut into shards, and `texture` changes the ground only.
+The world is easy on purpose: with 32x32 pixels and one to three large objects on a plain background, two CPU cores
+learn to draw and describe it in minutes. `texture` adds stripes to the background for a harder world. Scene n is a
+function of (seed, purpose, n) alone: it does not depend on the number of scenes or on their division into shards, and
+`texture` changes only the background.
 
-Some contents are kept from training, so that what held-out data ask for can be new: a content is a look
-(shape and colour) in a zone, an unordered pair of looks, or a number of one look. Training draws a scene
-again until its content may be seen; held-out data draw freely.
+Some contents are held out of training, so that evaluation can test new ones. A content is a look (shape and colour) in
+a zone, an unordered pair of looks, or a number of one look. Scenes for training are redrawn until their content is not
+held out; held-out data have all contents.
 
 Lengths are in pixels of a 32-pixel image and scale with `size`; x grows to the right, y downwards.
 """
@@ -30,12 +30,12 @@ SHAPES = ("circle", "square", "triangle", "cross", "diamond")
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
 ZONES = ("left", "right", "top", "bottom", "center")
 EDITS = ("color", "shape", "remove", "add")
-TRAINING = ("scenes", "edits")  # the purposes that never show an unseen content
+TRAINING = ("scenes", "edits")  # the purposes whose scenes never have an unseen content
 KINDS = ("single", "two", "count")
 KIND_SHARES = (0.46, 0.42, 0.12)
 
-UNIT_SIZE = 32  # the image side in which the lengths below are given
-CENTER, EDGE = 16.0, 8.2  # where objects stand: in the middle, or this far from an edge
+UNIT_SIZE = 32  # the lengths below are pixels of an image with this side
+CENTER, EDGE = 16.0, 8.2  # an object's centre is in the middle, or this far from an edge
 RADIUS, RADIUS_OF_THREE = (5.4, 6.8), (5.2, 5.8)
 
 
@@ -45,43 +45,43 @@ class World(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     size: int = Field(default=32, ge=16, le=1024, description="side of the images in pixels")
-    seed: int = Field(default=0, ge=0, description="scenes of one seed are the same wherever they are made")
+    seed: int = Field(default=0, ge=0, description="the same seed gives the same scenes on every machine")
     scenes: int = Field(default=20000, ge=0, description="captioned scenes for training")
-    heldout: int = Field(default=1000, ge=0, description="captioned scenes for evaluation, from draws of their own")
+    heldout: int = Field(default=1000, ge=0, description="captioned scenes for evaluation, drawn separately")
     edits: int = Field(default=8000, ge=0, description="editing triplets: input, instruction, output")
     heldout_edits: int = Field(default=0, ge=0, description="editing triplets for evaluation")
-    per_shard: int = Field(default=2000, ge=1, description="samples in one tar")
-    texture: bool = Field(default=False, description="stripes on the ground")
+    per_shard: int = Field(default=2000, ge=1, description="samples per tar")
+    texture: bool = Field(default=False, description="stripes on the background")
     shapes: tuple[str, ...] = Field(default=SHAPES[:3], min_length=3, description="the shapes that occur")
-    unseen: float = Field(default=0.1, ge=0, le=0.5, description="share of contents that only held-out data shows")
-    unseen_looks: tuple[str, ...] = Field(default=(), description='looks only held-out data shows, as "red cross"')
+    unseen: float = Field(default=0.1, ge=0, le=0.5, description="share of contents that only held-out data have")
+    unseen_looks: tuple[str, ...] = Field(default=(), description='looks that only held-out data have, as "red cross"')
 
     @field_validator("shapes")
     @classmethod
     def _known_shapes(cls, shapes: tuple[str, ...]) -> tuple[str, ...]:
-        if strangers := [shape for shape in shapes if shape not in SHAPES]:
+        if unknown := [shape for shape in shapes if shape not in SHAPES]:
             raise ValueError(
-                f"{strangers[0]!r} is no shape{nearest(strangers[0], SHAPES)}; there are {', '.join(SHAPES)}"
+                f"{unknown[0]!r} is not a shape{nearest(unknown[0], SHAPES)}; there are {', '.join(SHAPES)}"
             )
         if len(set(shapes)) < len(shapes):
-            raise ValueError("a shape is named twice")
+            raise ValueError("a shape is listed twice")
         return shapes
 
     @model_validator(mode="after")
     def _known_looks(self) -> World:
         looks = [f"{color} {shape}" for color in COLORS for shape in self.shapes]
-        if strangers := [look for look in self.unseen_looks if look not in looks]:
-            raise ValueError(f"unseen_looks: {strangers[0]!r} is no look of this world{nearest(strangers[0], looks)}")
+        if unknown := [look for look in self.unseen_looks if look not in looks]:
+            raise ValueError(f"unseen_looks: {unknown[0]!r} is not a look of this world{nearest(unknown[0], looks)}")
         if 2 * len(self.unseen_looks) > len(looks):
             raise ValueError(
-                f"unseen_looks: {len(self.unseen_looks)} of {len(looks)} looks; at most half can be kept away"
+                f"unseen_looks: {len(self.unseen_looks)} of {len(looks)} looks; at most half can be held out"
             )
         return self
 
 
 @dataclass(frozen=True)
 class Object:
-    """A shape in the image: radius and centre in pixels, the zone it stands in if it can be named."""
+    """A shape in the image: radius and centre in pixels, and its zone (None among three objects)."""
 
     shape: str
     color: str
@@ -92,7 +92,7 @@ class Object:
 
     @property
     def look(self) -> str:
-        """Colour and shape, as captions say them."""
+        """Colour and shape, as in captions: "red circle"."""
         return f"{self.color} {self.shape}"
 
 
@@ -114,10 +114,10 @@ class Ground:
 
 @dataclass(frozen=True)
 class Scene:
-    """One image: its kind, its objects in the order they are drawn, its ground.
+    """One image: its kind, its objects in drawing order, its background.
 
-    `kind` says how it may be described: "single" by the object's zone, "two" by a relation, "count"
-    by a number of equal objects.
+    `kind` determines the captions: "single" has the object's zone, "two" a relation, "count" the number of equal
+    objects.
     """
 
     kind: Literal["single", "two", "count"]
@@ -125,20 +125,20 @@ class Scene:
     ground: Ground
 
     def as_json(self) -> dict[str, Any]:
-        """Return the scene as plain values."""
-        objects = [dict(vars(o)) for o in self.objects]  # dataclasses.asdict copies deeply, at ten times the time
+        """Return the scene as JSON values."""
+        objects = [dict(vars(o)) for o in self.objects]  # dataclasses.asdict copies deeply and takes ten times as long
         return {"kind": self.kind, "objects": objects, "ground": dict(vars(self.ground))}
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An editing triplet: every object that the instruction does not name, and the ground, stay the same."""
+    """An editing triplet: the background and the objects that the instruction does not name stay the same."""
 
     kind: Literal["color", "shape", "remove", "add"]
     source: Scene
     target: Scene
-    subject: Object  # what is changed or removed, as it is before; or what is added
-    result: Object | None  # what it becomes; None where it is removed
+    subject: Object  # the object that is changed or removed, before the edit; or the one that is added
+    result: Object | None  # the object after the edit; None if it is removed
 
 
 def sample_scene(world: World, purpose: str, number: int) -> Scene:
@@ -162,7 +162,7 @@ def sample_edit(world: World, purpose: str, number: int) -> Edit:
 
 
 def is_unseen(world: World, scene: Scene) -> bool:
-    """Return whether training never shows what this scene shows: its content, or the look of one of its objects."""
+    """Return whether a scene is held out of training: by its content, or by the look of one of its objects."""
     looks = [o.look for o in scene.objects]
     if scene.kind == "single":
         return is_unseen_content(world, looks, scene.objects[0].zone or "")
@@ -170,14 +170,14 @@ def is_unseen(world: World, scene: Scene) -> bool:
 
 
 def is_unseen_content(world: World, looks: Sequence[str], zone: str = "") -> bool:
-    """The same of what a caption says: its looks ("red circle") and the zone of a single one.
+    """Return the same for the content of a caption: its looks ("red circle") and the zone of a single object.
 
-    A single look without a zone is unseen only where the world keeps the look itself away.
+    A single look without a zone is unseen only if it is one of `world.unseen_looks`.
     """
     if any(look in world.unseen_looks for look in looks):
         return True
-    told = len(looks) > 1 or bool(zone)
-    return told and _content_draw(world.seed, " + ".join(sorted(looks)) + f" {zone}") < world.unseen
+    is_content = len(looks) > 1 or bool(zone)
+    return is_content and _content_draw(world.seed, " + ".join(sorted(looks)) + f" {zone}") < world.unseen
 
 
 @cache
@@ -204,10 +204,10 @@ def _edit(world: World, draws: np.random.Generator, ground: Ground, kind: str) -
 
 def _remove_or_add(two: Scene, index: int, kind: str) -> Edit:
     subject = two.objects[index]
-    one = Scene("single", (two.objects[1 - index],), two.ground)
+    remaining = Scene("single", (two.objects[1 - index],), two.ground)
     if kind == "remove":
-        return Edit("remove", two, one, subject, None)
-    return Edit("add", one, two, subject, subject)
+        return Edit("remove", two, remaining, subject, None)
+    return Edit("add", remaining, two, subject, subject)
 
 
 def _scene(world: World, draws: np.random.Generator, ground: Ground, kind: str) -> Scene:
@@ -240,7 +240,7 @@ def _look(world: World, draws: np.random.Generator) -> tuple[str, str]:
 
 
 def _place(draws: np.random.Generator, zone: str, along: float, across: float) -> tuple[float, float]:
-    """Return a centre in a zone, jittered by +-`along` towards the edge and +-`across` beside it."""
+    """Return a centre in a zone, jittered by +-`along` perpendicular to the edge and +-`across` parallel to it."""
     a, b = draws.uniform(-along, along), draws.uniform(-across, across)
     far = 2 * CENTER - EDGE
     return {
@@ -266,7 +266,7 @@ def _three(draws: np.random.Generator) -> list[tuple[float, float]]:
 
 
 def _ground(world: World, purpose: str, number: int) -> Ground:
-    """The ground has draws of its own, so that a textured world holds the same objects."""
+    """Return a background. Its draws are separate, so that a textured world has the same objects."""
     draws = draw_generator(world.seed, f"{purpose}/ground", number)
     level = draws.uniform(0.80, 0.95) if draws.random() < 0.6 else draws.uniform(0.06, 0.20)
     ground = Ground(level, draws.uniform(0.0, 0.05), draws.uniform(0.0, 2 * math.pi))

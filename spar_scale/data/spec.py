@@ -1,7 +1,7 @@
-"""What a training stage asks of the data: the tensors of one sample and its random draws.
+"""The specification of a training stage's samples: the tensors of one sample and its random draws.
 
-Every draw is keyed by (seed, purpose, sample number), so it is the same on whatever rank, worker or
-layout the sample is loaded.
+Every draw is keyed by (seed, purpose, sample number), so it does not depend on the rank, worker or layout that loads
+the sample.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ class Draw:
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """The sample a stage trains on.
+    """The samples of a training stage.
 
-    `task` names the decoder, or a mixture of decoders, one for each source; `image_size` is the side in
-    pixels of the square image; `crop` and `flip` are the augmentations; `num_tokens` is the length of
-    the text, `task_tokens` that of each language task; `image_tokens` is how many tokens stand for a
-    picture; `caption_dropout` is the share of samples whose caption gives way to the bare instruction;
-    `draws` maps a slot name to the random tensor it carries, fp32.
+    `task` names a task, or a mixture of tasks with one task per source; `image_size` is the side of the square image in
+    pixels; `crop` and `flip` are the augmentations; `num_tokens` is the length of the text, `task_tokens` that of each
+    language task; `image_tokens` is the number of tokens per picture; `caption_dropout` is the share of samples with
+    the unconditional prompt instead of their caption; `draws` maps a slot name to its random fp32 tensor.
     """
 
     task: str

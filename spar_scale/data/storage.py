@@ -1,8 +1,8 @@
-"""Where shards lie: local paths and fsspec URLs, glob patterns, positional reads.
+"""Access to shards: local paths and fsspec URLs, glob patterns, positional reads.
 
-Local files are read by `pread`, URLs (s3://, gs://, http://, ...) by range requests through fsspec.
-Whatever fails here is the system's fault and not a sample's: it is raised as a UserError that names
-the file, and it stops the run. Remote reads are not retried beyond what the fsspec client does.
+Local files are read by `pread`, URLs (s3://, gs://, http://, ...) by range requests through fsspec. A failure here is a
+system error, not a bad sample: it is raised as a UserError that names the file, and stops the run. Remote reads are
+not retried beyond what the fsspec client does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from zlib import crc32
 from parallel.errors import UserError, nearest
 
 TAR_BLOCK = 512  # bytes of a tar header, and the unit that data is padded to
-READ_AHEAD = 4 << 20  # bytes that one range request brings where a remote shard is read from its start
+READ_AHEAD = 4 << 20  # bytes per range request when a remote shard is read from start to end
 
 
 class ShardReader:
@@ -39,17 +39,17 @@ class ShardReader:
             raise UserError(f"{shard}: cannot be read ({error.strerror})") from None
 
     def read_member(self, offset: int, size: int, header_crc: int) -> bytes:
-        """Return a member's data; UserError where the tar header before it is not the one that was indexed."""
+        """Return a member's data. Raises UserError if the tar header before it is not the one that was indexed."""
         data = self.read(offset - TAR_BLOCK, TAR_BLOCK + size)
         if crc32(data[:TAR_BLOCK]) != header_crc:
             raise UserError(
-                f"{self.shard}: the member at byte {offset} is not the one its index lists;"
+                f"{self.shard}: the member at byte {offset} is not the one in its index;"
                 f" if the shard is right, run `spar-scale data index {self.shard}`"
             )
         return data[TAR_BLOCK:]
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return `size` bytes from `offset`; a read that fails or ends early raises UserError naming the shard."""
+        """Return `size` bytes from `offset`. Raises UserError with the shard's name if the read fails or ends early."""
         if self._descriptor < 0:
             data = remote(self.shard, lambda: self._filesystem.cat_file(self._path, start=offset, end=offset + size))
         else:
@@ -62,7 +62,7 @@ class ShardReader:
         if len(data) > size:
             raise UserError(f"{self.shard}: {_too_much(self.shard, size, len(data))}")
         if len(data) < size:
-            raise UserError(f"{self.shard}: ends {size - len(data)} bytes before a member that its index lists")
+            raise UserError(f"{self.shard}: ends {size - len(data)} bytes before the end of a member in its index")
         return data
 
     def close(self) -> None:
@@ -101,13 +101,13 @@ class _RangeStream(io.RawIOBase):
         return size
 
 
-def _too_much(shard: str, asked: int, found: int) -> str:
-    gave = f"gave {found} bytes where {asked} were asked for"
+def _too_much(shard: str, requested: int, received: int) -> str:
+    mismatch = f"received {received} bytes, requested {requested}"
     if not shard.startswith(("http://", "https://")):
-        return f"{gave}; copy the shards to where parts of a file can be read"
+        return f"{mismatch}; copy the shards to a place that supports reading parts of a file"
     return (
-        f"{gave}: this server does not serve parts of a file (HTTP range requests); copy the shards to a disk or an"
-        " object store, or use a server with ranges"
+        f"{mismatch}: this server does not support HTTP range requests; copy the shards to a disk or an object store,"
+        " or use another server"
     )
 
 
@@ -121,19 +121,19 @@ def read_member(shard: str, offset: int, size: int, header_crc: int) -> bytes:
 
 
 def expand_shards(patterns: str | Iterable[str]) -> list[str]:
-    """Return the shards that paths or patterns name, sorted.
+    """Return the shards that paths or patterns match, sorted.
 
-    A pattern may hold `*`, `?`, `[...]`, `**`, `~` and, as in webdataset, braces (`x-{000..012}.tar`, each of which
-    must be there). A file or folder whose own name has such signs is found too. Raises UserError for what matches
-    nothing.
+    A pattern may contain `*`, `?`, `[...]`, `**`, `~` and, as in webdataset, braces (`x-{000..012}.tar`; each of these
+    files must exist). A file or folder whose name contains such characters is found too. Raises UserError if a pattern
+    matches nothing.
     """
-    found: list[str] = []
+    shards: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = _find(pattern)
         if not matches:
             raise UserError(f"{pattern}: {_why_none(pattern)}")
-        found += matches
-    return sorted(set(found))
+        shards += matches
+    return sorted(set(shards))
 
 
 def shard_bytes(shard: str) -> int:
@@ -142,7 +142,7 @@ def shard_bytes(shard: str) -> int:
         filesystem, path = resolve_url(shard)
         size = remote(shard, lambda: filesystem.size(path))
         if size is None:
-            raise UserError(f"{shard}: the server does not give the size of the file; copy the shards to a disk")
+            raise UserError(f"{shard}: the server does not report the size of the file; copy the shards to a disk")
         return int(size)
     try:
         return os.stat(shard).st_size
@@ -155,20 +155,20 @@ def _find(pattern: str) -> list[str]:
         return matches
     if "{" not in pattern:
         return []
-    from braceexpand import braceexpand  # which webdataset requires
+    from braceexpand import braceexpand  # a dependency of webdataset
 
     try:
         expanded = braceexpand(pattern, escape=False)
         first = next(expanded)
         return [] if first == pattern else expand_shards(itertools.chain([first], expanded))
     except ValueError as error:
-        raise UserError(f"{pattern}: its braces do not close ({error}); write it as x-{{000..012}}.tar") from None
+        raise UserError(f"{pattern}: its braces are not closed ({error}); write it as x-{{000..012}}.tar") from None
 
 
 def _glob(pattern: str) -> list[str]:
     if is_url(pattern):
         filesystem, path = resolve_url(pattern)
-        return [filesystem.unstrip_protocol(found) for found in remote(pattern, lambda: filesystem.glob(path))]
+        return [filesystem.unstrip_protocol(match) for match in remote(pattern, lambda: filesystem.glob(path))]
     path = Path(os.path.expanduser(pattern))
     if not _has_marks(str(path)):
         return [os.path.expanduser(pattern)] if os.path.isfile(path) else []
@@ -176,8 +176,8 @@ def _glob(pattern: str) -> list[str]:
         raise UserError(f"{pattern}: searches the whole file system; name the folder that holds the shards")
     try:
         if _has_marks(str(path.parent)) and not os.path.isdir(path.parent):
-            matches = [str(found) for found in Path(path.anchor).glob(str(path.relative_to(path.anchor)))]
-        else:
+            matches = [str(match) for match in Path(path.anchor).glob(str(path.relative_to(path.anchor)))]
+        else:  # only the file name is a pattern: the folder's own name may contain `[` literally
             names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
             names = [name for name in names if not name.startswith(".") and fnmatch.fnmatchcase(name, path.name)]
             matches = [str(path.parent / name) for name in names]
@@ -191,15 +191,15 @@ def _has_marks(path: str) -> bool:
 
 
 def _why_none(pattern: str) -> str:
-    """Say why nothing matches, and what the pattern's folder holds instead."""
+    """Return why a pattern matches nothing, and which shards its folder holds instead."""
     if is_url(pattern):
         return "no such shard; the pattern matches nothing there"
     path = Path(os.path.expanduser(pattern))
     if os.path.isdir(path):
         tars = _tars(path)
         if not tars:
-            return "is a folder without a .tar file, must be shards"
-        return f"is a folder, must be shards; did you mean {path}/*.tar? ({len(tars)} matching)"
+            return "is a folder without .tar files, expected shards"
+        return f"is a folder, expected shards; did you mean {path}/*.tar? ({len(tars)} matching)"
     if not os.path.isdir(path.parent):
         if _has_marks(str(path.parent)):
             return "no such shard; the pattern matches nothing"
@@ -208,8 +208,8 @@ def _why_none(pattern: str) -> str:
     tars = _tars(path.parent)
     if not tars:
         return f"no such shard; {path.parent} holds no .tar file"
-    listed = ", ".join(tars[:5]) + (f" and {len(tars) - 5} more" if len(tars) > 5 else "")
-    return f"no such shard; {path.parent} holds {listed}{nearest(path.name, tars)}"
+    names = ", ".join(tars[:5]) + (f" and {len(tars) - 5} more" if len(tars) > 5 else "")
+    return f"no such shard; {path.parent} holds {names}{nearest(path.name, tars)}"
 
 
 def _tars(folder: Path) -> list[str]:
@@ -228,7 +228,7 @@ def exists(path: str) -> bool:
 
 
 def open_shard(shard: str) -> IO[bytes]:
-    """Open a path or URL as a binary stream that can seek."""
+    """Open a path or URL as a seekable binary stream."""
     if is_url(shard):
         return io.BufferedReader(_RangeStream(shard), READ_AHEAD)
     try:
@@ -244,13 +244,13 @@ def is_url(path: str) -> bool:
 
 def resolve_url(url: str) -> tuple[Any, str]:
     """Return the fsspec filesystem of a URL and the path on it."""
-    import fsspec  # heavy, and needed for URLs only
+    import fsspec  # imported here: it is slow to import and only URLs need it
 
     return remote(url, lambda: fsspec.core.url_to_fs(url))
 
 
 def remote(url: str, action: Callable[[], Any], failure: str = "cannot be reached") -> Any:
-    """Return what `action` returns; UserError for any exception, as each remote file system has its own."""
+    """Return the result of `action`. Raises UserError for any exception: each remote file system has its own types."""
     try:
         return action()
     except Exception as error:

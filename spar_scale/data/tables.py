@@ -1,8 +1,8 @@
-"""Rows of a table of captions: `captions.csv` with a header, or `captions.jsonl`, an object in each line.
+"""Read a table of captions: `captions.csv` with a header, or `captions.jsonl` with one object per line.
 
-A table is read strictly. A row that is ambiguous or damaged is left out and named by its number (from 1, without the
-header and blank lines) and its line; no field is cut, joined or guessed. Only spaces behind a comma are ignored. Damage
-that hides where the next rows begin (another encoding than UTF-8, a quote that does not end) refuses the table.
+A table is read strictly. A row that is ambiguous or damaged is left out and reported with its number (from 1, without
+header and blank lines) and its line; no field is truncated, joined or guessed. Only spaces after a comma are ignored.
+The whole table is refused if the damage hides where rows begin (an encoding other than UTF-8, an unclosed quote).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a 
 
 
 def read_table(table: Path, left_out: LeftOut) -> Iterator[tuple[str, str]]:
-    """Yield (image, caption) of each row that has both as texts, in the table's order; note the others.
+    """Yield (image, caption) of each row with both texts, in the table's order; note the other rows.
 
-    Raises UserError for a table that is no UTF-8, has another header, or whose rows cannot be told apart.
+    Raises UserError for a table that is not UTF-8, has another header, or whose rows cannot be separated.
     """
     try:
         text = table.read_bytes().decode("utf-8-sig")
@@ -32,7 +32,7 @@ def read_table(table: Path, left_out: LeftOut) -> Iterator[tuple[str, str]]:
         raise UserError(f"{table}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{table}: cannot be read, line {line} is no UTF-8; save the table as UTF-8") from None
+        raise UserError(f"{table}: cannot be read, line {line} is not UTF-8; save the table as UTF-8") from None
     for row, record in _csv_records(table, text, left_out) if table.suffix == ".csv" else _json_records(text, left_out):
         fault = next(filter(None, (_fault(column, record) for column in COLUMNS)), None)
         if fault is None:
@@ -49,12 +49,12 @@ def _fault(column: str, record: dict[str, Any]) -> str | None:
     if not isinstance(value, str):
         return f"{column} is {_TYPES.get(type(value), 'an object')}"
     if not is_utf8(value):
-        return f"{column} holds half of a surrogate pair and is no UTF-8"
+        return f"{column} holds half of a surrogate pair and is not UTF-8"
     return "image is empty" if column == "image" and not value.strip() else None
 
 
 def _csv_records(table: Path, text: str, left_out: LeftOut) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (row and line, its fields by column) of each row that has as many fields as the header."""
+    """Yield ("row R at line L", fields by column) of each row with as many fields as the header."""
     header: list[str] = []
     number = 0
     for line, cells in _csv_rows(table, text):
@@ -68,7 +68,7 @@ def _csv_records(table: Path, text: str, left_out: LeftOut) -> Iterator[tuple[st
         if isinstance(cells, csv.Error):
             left_out.add("not valid CSV", row, str(cells))
         elif len(cells) != len(header):
-            reason = "more or fewer fields than the header; put captions that hold commas into double quotes"
+            reason = "more or fewer fields than the header; put captions with commas in double quotes"
             left_out.add(reason, row, f"{len(cells)} instead of {len(header)}")
         else:
             yield row, dict(zip(header, cells, strict=True))
@@ -77,7 +77,7 @@ def _csv_records(table: Path, text: str, left_out: LeftOut) -> Iterator[tuple[st
 
 
 def _csv_rows(table: Path, text: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
-    """Yield (first line, fields) of each row, or the error of one that is damaged within its line."""
+    """Yield (first line, fields) of each row, or (line, error) if the damage is within one line."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     while True:
         line = reader.line_num + 1
@@ -86,17 +86,17 @@ def _csv_rows(table: Path, text: str) -> Iterator[tuple[int, list[str] | csv.Err
         except StopIteration:
             return
         except csv.Error as error:
-            if reader.line_num > line:
+            if reader.line_num > line:  # the reader consumed further lines: rows cannot be separated any more
                 raise UserError(
                     f"{table}: a quote is opened in the row at line {line} and not closed properly up to line"
-                    f" {reader.line_num} ({error}); close it, and double each quote inside of a quoted caption"
+                    f" {reader.line_num} ({error}); close it, and double each quote inside a quoted caption"
                 ) from None
             row = error
         yield line, row
 
 
 def _header(table: Path, cells: list[str] | csv.Error) -> list[str]:
-    """Return the header. Raises UserError unless it has each of our columns once."""
+    """Return the header. Raises UserError unless it has each of COLUMNS exactly once."""
     if isinstance(cells, csv.Error) or any(cells.count(column) != 1 for column in COLUMNS):
         found = str(cells) if isinstance(cells, csv.Error) else ", ".join(map(repr, cells))
         raise UserError(
@@ -107,7 +107,7 @@ def _header(table: Path, cells: list[str] | csv.Error) -> list[str]:
 
 
 def _json_records(text: str, left_out: LeftOut) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (row and line, object) of each line that holds an object."""
+    """Yield ("row R at line L", object) of each line with a JSON object."""
     number = 0
     for line, content in enumerate(io.StringIO(text, newline=""), 1):
         if not content.strip():
@@ -115,9 +115,8 @@ def _json_records(text: str, left_out: LeftOut) -> Iterator[tuple[str, dict[str,
         number += 1
         row = f"row {number} at line {line}"
         try:
-            pairs = json.loads(
-                content.rstrip(), object_pairs_hook=tuple
-            )  # tells an object (tuple) from an array (list)
+            # Tuples distinguish an object from an array (list), and keep repeated names.
+            pairs = json.loads(content.rstrip(), object_pairs_hook=tuple)
         except (ValueError, RecursionError) as error:
             where = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             left_out.add("not valid JSON", row, where)
@@ -126,7 +125,7 @@ def _json_records(text: str, left_out: LeftOut) -> Iterator[tuple[str, dict[str,
             left_out.add("not a JSON object", row)
             continue
         names = [name for name, _ in pairs]
-        if twice := [column for column in COLUMNS if names.count(column) > 1]:
-            left_out.add(f"two values of {twice[0]}", row)
+        if repeated := [column for column in COLUMNS if names.count(column) > 1]:
+            left_out.add(f"two values of {repeated[0]}", row)
         else:
             yield row, dict(pairs)

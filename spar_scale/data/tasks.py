@@ -1,9 +1,9 @@
-"""What each task makes of a sample: the registry that `SampleSpec.task` names.
+"""The tasks, which turn a sample's tar members into tensors: the registry for `SampleSpec.task`.
 
-A task lists the tensors of one sample and fills them from the members of the tar. Its random draws
-come from `draws(purpose)`, keyed by (seed, purpose, sample number), never from a worker's state.
-A mixture is a set of tasks that fill the same tensors: each source is decoded by the task of its name.
-Their lengths may differ between tasks, because a micro-batch holds samples of one source.
+A task declares the tensors of one sample and fills them from the members of the tar. Its random draws come from
+`draws(purpose)`, keyed by (seed, purpose, sample number), never from a worker's state. A mixture is a set of tasks that
+fill the same tensors; each source is decoded by the task of its name. The lengths may differ between tasks, because all
+samples of a micro-batch come from one source.
 """
 
 from __future__ import annotations
@@ -40,30 +40,30 @@ Slots = dict[str, tuple[tuple[int, ...], type]]  # name -> shape without batch, 
 
 @dataclass(frozen=True)
 class Members:
-    """The members of one sample, read when asked for."""
+    """The members of one sample; `read(extension)` loads one."""
 
     extensions: tuple[str, ...]
     read: Callable[[str], bytes]
 
-    def first(self, wanted: Iterable[str]) -> bytes:
-        """Return the first wanted member that is there; raise BadSample where none is."""
-        wanted = tuple(wanted)
-        for extension in wanted:
+    def read_first(self, candidates: Iterable[str]) -> bytes:
+        """Return the content of the first extension that the sample has. Raises BadSample if it has none of them."""
+        candidates = tuple(candidates)
+        for extension in candidates:
             if extension in self.extensions:
                 return self.read(extension)
-        raise BadSample(f"no member {'|'.join(wanted)}; the sample has {', '.join(self.extensions)}")
+        raise BadSample(f"no member {'|'.join(candidates)}; the sample has {', '.join(self.extensions)}")
 
 
 @dataclass(frozen=True)
 class Task:
-    """`slots(spec)` are the tensors of one sample, `fill(members, spec, draws)` their values."""
+    """A task: `slots(spec)` returns the tensors of one sample, `fill(members, spec, draws)` their values."""
 
     slots: Callable[[SampleSpec], Slots]
     fill: Callable[[Members, SampleSpec, Draws], Mapping[str, np.ndarray]]
 
 
 def find_task(name: str) -> Task | Conditioned:
-    """Return the task of a name, of a mixture the first of its tasks; an unknown name raises UserError."""
+    """Return the task of a name; for a mixture, its first task. Raises UserError for an unknown name."""
     if name in MIXTURES:
         return TASKS[MIXTURES[name][0]]
     if name not in TASKS:
@@ -73,16 +73,16 @@ def find_task(name: str) -> Task | Conditioned:
 
 
 def source_task(name: str, source: str) -> Task | Conditioned:
-    """Return the task that decodes a source: in a mixture the one it is named after, else `name`'s.
+    """Return the task that decodes a source: in a mixture the task with the source's name, else the task `name`.
 
-    Raises UserError for a source whose name is no task of the mixture.
+    Raises UserError if the source's name is not a task of the mixture.
     """
     if name not in MIXTURES:
         return find_task(name)
     if source not in MIXTURES[name]:
         known = MIXTURES[name]
         raise UserError(
-            f"data.sources: '{source}' is no task of this phase ({', '.join(known)}){nearest(source, known)}"
+            f"data.sources: '{source}' is not a task of this phase ({', '.join(known)}){nearest(source, known)}"
         )
     return TASKS[source]
 
@@ -92,17 +92,18 @@ def _image_slots(spec: SampleSpec) -> Slots:
 
 
 def _image(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
-    """The picture alone; of an editing triplet the output, where the plain name is missing."""
-    picture = decode(members.first((*EXTENSIONS, *(f"output.{extension}" for extension in EXTENSIONS))))
+    """Return the picture; for an editing triplet, which has no plain picture, its output."""
+    picture = decode(members.read_first((*EXTENSIONS, *(f"output.{extension}" for extension in EXTENSIONS))))
     along = float(draws("crop").random()) if spec.crop == "random" else 0.5
     mirrored = spec.flip and bool(draws("flip").random() < 0.5)
     return {"images": square(picture, spec.image_size, along, mirrored)}
 
 
 def _language_slots(spec: SampleSpec, length: int) -> Slots:
-    """`counts` is 1 where a token is to be predicted; `tokens` is padded on the right with 0.
+    """Return the slots of a language task.
 
-    `patches` (N, 2) names what the picture shows where each of its N tokens stands, a shape and a colour.
+    `tokens` is padded on the right with 0; `counts` is 1 for tokens that the model must predict; `patches` (N, 2) are
+    the labels (shape, colour) of the picture's N tokens.
     """
     text: Slots = {"tokens": ((length,), np.int64), "counts": ((length,), np.uint8)}
     return {**_image_slots(spec), **text, "patches": ((spec.image_tokens, 2), np.uint8)}
@@ -111,28 +112,29 @@ def _language_slots(spec: SampleSpec, length: int) -> Slots:
 def _language(
     name: str, picture: str | None, make: Callable[[Mapping[str, Any], np.random.Generator, int], Prompt]
 ) -> Task:
-    """The task of a prompt and the member with its picture (its name before the extension; None: no picture).
+    """Return the language task `name` with the prompt that `make` builds from the sample's json.
 
-    The picture is the middle square, never mirrored: the words name its sides.
+    `picture` is the prefix of the picture member's name ("" or "input."), or None for a task without picture. The
+    picture is the middle square, never mirrored, because the words name its sides.
     """
 
     def longest(spec: SampleSpec) -> int:
         return spec.task_tokens[name] + (0 if picture is None else spec.image_tokens)
 
     def fill(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
-        said = _json_record(members)
-        prompt = _as_bad_sample(lambda: make(said, draws("words"), spec.image_tokens))
+        record = _json_record(members)
+        prompt = _as_bad_sample(lambda: make(record, draws("words"), spec.image_tokens))
         length, limit = len(prompt.tokens), longest(spec)
         if length > limit:
-            raise BadSample(f"{length} tokens; at most {limit} are read")
+            raise BadSample(f"{length} tokens; the maximum is {limit}")
         slots = _language_slots(spec, limit)
         arrays = {slot: np.zeros(shape, dtype) for slot, (shape, dtype) in slots.items()}
         arrays["tokens"][:length], arrays["counts"][:length] = prompt.tokens, prompt.counts
         arrays["patches"][:] = UNKNOWN
         if picture is not None:
-            scene = said.get(f"{picture.replace('.', '_')}scene")
+            scene = record.get(f"{picture.replace('.', '_')}scene")
             arrays["patches"] = _as_bad_sample(lambda: shown_patches(scene, spec.image_size, spec.image_tokens))
-            image = decode(members.first(f"{picture}{extension}" for extension in EXTENSIONS))
+            image = decode(members.read_first(f"{picture}{extension}" for extension in EXTENSIONS))
             arrays["images"] = square(image, spec.image_size, along=0.5, mirrored=False)
         return arrays
 
@@ -140,34 +142,33 @@ def _language(
 
 
 def _as_bad_sample(make: Callable[[], Value]) -> Value:
-    """What `make` words; whatever is wrong with what it reads is the sample's fault."""
+    """Return the result of `make`; raise its errors as BadSample, because they come from the sample's texts."""
     try:
         return make()
     except (KeyError, IndexError, TypeError, ValueError, UserError) as error:
-        raise BadSample(f"its words are nothing to train on ({type(error).__name__}: {error})") from None
+        raise BadSample(f"its texts cannot be trained on ({type(error).__name__}: {error})") from None
 
 
 def _load_json(members: Members) -> Any:
     try:
-        return json.loads(members.first(["json"]))
+        return json.loads(members.read_first(["json"]))
     except (ValueError, RecursionError) as error:
         raise BadSample(f"its json cannot be read ({error})") from None
 
 
 def _json_record(members: Members) -> Mapping[str, Any]:
-    said = _load_json(members)
-    if not isinstance(said, dict):
-        raise BadSample(f"its json holds {type(said).__name__}, not an object")
-    return said
+    record = _load_json(members)
+    if not isinstance(record, dict):
+        raise BadSample(f"its json holds {type(record).__name__}, not an object")
+    return record
 
 
 @dataclass(frozen=True)
 class Conditioned:
-    """The task of a picture and the prompt that it is drawn from. Nothing random but which words are given.
+    """The task of a target picture and the prompt that conditions it; only the choice of the text is random.
 
-    `sides` are the beginnings of the names of its pictures' members, the target first; more than one makes
-    the prompt begin with the others. `texts(members)` are the words of which one sample's are chosen, and
-    `prompt(text, spec)` what is made of them.
+    `sides` are the prefixes of its picture members' names, the target first; the prompt begins with the other pictures.
+    `texts(members)` returns the candidate texts, one of which is drawn; `prompt(text, spec)` builds the prompt from it.
     """
 
     sides: tuple[str, ...]
@@ -176,11 +177,14 @@ class Conditioned:
 
     @property
     def illustrated(self) -> bool:
-        """Whether the prompt shows a picture."""
+        """Whether the prompt contains a picture."""
         return len(self.sides) > 1
 
     def slots(self, spec: SampleSpec) -> Slots:
-        """`images` (M, 3, S, S), the target first; `keep` is 1 where a token is real, padded on the right."""
+        """Return the slots: `images` (M, 3, S, S), the target first; `tokens` padded on the right; `keep` their mask.
+
+        `keep` is the padding mask: 1 for tokens, 0 for padding.
+        """
         return {
             "images": ((len(self.sides), 3, spec.image_size, spec.image_size), np.float32),
             "tokens": ((self.length(spec),), np.int64),
@@ -188,84 +192,84 @@ class Conditioned:
         }
 
     def length(self, spec: SampleSpec) -> int:
-        """Tokens of the longest prompt."""
+        """Return the number of tokens of the longest prompt."""
         return spec.num_tokens + (spec.image_tokens + 2 if self.illustrated else 0)
 
     def fill(self, members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
-        """The prompt and the pictures."""
+        """Return the prompt and the pictures of a sample."""
         return {**self.prompt_slots(members, spec, draws), "images": self.pictures(members, spec)}
 
     def prompt_slots(self, members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
-        """`tokens` and `keep` of the prompt that the draws choose; a dropped caption leaves the bare instruction."""
-        texts, chosen = self.texts(members), draws("words").random()
+        """Return `tokens` and `keep` of a prompt with a drawn text; caption dropout makes it unconditional."""
+        texts, draw = self.texts(members), draws("words").random()
         dropped = draws("caption_drop").random() < spec.caption_dropout
-        return self.padded(self._tokens("" if dropped else texts[int(chosen * len(texts))], spec), spec)
+        return self.padded(self._tokens("" if dropped else texts[int(draw * len(texts))], spec), spec)
 
     def prompts(self, members: Members, spec: SampleSpec) -> list[np.ndarray]:
-        """The tokens of every prompt that the draws may choose, the bare instruction last; bad ones are left out."""
-        found = []
+        """Return the tokens of every prompt that can be drawn, the unconditional one last; skip bad texts."""
+        prompts = []
         for text in (*self.texts(members), ""):
             with contextlib.suppress(BadSample):
-                found.append(self._tokens(text, spec))
-        return found
+                prompts.append(self._tokens(text, spec))
+        return prompts
 
     def padded(self, tokens: np.ndarray, spec: SampleSpec) -> dict[str, np.ndarray]:
-        """Tokens (n,) as the slots `tokens` and `keep`."""
-        behind = (0, self.length(spec) - len(tokens))
-        return {"tokens": np.pad(tokens, behind), "keep": np.pad(np.ones(len(tokens), np.uint8), behind)}
+        """Return tokens (n,) as the padded slots `tokens` and `keep`."""
+        padding = (0, self.length(spec) - len(tokens))
+        return {"tokens": np.pad(tokens, padding), "keep": np.pad(np.ones(len(tokens), np.uint8), padding)}
 
     def pictures(self, members: Members, spec: SampleSpec) -> np.ndarray:
-        """The middle squares (M, 3, S, S), never mirrored: the words name their sides."""
-        data = [members.first(f"{side}{extension}" for extension in EXTENSIONS) for side in self.sides]
+        """Return the middle squares (M, 3, S, S), never mirrored, because the words name their sides."""
+        data = [members.read_first(f"{side}{extension}" for extension in EXTENSIONS) for side in self.sides]
         return np.stack([square(decode(picture), spec.image_size, along=0.5, mirrored=False) for picture in data])
 
     def _tokens(self, text: str, spec: SampleSpec) -> np.ndarray:
         tokens = _as_bad_sample(lambda: self.prompt(text, spec)).tokens
         if len(tokens) > self.length(spec):
-            raise BadSample(f"{len(tokens)} tokens; at most {self.length(spec)} are read")
+            raise BadSample(f"{len(tokens)} tokens; the maximum is {self.length(spec)}")
         return np.array(tokens, np.int64)
 
 
 def _captions(members: Members) -> list[str]:
-    """The captions of the json where it is an object that lists some, else the txt."""
+    """Return the captions of the json if it is an object with a list of captions, else the txt."""
     has_text = "txt" in members.extensions
-    listed = None
+    entries = None
     if "json" in members.extensions:
         content = _load_json(members)
         if isinstance(content, dict):
-            listed = content.get("captions")
+            entries = content.get("captions")
         elif not has_text:
             raise BadSample(f"its json holds {type(content).__name__}, not an object, and it has no txt")
-    if listed is None or listed == []:
+    if entries is None or entries == []:
         if not has_text and "json" in members.extensions:
             raise BadSample(
                 f"no member txt, and its json lists no captions; the sample has {', '.join(members.extensions)}"
             )
         return [_text(members)]
-    if not isinstance(listed, list) or not all(isinstance(caption, str) for caption in listed):
-        raise BadSample("its captions are no list of texts")
-    captions = [_clean(caption) for caption in listed]
+    if not isinstance(entries, list) or not all(isinstance(caption, str) for caption in entries):
+        raise BadSample("its captions are not a list of texts")
+    captions = [_clean(caption) for caption in entries]
     if not all(captions):
         raise BadSample("one of its captions is empty")
     return captions
 
 
 def _text(members: Members) -> str:
-    """The txt, which must be UTF-8 (with or without a byte order mark) and not empty."""
-    data = members.first(["txt"])
+    """Return the txt. Raises BadSample unless it is UTF-8 (a byte order mark is allowed) and not empty."""
+    data = members.read_first(["txt"])
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
-        raise BadSample("its txt is no UTF-8 but UTF-16, UTF-32 or no text; write it as UTF-8")
+        raise BadSample("its txt is not UTF-8 but UTF-16, UTF-32 or binary; write it as UTF-8")
     try:
         text = _clean(data.decode())
     except UnicodeDecodeError as error:
-        raise BadSample(f"its txt is no UTF-8 ({error})") from None
+        raise BadSample(f"its txt is not UTF-8 ({error})") from None
     if not text:
         raise BadSample("its txt is empty")
     return text
 
 
 def _clean(text: str) -> str:
-    """A text without byte order marks (each file of Windows begins with one) and without white space around it."""
+    """Return a text without byte order marks (Windows editors write them) and surrounding white space."""
     return text.replace("\ufeff", "").strip()
 
 
@@ -278,7 +282,7 @@ TASKS: dict[str, Task | Conditioned] = {
     "generation": Conditioned(("",), _captions, lambda text, _: generation_prompt(text)),
     "editing": Conditioned(
         ("output.", "input."),
-        lambda members: [_text(members)],  # the instruction; the picture to edit is never dropped
+        lambda members: [_text(members)],  # the instruction; the source picture is never dropped
         lambda text, spec: editing_prompt(text, spec.image_tokens),
     ),
 }

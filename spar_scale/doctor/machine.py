@@ -1,7 +1,7 @@
-"""`spar-scale doctor`: what is installed here, whether it fits together, and what would be missing.
+"""`spar-scale doctor`: check which packages are installed, whether they work together, and what is missing.
 
-Packages are judged by importing what is used from them, never by whether a name can be found: PyPI's
-`apex` is another project, and a package of kernels can leave an empty `flash_attn` behind.
+A package is checked by importing the symbols that are used, not by its name: the package `apex` of the package index is
+another project, and an uninstalled package of kernels can leave an empty `flash_attn`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ PACKAGES = (
     "torch", "deepspeed", "transformers", "diffusers", "webdataset", "pydantic", "numpy", "safetensors", "pillow",
 )  # fmt: skip
 ROOM_BYTES = 2 * 10**9
-"""Disk room below which the demo is likely to fail."""
+"""Free disk space below which the demo is likely to fail."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `bad` makes the doctor exit with 1; `absent` is an option not there."""
+    """One line of the report. With `bad`, the doctor exits with 1; `absent` means that an optional part is missing."""
 
     state: Literal["ok", "absent", "bad"]
     subject: str
@@ -36,12 +36,12 @@ class Finding:
 
 
 def report() -> int:
-    """Print every finding; return 1 if one of them keeps the system from running, else 0."""
+    """Print every finding; return 1 if one of them prevents training, else 0."""
     findings = list(examine())
     for finding in findings:
         print(f"{finding.state:>6}  {finding.subject:<12} {finding.text}")
     bad = [finding.subject for finding in findings if finding.state == "bad"]
-    print(f"not fit to run: {', '.join(bad)}" if bad else "fit to run")
+    print(f"not ready to run: {', '.join(bad)}" if bad else "ready to run")
     return 1 if bad else 0
 
 
@@ -59,7 +59,7 @@ def examine() -> Iterator[Finding]:
 
 
 def apex() -> Finding:
-    """Judge apex by the two symbols that FusedAdam needs."""
+    """Check apex by importing the two symbols that FusedAdam needs."""
     try:
         importlib.import_module("amp_C").multi_tensor_adam  # noqa: B018 (proves a CUDA build)
         importlib.import_module("apex.optimizers").FusedAdam  # noqa: B018
@@ -71,7 +71,7 @@ def apex() -> Finding:
 
 
 def our_parallel() -> Finding:
-    """Tell whether `import parallel` finds the package beside this one (PyPI has one of this name)."""
+    """Check that `import parallel` finds the package of this project (another project has the same package name)."""
     ours = Path(__file__).resolve().parents[2] / "parallel"
     found = Path(importlib.import_module("parallel").__file__ or "?").resolve().parent
     if found != ours:
@@ -95,7 +95,7 @@ def _machine() -> Finding:
 def _disk(path: Path) -> Finding:
     free = shutil.disk_usage(path).free
     enough = free >= ROOM_BYTES
-    text = f"{free / 1e9:.1f} GB free here" + ("" if enough else f", the demo wants {ROOM_BYTES / 1e9:.0f} GB")
+    text = f"{free / 1e9:.1f} GB free here" + ("" if enough else f", the demo needs {ROOM_BYTES / 1e9:.0f} GB")
     return Finding("ok" if enough else "bad", "disk", text)
 
 
@@ -116,7 +116,7 @@ def _torch() -> Finding:
     if torch.version.cuda is None:
         return Finding("ok", "torch build", "CPU only")
     if not torch.cuda.is_available():
-        return Finding("ok", "torch build", f"for CUDA {torch.version.cuda}, but no GPU is seen here: runs on the CPU")
+        return Finding("ok", "torch build", f"for CUDA {torch.version.cuda}, but no GPU is visible: runs on the CPU")
     devices = ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
     return Finding("ok", "torch build", f"for CUDA {torch.version.cuda}: {devices}")
 
@@ -127,7 +127,9 @@ def _torchvision() -> Finding:
     except ModuleNotFoundError:
         return Finding("absent", "torchvision", "not needed")
     except Exception as error:
-        return Finding("bad", "torchvision", f"its build does not fit torch, and breaks what imports it ({error})")
+        return Finding(
+            "bad", "torchvision", f"its build does not match torch, so packages that import it fail ({error})"
+        )
     return Finding("ok", "torchvision", "not needed, imports")
 
 
@@ -149,7 +151,7 @@ def _attention() -> Iterator[Finding]:
         if refusal:
             absent.setdefault(": ".join(refusal), []).append(name)
     text = "".join(f"; not {', '.join(names)} ({refusal})" for refusal, names in absent.items())
-    yield Finding("ok", "attention", f"at hand: {', '.join(name for name in BACKENDS if not refusals[name])}{text}")
+    yield Finding("ok", "attention", f"available: {', '.join(name for name in BACKENDS if not refusals[name])}{text}")
 
 
 def _has_cuda() -> bool:

@@ -1,9 +1,9 @@
-"""`spar-scale doctor RECIPE`: whether this machine and the others of its world can train a recipe now.
+"""`spar-scale doctor RECIPE`: check whether this machine, and all others of its world, can train a recipe now.
 
-Run by every rank before a job's training, in half a minute where a bad node would cost hours. Each rank looks at its
-GPU, the first of a node at disk, shards, shared memory and everything else for which `train` would refuse the recipe
-(`training/admission.py`); then all sum a tensor together. What a rank finds it writes into
-`run_dir/preflight`, a file each, as soon as it knows: so a node that dies or hangs here is known by what it lacks.
+Every rank runs it before a job's training. It takes half a minute, while a bad node would cost hours. Each rank checks
+its GPU. The first rank of a node checks disk, shards, shared memory and everything else for which `train` would refuse
+the recipe (`training/admission.py`). Then all ranks sum a tensor together. Each rank writes every finding immediately
+to its own file in `run_dir/preflight`, so a node that dies or hangs here is recognised by its missing findings.
 """
 
 from __future__ import annotations
@@ -36,20 +36,23 @@ if TYPE_CHECKING:
 FOLDER = "preflight"
 RECIPE, TOGETHER = "recipe", "all-reduce"
 STATE_BYTES = 16
-"""Of a trained weight in a checkpoint: fp32 master, two moments, average."""
+"""Bytes of a trained weight in a checkpoint: fp32 master weight, two moments, EMA."""
 PROBE_BYTES = 1 << 20
 FLOAT_BYTES = 4
 PREFETCH = 4
-"""Micro-batches that a worker has ready, beside the one that it makes (the loader's default)."""
+"""Micro-batches that a worker keeps ready, besides the one that it loads (the loader's default)."""
 
 
 def preflight(recipe: Recipe) -> int:
-    """Print and write what this rank finds; return 0 if it can train, 1 if its machine cannot, 2 if nobody can."""
+    """Print and write this rank's findings.
+
+    Returns 0 if it can train, 1 if this machine cannot, 2 if the recipe is refused on every machine.
+    """
     rank, world, local_rank = read_environment()
     findings: list[Finding] = []
 
-    def told(found: Iterable[Finding]) -> None:
-        for finding in found:
+    def record(new: Iterable[Finding]) -> None:
+        for finding in new:
             findings.append(finding)
             if finding.state == "bad" or local_rank == 0:
                 print(f"{_host()}: {finding.state:>6}  {finding.subject:<10} {finding.text}", flush=True)
@@ -57,39 +60,42 @@ def preflight(recipe: Recipe) -> int:
 
     if local_rank == 0:
         stage, refused = _stage(recipe)
-        told(_disk(recipe, rank, stage))
-        told(_recipe(recipe, world, stage, refused))
-        told(_attention(recipe))
-    told(_gpu(local_rank))
+        record(_disk(recipe, rank, stage))
+        record(_recipe(recipe, world, stage, refused))
+        record(_attention(recipe))
+    record(_gpu(local_rank))
     if local_rank == 0:
-        told(_shards(recipe))
-        told(_shared_memory(recipe, stage))
+        record(_shards(recipe))
+        record(_shared_memory(recipe, stage))
     if world > 1:
-        told([_probed(TOGETHER, probe_world)])
+        record([_probed(TOGETHER, probe_world)])
     bad = {finding.subject for finding in findings if finding.state == "bad"}
     return REFUSED if RECIPE in bad else DEFECT if bad else DONE
 
 
 def bad_nodes(run_dir: Path, hosts: Sequence[str]) -> dict[str, str]:
-    """What keeps each bad node from training, by its name; a node that has said nothing is bad.
+    """Return the faults of each bad node, by its name; a node without findings is bad.
 
-    That ranks could not sum together is held against nodes only where none has a fault of its own.
+    A failed sum over all ranks counts as a node's fault only if no node has a fault of its own, because one bad node
+    makes it fail on all.
     """
     own, common = dict[str, list[str]](), dict[str, list[str]]()
     for file in sorted((run_dir / FOLDER).glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
-        found = [Finding(**finding) for finding in content["findings"]]
+        findings = [Finding(**finding) for finding in content["findings"]]
         for faults, shared in ((own, False), (common, True)):
-            bad = [one for one in found if one.state == "bad" and (one.subject == TOGETHER) == shared]
-            faults.setdefault(content["host"], []).extend(f"{one.subject}: {one.text}" for one in bad)
+            bad = [
+                finding for finding in findings if finding.state == "bad" and (finding.subject == TOGETHER) == shared
+            ]
+            faults.setdefault(content["host"], []).extend(f"{finding.subject}: {finding.text}" for finding in bad)
     for host in hosts:
-        own.setdefault(host, ["wrote no findings: it died or hangs"])
+        own.setdefault(host, ["no findings: it died or hangs"])
     faults = own if any(own.values()) else common
     return {host: "; ".join(dict.fromkeys(faults[host])) for host in hosts if faults.get(host)}
 
 
 def forget(run_dir: Path) -> None:
-    """Remove what an earlier preflight has written."""
+    """Remove the findings of an earlier preflight."""
     for file in (run_dir / FOLDER).glob("*.json"):
         file.unlink()
 
@@ -99,17 +105,17 @@ def _write(run_dir: Path, rank: int, findings: Sequence[Finding]) -> None:
     try:
         (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
         write_file(run_dir / FOLDER / f"rank-{rank}.json", json.dumps(content))
-    except (OSError, UserError):  # the disk's finding says so; who reads finds nothing of this rank
+    except (OSError, UserError):  # reported by the disk finding; for `bad_nodes` this rank has no findings
         return
 
 
 def _host(environment: Mapping[str, str] = os.environ) -> str:
-    """The node's name, as SLURM has it."""
+    """Return the node's name as SLURM knows it."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _stage(recipe: Recipe) -> tuple[Stage | None, list[str]]:
-    """Return the stage's shapes, or None and why it cannot be built."""
+    """Return the training stage without weights, or None and why it cannot be built."""
     from spar_scale.stages import meta_stage
 
     try:
@@ -119,17 +125,17 @@ def _stage(recipe: Recipe) -> tuple[Stage | None, list[str]]:
 
 
 def _recipe(recipe: Recipe, world: int, stage: Stage | None, refused: list[str]) -> Iterator[Finding]:
-    """Everything for which `train` would refuse the recipe on any machine."""
+    """Yield a finding for every reason for which `train` would refuse the recipe on any machine."""
     from spar_scale.training.admission import refusals
 
     refused = list(dict.fromkeys([*refused, *refusals(recipe, world, stage)]))
     yield from (Finding("bad", RECIPE, text) for text in refused)
     if not refused:
-        yield Finding("ok", RECIPE, f"{recipe.stage}/{recipe.phase}: layout, run_dir and all that it starts from")
+        yield Finding("ok", RECIPE, f"{recipe.stage}/{recipe.phase}: layout, run_dir, parent and pretrained parts")
 
 
 def _attention(recipe: Recipe) -> Iterator[Finding]:
-    """Whether this machine has the backend that the recipe names."""
+    """Check that this machine has the recipe's attention backend."""
     from spar_scale.training.attention_choice import attention_of
 
     try:
@@ -140,7 +146,7 @@ def _attention(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _shared_memory(recipe: Recipe, stage: Stage | None, environment: Mapping[str, str] = os.environ) -> list[Finding]:
-    """Whether /dev/shm holds what the loaders' workers of this node have ready at a time."""
+    """Check that /dev/shm is large enough for the batches that the loader workers of this node keep ready."""
     from spar_scale.data.loader import SHARED_MEMORY
 
     if stage is None or recipe.data.workers == 0:
@@ -153,7 +159,7 @@ def _shared_memory(recipe: Recipe, stage: Stage | None, environment: Mapping[str
 
 
 def sample_bytes(recipe: Recipe, stage: Stage) -> int:
-    """Bytes of the largest sample of a batch: its task's slots, its draws and what `data.encoded` stores for it."""
+    """Return the bytes of the largest sample of a batch: its task's slots, its draws and its stored values."""
     from spar_scale.data.tasks import source_task
     from spar_scale.training.admission import stored_bytes
 
@@ -163,7 +169,7 @@ def sample_bytes(recipe: Recipe, stage: Stage) -> int:
         try:
             slots = source_task(stage.sample.task, source.name).slots(stage.sample)
             stored = stored_bytes(recipe, source.name, stage.sample.num_tokens + stage.sample.image_tokens)
-        except UserError:  # reported with the recipe
+        except UserError:  # reported by the recipe finding
             continue
         own = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in slots.values())
         largest = max(largest, own + stored)
@@ -171,13 +177,13 @@ def sample_bytes(recipe: Recipe, stage: Stage) -> int:
 
 
 def shared_memory(folder: Path, needed: int) -> Finding:
-    """Judge the room of a folder of shared memory for `needed` bytes."""
+    """Check that a folder of shared memory has `needed` bytes free."""
     try:
         stats = os.statvfs(folder)
     except OSError as error:
-        return Finding("absent", "memory", f"{folder}: {error.strerror}; the loader's workers use another place")
+        return Finding("absent", "memory", f"{folder}: {error.strerror}; the loader workers use another place")
     size, free = stats.f_blocks * stats.f_frsize, stats.f_bavail * stats.f_frsize
-    text = f"{folder}: {free / 1e9:.3f} of {size / 1e9:.3f} GB free, the loader's workers need {needed / 1e9:.3f} GB"
+    text = f"{folder}: {free / 1e9:.3f} of {size / 1e9:.3f} GB free, the loader workers need {needed / 1e9:.3f} GB"
     if free >= needed:
         return Finding("ok", "memory", text)
     more = f"docker run --shm-size={-(-(size - free + needed) // 2**30)}g"
@@ -185,7 +191,7 @@ def shared_memory(folder: Path, needed: int) -> Finding:
 
 
 def _disk(recipe: Recipe, rank: int, stage: Stage | None) -> Iterator[Finding]:
-    """Whether the run's directory can be written, and on the first rank whether it holds one checkpoint more."""
+    """Check that the run directory is writable, and on the first rank that the next checkpoint fits."""
     probe = recipe.run_dir / FOLDER / f".probe-{rank}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -211,16 +217,16 @@ def _disk(recipe: Recipe, rank: int, stage: Stage | None) -> Iterator[Finding]:
 
 
 def _checkpoint_bytes(recipe: Recipe, stage: Stage | None) -> int | None:
-    """Bytes of the newest checkpoint; before the first those of the trained weights, None where no stage is."""
-    if kept := sorted((recipe.run_dir / "checkpoints").glob("step-*")):
-        return sum(file.stat().st_size for file in kept[-1].iterdir())
+    """Return the bytes of the newest checkpoint, else an estimate from the trained weights; None without a stage."""
+    if checkpoints := sorted((recipe.run_dir / "checkpoints").glob("step-*")):
+        return sum(file.stat().st_size for file in checkpoints[-1].iterdir())
     if stage is None:
         return None
     return STATE_BYTES * sum(parameter.numel() for parameter in stage.model.parameters() if parameter.requires_grad)
 
 
 def _shards(recipe: Recipe) -> Iterator[Finding]:
-    """Whether every source's first and last shard have an index that fits, and give their last sample."""
+    """Check that the first and last shard of every source have a current index and a readable last sample."""
     for source in recipe.data.sources:
         try:
             shards = expand_shards(source.shards)
@@ -236,13 +242,13 @@ def _shards(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _gpu(local_rank: int) -> Iterator[Finding]:
-    """Whether this rank's GPU is there, torch can use it, and it multiplies at a plausible speed."""
+    """Check that this rank has a GPU that torch can use and that multiplies at a plausible speed."""
     device = os.environ.get("SPAR_DEVICE")
     if device == "cpu":
         yield Finding("absent", "gpu", "its checks are skipped on request (SPAR_DEVICE=cpu)")
     elif why := why_no_gpu():
-        asked = device == "cuda" or "CUDA_VISIBLE_DEVICES" in os.environ
-        yield Finding("bad" if asked else "absent", "gpu", why)
+        expected = device == "cuda" or "CUDA_VISIBLE_DEVICES" in os.environ
+        yield Finding("bad" if expected else "absent", "gpu", why)
     else:
         yield _probed("gpu", lambda: probe_gpu(local_rank))
 

@@ -1,1 +1,1 @@
-"""Measuring trained models and drawing what they do."""
+"""Evaluation of trained models on held-out data, and the HTML report of a chain."""

@@ -1,10 +1,10 @@
-"""Which objects a picture of the miniature world shows, found without a trained model.
+"""Detect the objects in a picture of the miniature world, without a trained model.
 
-A matched filter: pixels with chroma are foreground, the direction of their chroma is their colour,
-connected pixels of a colour are a blob, and a blob's strength along its colour is correlated with shapes
-drawn at its centre of mass in four sizes. A blob that no shape fits is an object without a shape, so that
-a strict judge can refuse it; one of fewer than 8 pixels (of a 32-pixel image) is an artefact of edges.
-Over a thousand true scenes of three shapes, all but a few in a thousand are found exactly.
+A matched filter: pixels with chroma are foreground, the direction of their chroma is their colour, connected pixels of
+a colour are a blob, and a blob's strength along its colour is correlated with shapes rendered at its centre of mass in
+four sizes. A blob that no shape fits becomes an object without a shape, so that the strict judge can reject it. A blob
+of fewer than 8 pixels (in a 32-pixel image) is an artefact of edges and ignored. In a thousand true scenes with three
+shapes, all but a few scenes are detected exactly.
 
 Legend: B pictures, K blobs, S their side in pixels, T templates (shapes x sizes).
 """
@@ -23,21 +23,21 @@ from torch import Tensor
 from spar_scale.data.shapes_render import RGB, signed_distance
 from spar_scale.data.shapes_world import COLORS, SHAPES, UNIT_SIZE
 
-SATURATION = 0.28  # a pixel's largest minus its smallest channel, above which it is no ground
+# All lengths are those of a 32-pixel image; areas grow with the square of the size.
+SATURATION = 0.28  # a pixel is foreground if its largest minus its smallest channel exceeds this
 AREA = 8.0  # pixels of the smallest blob that counts; smaller ones are edges between objects
 MARGIN = 2.0  # pixels around a blob that a shape must leave free
 RADII = (4.8, 5.5, 6.2, 6.9)
 BLUR = 0.7  # pixels: models draw softer edges than the renderer
 CORRELATION = 0.94  # below it no shape fits; true scenes reach 0.96, as reconstructions of 30 dB do
-# All lengths are those of a 32-pixel image; areas grow with the square of the size.
 
 _CHROMA = RGB - RGB.mean(-1, keepdims=True)
 _DIRECTIONS = torch.from_numpy(_CHROMA / np.linalg.norm(_CHROMA, axis=-1, keepdims=True))  # (colors, 3)
 
 
 @dataclass(frozen=True)
-class Found:
-    """An object in a picture: centre in pixels, x to the right, y downwards; `shape` is None where none fits."""
+class DetectedObject:
+    """An object in a picture: centre in pixels, x to the right, y downwards; `shape` is None if no shape fits."""
 
     shape: str | None
     color: str
@@ -50,49 +50,49 @@ class Found:
         return f"{self.color} {self.shape}"
 
     def as_json(self) -> dict[str, Any]:
-        """Return the object as plain values."""
+        """Return the object as JSON values."""
         return {"shape": self.shape, "color": self.color, "x": round(self.x, 1), "y": round(self.y, 1)}
 
 
-def detect(images: Tensor, shapes: Sequence[str] = SHAPES[:3], batch: int = 64) -> list[list[Found]]:
-    """Return the objects of each picture (B, 3, S, S) in [0, 1], of the shapes that the world has."""
-    return [found for part in images.split(batch) for found in _detect(part.float().clamp(0, 1), shapes)]
+def detect(images: Tensor, shapes: Sequence[str] = SHAPES[:3], batch: int = 64) -> list[list[DetectedObject]]:
+    """Return the objects of each picture (B, 3, S, S) in [0, 1]; `shapes` are the candidate shapes."""
+    return [objects for part in images.split(batch) for objects in _detect(part.float().clamp(0, 1), shapes)]
 
 
-def _detect(images: Tensor, shapes: Sequence[str]) -> list[list[Found]]:
+def _detect(images: Tensor, shapes: Sequence[str]) -> list[list[DetectedObject]]:
     side = images.shape[-1]
     unit = side / UNIT_SIZE
     chroma = (images - images.mean(1, keepdim=True)).permute(0, 2, 3, 1)  # (B, S, S, 3)
     colors = (chroma @ _DIRECTIONS.T).argmax(-1)
     ground = images.amax(1) - images.amin(1) <= SATURATION
     labels = components(torch.where(ground, -1, colors))
-    found: list[list[Found]] = [[] for _ in images]
+    detected: list[list[DetectedObject]] = [[] for _ in images]
     blobs, areas = torch.unique(labels[labels >= 0], return_counts=True)
     blobs = blobs[areas >= AREA * unit**2]
     if not len(blobs):
-        return found
+        return detected
     pictures = blobs // side**2
     inside = labels[pictures] == blobs[:, None, None]  # (K, S, S)
     color = colors.flatten()[blobs]
     window = _boxes(inside, MARGIN * unit)
     strength = torch.einsum("kijc,kc->kij", chroma[pictures], _DIRECTIONS[color]).clamp(min=0)
-    strength = strength * window * (inside | (labels[pictures] < 0))  # what belongs to other blobs is not there
+    strength = strength * window * (inside | (labels[pictures] < 0))  # masks the pixels of other blobs
     axis = torch.arange(side) + 0.5
     total = strength.sum((1, 2))
     x, y = (strength.sum(1) * axis).sum(1) / total, (strength.sum(2) * axis).sum(1) / total
     best, offset = _fit(strength, window, x, y, shapes, unit)
     for index, picture in enumerate(pictures.tolist()):
         shape = None if best[index] < 0 else shapes[int(best[index])]
-        named = Found(shape, COLORS[int(color[index])], float(x[index]), float(y[index] - offset[index]))
-        found[picture].append(named)
-    return found
+        center_y = float(y[index] - offset[index])
+        detected[picture].append(DetectedObject(shape, COLORS[int(color[index])], float(x[index]), center_y))
+    return detected
 
 
 def components(colors: Tensor) -> Tensor:
-    """Label connected pixels of one colour: (B, S, S) colours, -1 for the ground, to labels of the same shape.
+    """Label connected pixels of the same colour: (B, S, S) colours, -1 for the background, to labels of that shape.
 
-    A component is labelled by the largest flat index among its pixels, the ground by -1; neighbours are the four
-    beside a pixel. Labels spread one pixel a round, so the time grows with the longest way through a component.
+    A component's label is the largest flat index among its pixels; the background is -1. A pixel has four neighbours.
+    Labels spread by one pixel per round, so the time grows with the longest path inside a component.
     """
     labels = torch.where(colors >= 0, torch.arange(colors.numel()).view(colors.shape), -1)
     while True:
@@ -101,15 +101,16 @@ def components(colors: Tensor) -> Tensor:
             size = colors.shape[dim] - 1
             same = colors.narrow(dim, 0, size) == colors.narrow(dim, 1, size)
             for to, source in ((0, 1), (1, 0)):
-                there, here = spread.narrow(dim, to, size), spread.narrow(dim, source, size).clone()
-                there.copy_(torch.where(same, torch.maximum(there, here), there))
+                # Cloned, because the two views overlap.
+                target, neighbour = spread.narrow(dim, to, size), spread.narrow(dim, source, size).clone()
+                target.copy_(torch.where(same, torch.maximum(target, neighbour), target))
         if torch.equal(spread, labels):
             return labels
         labels = spread
 
 
 def _boxes(inside: Tensor, margin: float) -> Tensor:
-    """The bounding boxes of blobs (K, S, S), grown by a margin, as 0 and 1 of the same shape."""
+    """Return masks (K, S, S) of 0 and 1: the bounding boxes of blobs (K, S, S), extended by a margin."""
     axis = torch.arange(inside.shape[-1], dtype=torch.float32)
     spans = []
     for occupied in (inside.any(2), inside.any(1)):  # rows, columns
@@ -122,7 +123,7 @@ def _boxes(inside: Tensor, margin: float) -> Tensor:
 def _fit(
     strength: Tensor, window: Tensor, x: Tensor, y: Tensor, shapes: Sequence[str], unit: float
 ) -> tuple[Tensor, Tensor]:
-    """The best shape of each blob, (K,) index or -1, and how far below its centre its centre of mass lies, (K,)."""
+    """Return each blob's best shape, (K,) index or -1, and how far its centre of mass is below its centre, (K,)."""
     axis = np.arange(strength.shape[-1], dtype=np.float32) + 0.5
     dx, dy = axis - x.numpy()[:, None, None, None], axis[:, None] - y.numpy()[:, None, None, None]
     radii = np.tile(np.array(RADII, dtype=np.float32) * unit, len(shapes))
@@ -140,14 +141,14 @@ def _fit(
 
 
 def _mass_offset(kind: int) -> float:
-    """How far below its centre the centre of mass of a shape of radius 1 lies."""
+    """Return how far the centre of mass of a shape of radius 1 is below its centre."""
     axis = np.linspace(-1.5, 1.5, 301, dtype=np.float32)
     inside = signed_distance(np.array(kind), axis[None, :], axis[:, None], np.array(1.0)) < 0
     return float((inside * axis[:, None]).sum() / inside.sum())
 
 
 def _blurred(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of (K, T, S, S)."""
+    """Return images (K, T, S, S) with a Gaussian blur."""
     reach = int(3 * sigma + 1)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
     kernel = kernel / kernel.sum()
@@ -156,9 +157,9 @@ def _blurred(images: Tensor, sigma: float) -> Tensor:
     return F.conv2d(flat, kernel.view(1, 1, -1, 1), padding=(reach, 0)).view(images.shape)
 
 
-def _correlation(one: Tensor, other: Tensor, window: Tensor) -> Tensor:
-    """Pearson's correlation of pictures (..., S, S) over the pixels of a window."""
+def _correlation(a: Tensor, b: Tensor, window: Tensor) -> Tensor:
+    """Return Pearson's correlation of pictures (..., S, S) over the pixels of a window."""
     area = window.sum((-2, -1), keepdim=True)
-    one, other = (t - (t * window).sum((-2, -1), keepdim=True) / area for t in (one, other))
-    product, square, other_square = ((t * window).sum((-2, -1)) for t in (one * other, one.square(), other.square()))
-    return product / ((square * other_square).sqrt() + 1e-6)
+    a, b = (t - (t * window).sum((-2, -1), keepdim=True) / area for t in (a, b))
+    product, a_square, b_square = ((t * window).sum((-2, -1)) for t in (a * b, a.square(), b.square()))
+    return product / ((a_square * b_square).sqrt() + 1e-6)

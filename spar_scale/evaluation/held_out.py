@@ -1,9 +1,9 @@
-"""The losses of a trained run on samples that it has not seen, one value per sample.
+"""The losses of a trained run on held-out samples, one value per sample.
 
-The run's averaged weights, its own list of layers, draws of noise and time that depend on the sample
-alone: two runs of one phase are compared on the very same terms. No caption is dropped. With `shuffled`
-each sample gets the prompt of its neighbour, the control for whether a diffusion model listens; with `mirrored`
-the picture to edit is mirrored and the target is not, the control for whether it sees where things stand.
+The run's EMA weights are evaluated with the phase's own list of layers. Noise and times depend on the sample alone, so
+two runs of a phase are compared on identical draws. No caption is dropped. Two controls: with `shuffled`, each sample
+gets the prompt of its neighbour, which shows whether a diffusion model uses its prompt; with `mirrored`, the source
+picture of an edit is mirrored and the target is not, which shows whether the model uses positions.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ def held_out_terms(
 ) -> dict[str, Tensor]:
     """Return each term of the run's phase over `samples` held-out samples, term -> (samples,) fp32.
 
-    `shards` maps the phase's source names to held-out shards; they are mixed in equal shares. No sample
-    counts twice: where they hold fewer, or bad ones, the result is shorter. Raises UserError for a run
-    without a checkpoint and shards that cannot be read.
+    `shards` maps the phase's source names to held-out shards; they are mixed in equal shares. No sample counts twice:
+    if the shards hold fewer samples, or bad ones, the result is shorter. Raises UserError if the run has no checkpoint
+    or shards cannot be read.
     """
     recipe = recipe_of(run_dir)
-    found = checkpoint.find(run_dir / "checkpoints")
-    if found is None:
+    latest = checkpoint.find(run_dir / "checkpoints")
+    if latest is None:
         raise UserError(f"{run_dir}: holds no checkpoint yet; train it further")
     stage = started_stage(recipe)
-    overwrite(stage.model, checkpoint.read(found, "ema"), found)
+    overwrite(stage.model, checkpoint.read(latest, "ema"), latest)
     return stage_terms(stage, shards, samples, shuffled, mirrored)
 
 
@@ -54,7 +54,10 @@ def stage_terms(
     seed: int = 0,
     batch: int = 50,
 ) -> dict[str, Tensor]:
-    """The same for a stage with the weights that it has now; `seed` keys the draws, `batch` samples run at a time."""
+    """Do the same for a training stage with its current weights.
+
+    `seed` keys the noise and time draws; `batch` samples are computed at a time.
+    """
     stage.model.eval()
     if shuffled and not set(PROMPT_SLOTS) <= set(stage.inputs):
         raise UserError(f"this phase reads {', '.join(stage.inputs)}: there are no prompts to shuffle")
@@ -64,6 +67,7 @@ def stage_terms(
         global_batch=batch, task_block=batch, micro_batch=batch, dp_rank=0, dp_size=1, workers=0, first_step=0,
         steps=-(-samples // batch),
     )  # fmt: skip
+    # From the second epoch on, samples repeat: they are not counted.
     distinct = next((number for number in range(samples) if loader.order.epoch(number) > 0), samples)
     values = []
     for batch_slots in loader:
@@ -78,7 +82,7 @@ def stage_terms(
     return {name: stacked[:, index] for index, name in enumerate(stage.terms)}
 
 
-def difference(one: Tensor, other: Tensor) -> tuple[float, float]:
-    """Return the mean of one - other over paired samples (n,) and its standard error."""
-    paired = (one - other).double()
+def difference(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """Return the mean of first - second over paired samples (n,) and its standard error."""
+    paired = (first - second).double()
     return float(paired.mean()), float(paired.std() / len(paired) ** 0.5)

@@ -1,8 +1,8 @@
-"""What is asked of a model that draws the miniature world: prompts of five kinds, and what each demands.
+"""Text-to-image prompts of five kinds for the miniature world, each with the objects that the picture must show.
 
-The prompts of a kind are all that the world's captions can say, in an order drawn from a seed, again and
-again until there are enough; so they are spread evenly over looks, zones and numbers. Apart stand those
-whose content training never shows (`shapes_world.is_unseen_content`), so no training caption says them.
+The prompts of a kind are all prompts that the world's captions can contain, shuffled with a seed. The shuffled list
+is repeated until there are enough prompts, so they cover looks, zones and numbers evenly. Prompts whose content is
+held out of training (`shapes_world.is_unseen_content`) are requested separately; no training caption contains them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ UNSEEN_KINDS = KINDS[1:]  # a look alone is unseen only in a world with `unseen_
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and the objects that it asks for: their looks ("red circle") in the order of the words.
+    """A prompt and the objects that it describes: their looks ("red circle") in the order of the prompt.
 
-    `zone` is that of a single object; `side` says where the first of two stands as seen from the second.
+    `zone` is the required zone of a single object. `side` is the required side ("left", "top", ...) of the first
+    object relative to the second.
     """
 
     kind: str
@@ -33,16 +34,16 @@ class Request:
     side: str | None = None
 
 
-def requests(world: World, kind: str, unseen: bool, count: int, seed: int = 0) -> list[Request]:
-    """Return `count` requests of a kind, all of seen or all of unseen contents; none where there are none."""
-    fitting = [r for r in _of_kind(world, kind) if is_unseen_content(world, r.looks, r.zone or "") is unseen]
-    if not fitting:
+def select_requests(world: World, kind: str, unseen: bool, count: int, seed: int = 0) -> list[Request]:
+    """Return `count` requests of a kind, all with unseen or all with seen contents; [] if the world has none."""
+    candidates = [r for r in _all_of_kind(world, kind) if is_unseen_content(world, r.looks, r.zone or "") is unseen]
+    if not candidates:
         return []
-    order = draw_generator(seed, f"requests/{kind}/{unseen}", 0).permutation(len(fitting))
-    return [fitting[order[number % len(fitting)]] for number in range(count)]
+    order = draw_generator(seed, f"requests/{kind}/{unseen}", 0).permutation(len(candidates))
+    return [candidates[order[number % len(candidates)]] for number in range(count)]
 
 
-def _of_kind(world: World, kind: str) -> Iterator[Request]:
+def _all_of_kind(world: World, kind: str) -> Iterator[Request]:
     looks = [f"{color} {shape}" for shape in world.shapes for color in COLORS]
     if kind == "color":
         for look in looks:
@@ -57,5 +58,5 @@ def _of_kind(world: World, kind: str) -> Iterator[Request]:
             yield Request(kind, f"{NUMBERS[number]} {color} {PLURALS[SHAPES.index(shape)]}", (look,) * number)
     else:
         sides = RELATIONS if kind == "relation" else {None: "and"}
-        for (one, other), (side, words) in product(permutations(looks, 2), sides.items()):
-            yield Request(kind, f"a {one} {words} a {other}", (one, other), side=side)
+        for (first, second), (side, words) in product(permutations(looks, 2), sides.items()):
+            yield Request(kind, f"a {first} {words} a {second}", (first, second), side=side)

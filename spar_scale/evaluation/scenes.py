@@ -1,4 +1,4 @@
-"""Held-out data of the miniature world: what is measured and shown."""
+"""Read held-out scenes and edits of the miniature world."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spar_scale.inference.pictures import to_tensor
 
 @dataclass(frozen=True)
 class HeldOutScene:
-    """A picture (3, S, S) in [0, 1], and the objects that it shows."""
+    """A picture (3, S, S) in [0, 1] and its objects."""
 
     image: Tensor
     objects: tuple[Object, ...]
@@ -38,18 +38,18 @@ class HeldOutEdit:
 
 
 def world_of(folder: Path) -> World:
-    """Return the settings of the world whose shards lie in a folder. Raises UserError where there are none."""
+    """Return the settings of the world whose shards are in a directory. Raises UserError if there are none."""
     path = folder / SETTINGS
     try:
         return World.model_validate(json.loads(path.read_text(encoding="utf-8"))["world"])
     except FileNotFoundError:
-        raise UserError(f"{path}: not there; shards that `spar-scale data make` wrote are needed") from None
+        raise UserError(f"{path}: no such file; expected shards that `spar-scale data make` wrote") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the settings of a world ({' '.join(str(error).split())})") from None
 
 
 def scenes_of(folder: Path, count: int) -> list[HeldOutScene]:
-    """The first held-out scenes of a world."""
+    """Return the first `count` held-out scenes of a world."""
     return [
         HeldOutScene(_picture(sample["png"]), _objects(sample, "scene"))
         for sample in first_samples(str(folder / "heldout-*.tar"), count)
@@ -57,7 +57,7 @@ def scenes_of(folder: Path, count: int) -> list[HeldOutScene]:
 
 
 def edits_of(folder: Path, count: int) -> list[HeldOutEdit]:
-    """The first held-out edits of a world."""
+    """Return the first `count` held-out edits of a world."""
     return [
         HeldOutEdit(
             json.loads(sample["json"])["type"],
@@ -71,7 +71,7 @@ def edits_of(folder: Path, count: int) -> list[HeldOutEdit]:
 
 
 def first_samples(shards: str, count: int) -> list[dict[str, bytes]]:
-    """The first samples of shards: name of a member -> its bytes."""
+    """Return the first samples of shards, each as name of a member -> its bytes."""
     samples: list[dict[str, bytes]] = []
     for shard in expand_shards(shards):
         index = read_index(shard)
@@ -86,5 +86,5 @@ def _picture(png: bytes) -> Tensor:
 
 
 def _objects(sample: dict[str, bytes], name: str) -> tuple[Object, ...]:
-    said: dict[str, Any] = json.loads(sample["json"])
-    return tuple(Object(**o) for o in said[name]["objects"])
+    annotations: dict[str, Any] = json.loads(sample["json"])
+    return tuple(Object(**o) for o in annotations[name]["objects"])

@@ -1,4 +1,4 @@
-"""What an evaluation leaves for a reader: rows of what was measured, and the pictures beside them."""
+"""Sections of an evaluation's results: rows of measurements and the pictures that belong to them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Section:
-    """Rows, and the pictures of each under the names of the columns: `tiles` (rows, columns, 3, S, S) in [0, 1]."""
+    """Rows of measurements, and one picture per row and column: `tiles` (rows, columns, 3, S, S) in [0, 1]."""
 
     rows: list[dict[str, Any]]
     columns: tuple[str, ...] = ()
     tiles: Tensor | None = None
 
     def write(self, folder: Path, name: str) -> dict[str, Any]:
-        """Write the pictures as one PNG, row below row, and return the section as plain values."""
+        """Write the pictures as one PNG sheet, one row of tiles per row, and return the section as JSON values."""
         if self.tiles is None:
             return {"rows": self.rows}
         tile = self.tiles.shape[-1]
@@ -38,5 +38,5 @@ class Section:
 
 
 def mean(values: list[bool] | list[float]) -> float:
-    """Return the mean of values, for shares of what is true too."""
+    """Return the mean of numbers, or the share of true values."""
     return sum(values) / len(values)

@@ -1,8 +1,7 @@
-"""Questions about held-out pictures: how often the language model answers them right.
+"""Visual question answering: the share of questions about held-out pictures that the language model answers right.
 
-One question per scene, of a type drawn for it; an answer is one word and must be the model's first choice
-of all words. Beside it stands the same model asked without a picture (`blind`), which knows how often
-each answer is right, and nothing else.
+Each scene has one question of a randomly drawn type. An answer is one word, and must be the most probable of all words.
+The reference is the same model without the picture (`blind`), which can only use how often each answer occurs.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from spar_scale.stages.forward import Forward
 
 @dataclass(frozen=True)
 class VisualQuestion:
-    """A picture (3, S, S) in [0, 1], a question of a type about it, and its answer of one word."""
+    """A picture (3, S, S) in [0, 1], a question about it with its type, and the one-word answer."""
 
     image: Tensor
     type: str
@@ -33,17 +32,17 @@ class VisualQuestion:
 
 
 def held_out_questions(shards: str, count: int, size: int) -> list[VisualQuestion]:
-    """The first `count` scenes of the shards with one question each; types are equally likely for a scene."""
-    asked: list[VisualQuestion] = []
+    """Return the first `count` scenes of the shards with one question each; all types of a scene are equally likely."""
+    questions: list[VisualQuestion] = []
     for sample in first_samples(shards, count):
-        draws, said = draw_generator(0, "visual questions", len(asked)), json.loads(sample["json"])["questions"]
-        types = sorted({entry["type"] for entry in said})
-        wanted = types[int(draws.integers(len(types)))]
-        of_type = [entry for entry in said if entry["type"] == wanted]
-        chosen = of_type[int(draws.integers(len(of_type)))]
+        draws, entries = draw_generator(0, "visual questions", len(questions)), json.loads(sample["json"])["questions"]
+        types = sorted({entry["type"] for entry in entries})
+        drawn_type = types[int(draws.integers(len(types)))]
+        of_type = [entry for entry in entries if entry["type"] == drawn_type]
+        entry = of_type[int(draws.integers(len(of_type)))]
         pixels = square(decode(sample["png"]), size, along=0.5, mirrored=False)
-        asked.append(VisualQuestion(torch.from_numpy(pixels), wanted, chosen["question"], chosen["answer"]))
-    return asked
+        questions.append(VisualQuestion(torch.from_numpy(pixels), drawn_type, entry["question"], entry["answer"]))
+    return questions
 
 
 def answers_right(
@@ -52,42 +51,40 @@ def answers_right(
     questions: Sequence[VisualQuestion],
     batch: int = 100,
 ) -> Tensor:
-    """Return for each question whether it is answered right, (n,) fp32; the parameters are those of `answers`."""
-    return right(answers(model, encode, questions, batch), questions)
+    """Return 1 for each question answered right, else 0, (n,) fp32; the parameters are those of `predict_answers`."""
+    return compare_answers(predict_answers(model, encode, questions, batch), questions)
 
 
-def right(given: Sequence[str], questions: Sequence[VisualQuestion]) -> Tensor:
-    """Return for each question whether it was given its answer, (n,) fp32."""
-    return torch.tensor([float(word == asked.answer) for word, asked in zip(given, questions, strict=True)])
+def compare_answers(predicted: Sequence[str], questions: Sequence[VisualQuestion]) -> Tensor:
+    """Return 1 for each predicted answer that is right, else 0, (n,) fp32."""
+    return torch.tensor([float(word == question.answer) for word, question in zip(predicted, questions, strict=True)])
 
 
 @torch.no_grad()
-def answers(
+def predict_answers(
     model: Forward,
     encode: Callable[[Tensor], Tensor] | None,
     questions: Sequence[VisualQuestion],
     batch: int = 100,
 ) -> list[str]:
-    """Return the word that answers each question; "" where the model's first choice is no word.
+    """Return the model's most probable word for each question, "" if the most probable token is not a word.
 
-    `encode` maps images (B, 3, S, S) to the tokens (B, N, D) that the language model reads; None asks
-    without pictures.
+    `encode` maps images (B, 3, S, S) to the tokens (B, N, D) that the language model reads; with None the questions
+    are asked without pictures.
     """
-    words, given = dict(enumerate(TOKENS)), []
+    words, predicted = dict(enumerate(TOKENS)), []
     for first in range(0, len(questions), batch):
         part = questions[first : first + batch]
-        seen = None if encode is None else encode(torch.stack([asked.image for asked in part]))
-        image_tokens = 0 if seen is None else seen.shape[1]
-        tokens, keep = padded([answering_prompt(asked.question, image_tokens) for asked in part])
-        chosen = model.next_token(tokens, keep, seen).argmax(-1)
-        given += [words.get(token, "") for token in chosen.tolist()]
-    return given
+        features = None if encode is None else encode(torch.stack([question.image for question in part]))
+        image_tokens = 0 if features is None else features.shape[1]
+        tokens, padding_mask = padded([answering_prompt(question.question, image_tokens) for question in part])
+        best = model.next_token(tokens, padding_mask, features).argmax(-1)
+        predicted += [words.get(token, "") for token in best.tolist()]
+    return predicted
 
 
-def by_type(questions: Sequence[VisualQuestion], right: Tensor) -> dict[str, float]:
-    """The share of right answers for each type of question, and for `all`."""
-    kinds = sorted({asked.type for asked in questions})
-    shares = {
-        kind: [float(r) for asked, r in zip(questions, right, strict=True) if asked.type == kind] for kind in kinds
-    }
-    return {kind: sum(values) / len(values) for kind, values in shares.items()} | {"all": float(right.mean())}
+def accuracy_by_type(questions: Sequence[VisualQuestion], right: Tensor) -> dict[str, float]:
+    """Return the share of right answers for each type of question, and for `all`."""
+    kinds = sorted({question.type for question in questions})
+    of_kind = {kind: [float(r) for q, r in zip(questions, right, strict=True) if q.type == kind] for kind in kinds}
+    return {kind: sum(values) / len(values) for kind, values in of_kind.items()} | {"all": float(right.mean())}

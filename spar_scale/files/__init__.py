@@ -1,1 +1,1 @@
-"""Files of a person: what commands write, and JSON that they read."""
+"""Output files of commands, and the JSON files that they read."""

@@ -1,7 +1,7 @@
-"""Read JSON files that this project wrote, as the form that their reader needs.
+"""Read JSON files that this program wrote, and validate them with the schema (`form`) that the reader needs.
 
-A file that is damaged or has another form is refused by name, with the place, what was found there and the command
-that writes the file anew. Files are UTF-8 whatever the locale is.
+A file that is damaged or does not match is refused with its name, the key, the value found and the command that writes
+the file again. Files are always UTF-8, independently of the locale.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def read_json(path: Path, form: TypeAdapter[Form], remedy: str) -> Form:
 
 
 def read_text(path: Path, remedy: str = "restore it from a copy") -> str:
-    """Return the text of a UTF-8 file. Raises UserError for what is no regular file, no UTF-8 or not readable."""
+    """Return the text of a UTF-8 file. Raises UserError if it is not a regular file, not UTF-8 or not readable."""
     if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no regular file; move it away")
+        raise UserError(f"{path}: is not a regular file; move it away")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -43,7 +43,7 @@ def read_text(path: Path, remedy: str = "restore it from a copy") -> str:
 
 
 def validated(value: Any, form: TypeAdapter[Form], where: str, remedy: str) -> Form:
-    """Return a value as `form`, in strict mode. Raises UserError for the first place that differs."""
+    """Return a value as `form`, validated in strict mode. Raises UserError for the first key that does not match."""
     try:
         return form.validate_python(value, strict=True)
     except ValidationError as failure:
@@ -54,7 +54,7 @@ def validated(value: Any, form: TypeAdapter[Form], where: str, remedy: str) -> F
 
 
 def _rule(error: ErrorDetails) -> str:
-    """What a value must be, in pydantic's words where these are fit to show."""
+    """Return the rule that a value broke, based on pydantic's message."""
     if error["type"] == "missing":
         return "must be given"
     if error["type"] == "too_short":

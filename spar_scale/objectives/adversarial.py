@@ -1,9 +1,8 @@
 """Adversarial objectives: logit maps (B, 1, h, w) in, one fp32 value per sample out (SPAR, tokenizer stage III).
 
-A logit is high where the discriminator takes a patch for real. A sample's value is the mean over its
-own patches, so the sum over a batch is the same however the batch is spread. The published code
-applies LeCam's square to means over a rank's batch instead; that value changes with the number of
-ranks, and the two agree where a batch is one sample.
+A high logit means that the discriminator classifies a patch as real. The value of a sample is the mean over its own
+patches, so the sum over a batch does not depend on the layout. The published code instead applies LeCam's square to
+means over a rank's batch, which depends on the number of ranks; both agree for a batch of one sample.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 class LeCam:
     """Regulariser of the discriminator against the running means of its own logits.
 
-    Holds the two means as 0-d fp32 tensors, so that an update waits for no device. They stand still
-    within a step: `loss` reads them, `update` moves them once per global batch, afterwards.
+    The two means are 0-d fp32 tensors on the device, so that an update does not synchronise. They are constant within a
+    step: `loss` reads them, and `update` changes them once per global batch, afterwards.
     """
 
     VERSION = 1
@@ -43,8 +42,8 @@ class LeCam:
     def loss(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """Return relu(D(real) - fake_mean)^2 + relu(real_mean - D(fake))^2 of each sample, (B,) in fp32.
 
-        D(.) is the mean over the sample's patches. Real logits are pulled down to where fakes are on
-        average, fakes up to where real ones are, which keeps the two from drifting apart on few data.
+        D(.) is the mean over the sample's patches. Real logits are pulled down to the mean of fake ones and vice versa,
+        so that the two do not drift apart if there is little data.
         """
         above = F.relu(_per_sample(real_logits) - self.fake_mean)
         below = F.relu(self.real_mean - _per_sample(fake_logits))
@@ -52,7 +51,7 @@ class LeCam:
 
     @torch.no_grad()
     def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:
-        """Move the running means towards those of one global batch (each 0-d, the same on all ranks)."""
+        """Move the running means towards those of one global batch (0-d, equal on all ranks)."""
         self.real_mean.lerp_(real_mean.detach().to(self.real_mean), 1 - self.decay)
         self.fake_mean.lerp_(fake_mean.detach().to(self.fake_mean), 1 - self.decay)
 
@@ -61,11 +60,11 @@ class LeCam:
         return {"version": self.VERSION, "real_mean": self.real_mean.clone(), "fake_mean": self.fake_mean.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the means; raises ValueError for a state of another version."""
+        """Restore the means. Raises ValueError for a state of another version."""
         if state.get("version") != self.VERSION:
             raise ValueError(
                 f"LeCam: state version {state.get('version')}, this program reads {self.VERSION};"
-                " load it with the program that wrote it, or start the discriminator anew"
+                " load it with the program that wrote it, or train a new discriminator"
             )
         self.real_mean.copy_(state["real_mean"])
         self.fake_mean.copy_(state["fake_mean"])

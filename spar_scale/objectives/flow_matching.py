@@ -1,12 +1,11 @@
 """Flow matching on latents (SPAR, section on training): the path, its velocity, one fp32 value per sample.
 
-x_sigma = (1 - sigma) z + sigma eps, and the model predicts the velocity eps - z. sigma is logit-normal
-with mean 0 and deviation 1, rounded to a table of 1000 steps; the published training has no shift of it. A
-shift s > 1 moves it towards noise, sigma -> s sigma / (1 + (s - 1) sigma), as the sampler's does. Small latents
-need one: what they have most of (the ground, where things stand) shows through the noise up to sigma = 0.8 and
-more, where the unshifted training hardly goes, and a model that can read it there does not ask its condition.
-All randomness comes in as draws that the batch carries, so a sample's loss does not depend on the batch it
-stands in.
+x_sigma = (1 - sigma) z + sigma eps, and the model predicts the velocity eps - z. sigma is logit-normal with mean 0 and
+standard deviation 1, rounded to a table of 1000 steps; the published training does not shift it. A shift s > 1 moves it
+towards noise, sigma -> s sigma / (1 + (s - 1) sigma), like the sampler's shift. Small latents need a shift: their main
+content (background, positions) is visible through the noise up to sigma = 0.8 and more, where training without a shift
+has few samples, and a model that can see the content does not learn to use its condition. All random draws are passed
+in with the batch, so the loss of a sample does not depend on the other samples.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ NUM_TIMESTEPS = 1000
 
 
 def timesteps(normal: Tensor, shift: float = 1.0) -> Tensor:
-    """Standard normal draws (B,) to timesteps (B,) in [1, 1000], fp32; sigma is timestep / 1000.
+    """Map standard normal draws (B,) to timesteps (B,) in [1, 1000], fp32; sigma is timestep / 1000.
 
-    u = sigmoid(draw) is the place floor(1000 u) in the table 1000, 999, ..., 1, which is then shifted.
+    With u = sigmoid(draw), the timestep is entry floor(1000 u) of the table 1000, 999, ..., 1, which is then shifted.
     """
-    place = (NUM_TIMESTEPS * normal.float().sigmoid()).floor().clamp_max(NUM_TIMESTEPS - 1)
-    timestep = NUM_TIMESTEPS - place
+    entry = (NUM_TIMESTEPS * normal.float().sigmoid()).floor().clamp_max(NUM_TIMESTEPS - 1)
+    timestep = NUM_TIMESTEPS - entry
     return shift * timestep / (1 + (shift - 1) * timestep / NUM_TIMESTEPS)
 
 
@@ -40,5 +39,5 @@ def velocity_error(prediction: Tensor, latents: Tensor, noise: Tensor) -> Tensor
 
 
 def drops_caption(uniform: Tensor, rate: float) -> Tensor:
-    """Uniform draws in [0, 1) of shape (B,) to booleans: True where the caption gives way to the bare instruction."""
+    """Map uniform draws in [0, 1), (B,), to booleans: True if the sample gets the unconditional prompt."""
     return uniform < rate

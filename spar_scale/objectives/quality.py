@@ -1,8 +1,8 @@
 """Quality of reconstructions: PSNR and SSIM, as functions of tensors.
 
-PSNR is per image on [0, 1] with range 1, then averaged by the caller: the mean of PSNRs, not the PSNR of
-the mean error, as in published reconstruction tables. SSIM is that of Wang et al. (2004), in ten lines of
-torch rather than through a library for one function.
+PSNR is computed per image on [0, 1] with range 1 and averaged by the caller: the mean of PSNRs, not the PSNR of the
+mean error, as in published reconstruction tables. SSIM is that of Wang et al. (2004), written in ten lines of torch to
+avoid a dependency for one function.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def psnr(prediction: Tensor, target: Tensor) -> Tensor:
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     """Return the structural similarity of each image, (B, C, H, W) in [0, 1] to (B,); equal images give 1.
 
-    Gaussian windows of 11 x 11 pixels, sigma 1.5, that lie whole inside the image; channels are averaged.
+    Gaussian windows of 11 x 11 pixels, sigma 1.5, completely inside the image; averaged over channels.
     """
     ramp = torch.exp(-0.5 * (torch.arange(-5, 6) / 1.5) ** 2)
     window = (ramp[:, None] * ramp[None, :] / ramp.sum() ** 2)[None, None]

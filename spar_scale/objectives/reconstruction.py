@@ -1,8 +1,7 @@
 """Reconstruction objectives: one fp32 value per sample, the mean over the sample's own elements.
 
-`gradient_difference` stands where the published recipe has a perceptual distance on a pretrained
-network. No such weights are assumed here, so it is named for what it computes: it rewards edges in
-the right place at several scales and knows nothing of perception.
+`gradient_difference` replaces the perceptual distance of the published recipe, which needs a pretrained network. It
+compares edges at several scales; it does not model perception.
 """
 
 from __future__ import annotations
@@ -27,11 +26,10 @@ GREY_LEVEL = 1 / 255
 def gradient_difference(prediction: Tensor, target: Tensor, scales: int = 3) -> Tensor:
     """Return the mean smooth absolute difference of image gradients over scales, (B, C, H, W) to (B,) in fp32.
 
-    At scale s both images are averaged over 2^s x 2^s pixels; the gradients are differences of
-    neighbours along x and along y; the means over both axes and all scales are averaged. Below one
-    grey level the difference counts quadratically: a plain absolute value has a gradient that flips
-    its sign on rounding in flat regions, and the curve would then depend on the order of sums.
-    Raises ValueError where an image is too small for the number of scales.
+    At scale s both images are averaged over 2^s x 2^s pixels. The gradients are differences of neighbours along x and
+    along y; the means over both axes and all scales are averaged. Below one grey level the difference counts
+    quadratically: in flat regions, rounding would flip the sign of an absolute value's gradient, and the losses would
+    depend on the order of sums. Raises ValueError if an image is too small for the number of scales.
     """
     difference = prediction.float() - target.float()  # averaging and differences are linear
     if min(difference.shape[-2:]) < 2**scales:
@@ -47,7 +45,7 @@ def gradient_difference(prediction: Tensor, target: Tensor, scales: int = 3) -> 
 def latent_power(latents: Tensor, limit: float = 1.0) -> Tensor:
     """Return how far each latent's mean square exceeds `limit`, (B, ...) to (B,) in fp32.
 
-    Keeps an autoencoder trained with latent noise of a fixed size from outgrowing the noise.
+    Prevents an autoencoder that is trained with latent noise of fixed size from scaling its latents up.
     """
     return (latents.float().square().flatten(1).mean(1) - limit).clamp_min(0)
 

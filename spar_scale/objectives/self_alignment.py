@@ -1,7 +1,7 @@
-"""Self-alignment (SPAR, L_align): the diffusion transformer's tapped features follow the clean image's.
+"""Self-alignment (SPAR, L_align): aligns features inside the diffusion transformer with those of the clean image.
 
-The student is the tapped block's output after the alignment head, the teacher the tokenizer's own
-projected features f_v of the clean target; tokens of both are in raster order.
+The student is the output of a transformer block after the alignment head. The teacher are the tokenizer's projected
+features f_v of the clean target. The tokens of both are in raster order.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 def self_alignment(student: Tensor, teacher: Tensor) -> Tensor:
     """Return minus the mean cosine over tokens, (B,) in fp32; student (B, N, D), teacher (B, M, D).
 
-    A teacher with another number of tokens is averaged along its raster to N tokens, as published.
-    No gradient reaches the teacher.
+    A teacher with another number of tokens is averaged in raster order to N tokens, as in the published code. The
+    teacher gets no gradient.
     """
     teacher = teacher.detach().float()
     if teacher.shape[1] != student.shape[1]:

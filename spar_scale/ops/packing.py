@@ -1,9 +1,9 @@
-"""Samples of unequal length packed one after another, for attention without padding.
+"""Pack samples of different lengths one after another, for attention without padding.
 
-Legend: B samples, T tokens of all samples, N tokens of the longest sample, H heads, D head width.
-Queries and keys have lengths of their own, so that e.g. the queries of each sample can attend to its
-prefix and to themselves. The lengths are known on the host, so nothing here waits for the device; a
-packing is made once for a batch and read by every layer.
+Legend: B samples, T tokens of all samples, N tokens of the longest sample, H heads, D head width. Queries and keys have
+separate lengths, so that for example the queries of a sample can attend to its prefix and to themselves. The lengths
+are known on the host, so nothing here synchronises with the device. A packing is created once per batch and used by
+every layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass(frozen=True)
 class Packing:
-    """Where each sample's queries and keys begin and end; make it with `of`.
+    """The bounds of each sample's queries and keys; create it with `of`.
 
     `cu_seqlens_q` and `cu_seqlens_k` (B + 1,), int32 on the device, are the cumulative lengths, from 0.
     """
@@ -31,11 +31,13 @@ class Packing:
 
     @classmethod
     def of(cls, lengths_q: Sequence[int], lengths_k: Sequence[int], device: torch.device | str) -> Packing:
-        """Pack samples of these numbers of queries and keys; raises ValueError if they do not pair up."""
+        """Return the packing of samples with these numbers of queries and keys. Raises ValueError if they mismatch."""
         if not lengths_q or len(lengths_q) != len(lengths_k):
-            raise ValueError(f"{len(lengths_q)} samples of queries and {len(lengths_k)} of keys do not pair up")
+            raise ValueError(f"found queries of {len(lengths_q)} samples and keys of {len(lengths_k)}, expected equal")
         if min(*lengths_q, *lengths_k) < 0 or not sum(lengths_q) or not sum(lengths_k):
-            raise ValueError(f"lengths of queries {list(lengths_q)} and keys {list(lengths_k)} hold nothing to attend")
+            raise ValueError(
+                f"found lengths of queries {list(lengths_q)} and keys {list(lengths_k)}, all of them empty"
+            )
         cumulative = (
             torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
             for lengths in (lengths_q, lengths_k)
@@ -44,7 +46,7 @@ class Packing:
 
     @classmethod
     def even(cls, batch: int, num_q: int, num_k: int, device: torch.device) -> Packing:
-        """The packing of a dense batch; made on the device, nothing is copied there."""
+        """Return the packing of a dense batch; created on the device without a copy from the host."""
         cumulative = (
             torch.arange(0, (batch + 1) * num, num, dtype=torch.int32, device=device) for num in (num_q, num_k)
         )
@@ -67,7 +69,10 @@ class Packing:
                 raise ValueError(f"packed {name} is {tuple(tensor.shape)}, must be ({sum(lengths)}, heads, width)")
 
     def pad(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pad q, k, v to (B, N, H, D); with the mask (B, 1, N_q, N_k) of the real keys, bottom-right causal or not."""
+        """Pad q, k, v to (B, N, H, D); also return the mask (B, 1, N_q, N_k) of real keys, optionally causal.
+
+        The causal mask is aligned bottom-right.
+        """
         q, k, v = (
             pad_sequence(list(tensor.split(lengths)), batch_first=True)
             for tensor, lengths in ((q, self.lengths_q), (k, self.lengths_k), (v, self.lengths_k))
@@ -80,5 +85,5 @@ class Packing:
         return q, k, v, mask
 
     def unpad(self, padded: Tensor) -> Tensor:
-        """Take the real queries of (B, N_q, H, D): (T_q, H, D)."""
+        """Return the real queries of (B, N_q, H, D) as (T_q, H, D)."""
         return torch.cat([sample[:length] for sample, length in zip(padded, self.lengths_q, strict=True)])

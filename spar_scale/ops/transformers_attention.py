@@ -1,7 +1,7 @@
-"""`attention` under the name by which transformers' models ask for it.
+"""Register `attention` as an attention implementation of transformers.
 
-Importing this module registers it, with transformers' own boolean masks; a model then takes it by
-`set_attn_implementation(IMPLEMENTATION)`, or by its config.
+Importing this module registers it, with transformers' own boolean masks. A model selects it with
+`set_attn_implementation(IMPLEMENTATION)` or in its config.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def _attention(
     scaling: float | None = None, is_causal: bool | None = None, dropout: float = 0.0,
     sliding_window: int | None = None, **_: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """`attention` in the signature of transformers, whose layout is (B, H, N, D) on the way in."""
+    """Call `attention` with the signature of transformers, whose inputs are (B, H, N, D)."""
     if dropout or sliding_window:
-        raise ValueError(f"no dropout and no sliding window here, found {dropout} and {sliding_window}")
+        raise ValueError(f"dropout and sliding window are not supported, found {dropout} and {sliding_window}")
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal) and attention_mask is None
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return attention(q, k, v, causal=causal, mask=attention_mask, scale=scaling), None

@@ -1,1 +1,1 @@
-"""What each layout of a recipe costs."""
+"""Estimates of the costs of a recipe's layouts."""

@@ -1,7 +1,7 @@
-"""GPUs by their makers' published figures: dense peaks without sparsity, one direction of a link.
+"""GPUs with the published figures of their manufacturers: dense peaks without sparsity, one direction of a link.
 
-Memory in decimal gigabytes, as it is sold; a device shows a few percent more. The network is one adapter for each GPU
-as the maker's eight-GPU servers have it: 400 Gb/s, 200 Gb/s of the A100's.
+Memory is in decimal gigabytes, as advertised; a device shows a few percent more. The network is one adapter per GPU, as
+in the manufacturer's eight-GPU servers: 400 Gb/s, for the A100 200 Gb/s.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Machine:
-    """Return the GPU of a name; UserError for an unknown one."""
+    """Return the GPU of a name. Raises UserError for an unknown one."""
     if name not in GPUS:
         raise UserError(f"--gpu: found '{name}', must be one of {', '.join(GPUS)}{nearest(name, GPUS)}")
     return GPUS[name]

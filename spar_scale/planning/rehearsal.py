@@ -1,8 +1,8 @@
-"""`spar-scale plan RECIPE --gpus N --rehearse-rank R`: one rank of a large world, built here, against its plan.
+"""`spar-scale plan RECIPE --gpus N --rehearse-rank R`: build one rank of a large world and compare it with the plan.
 
-Groups, tensor cut, stage cut and shapes are those of the real run, on the meta device. Where what the rank keeps is
-small (the miniature's), the engine too is built, on CPU tensors without values, and its bytes are counted; for larger
-models the arithmetic stands alone. The two agree to the byte, or it is an error.
+Groups, tensor cut, pipeline cut and shapes are those of the real run, on the meta device. If the rank's state is small
+(as for the miniature), the engine is built too, on CPU tensors without values, and its bytes are counted; for larger
+models they are only calculated. A difference between plan and rehearsal is an error.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from parallel.errors import UserError
 from parallel.launch.world import start
 from parallel.optimizers import OPTIMIZERS
 from parallel.pipeline import stage_bounds
-from parallel.planner import Counted
-from parallel.rehearsal import fake_world, give_memory
+from parallel.planner import CountedProgram
+from parallel.rehearsal import fake_world, materialize
 from parallel.tensor import apply_tensor_parallel
 from parallel.topology import Layout, Topology
 from parallel.zero.engine import Engine, name_parameters
@@ -32,13 +32,13 @@ from spar_scale.training.engine_settings import engine_settings
 from spar_scale.training.optimizers import parameter_groups
 
 ENGINE_BYTES = 2**30
-"""An engine that keeps more is not built."""
+"""An engine with more state is not built."""
 
 
 def rehearse(recipe: Recipe, gpus: int, rank: int) -> str:
-    """Build rank `rank` of the recipe's own layout on so many GPUs, and compare it with the plan's.
+    """Build rank `rank` of the recipe's own layout on `gpus` GPUs and compare it with the plan; return a report.
 
-    Raises UserError for a rank or layout that cannot be, RuntimeError where plan and rehearsal differ.
+    Raises UserError for an impossible rank or layout, RuntimeError if plan and rehearsal differ.
     """
     parallel = recipe.parallel
     layout = Layout(parallel.tensor, parallel.pipeline, parallel.zero)
@@ -54,31 +54,34 @@ def rehearse(recipe: Recipe, gpus: int, rank: int) -> str:
         topology, stage = Topology(layout), meta_stage(recipe)
         with torch.device("meta"):
             apply_tensor_parallel(stage.model, stage.layers, tensor_plan(preset_of(recipe)), topology.tensor_group)
-        first, end = bounds[topology.stage]
+        first, end = bounds[topology.pipeline_stage]
         seconds = time.monotonic() - began
         kinds = state_bytes(counted.stage_weights(first, end), counted.num_groups, shape, topology.data_rank)
-        held = f"layers {first}-{end - 1}, {_weights(stage, counted, first, end, rank):,} weights, as planned"
-        kept = "no engine: its bytes are too many for here"
+        layers = f"layers {first}-{end - 1}, {_weights(stage, counted, first, end, rank):,} weights, as planned"
+        engine = "no engine: its state is too large to build it here"
         if sum(kinds.values()) <= ENGINE_BYTES:
-            kept = _engine_keeps(recipe, stage, topology, counted, kinds)
-    told = ", ".join(f"{kind} {size:,}" for kind, size in kinds.items())
-    where = f"tensor rank {topology.tensor_rank}, data rank {topology.data_rank}, stage {topology.stage}"
-    return f"rank {rank} of {gpus} ({where}) built in {seconds:.1f} s: {held}\nbytes: {told}\n{kept}"
+            engine = _compare_engine(recipe, stage, topology, counted, kinds)
+    sizes = ", ".join(f"{kind} {size:,}" for kind, size in kinds.items())
+    position = f"tensor rank {topology.tensor_rank}, data rank {topology.data_rank}"
+    position += f", pipeline stage {topology.pipeline_stage}"
+    return f"rank {rank} of {gpus} ({position}) built in {seconds:.1f} s: {layers}\nbytes: {sizes}\n{engine}"
 
 
-def _weights(stage: Stage, counted: Counted, first: int, end: int, rank: int) -> int:
-    """The number of weights of the rank's layers; RuntimeError where the plan has another."""
+def _weights(stage: Stage, counted: CountedProgram, first: int, end: int, rank: int) -> int:
+    """Return the number of weights in the rank's layers. Raises RuntimeError if the plan has another number."""
     layers = torch.nn.ModuleList(stage.layers[first:end])
     built = sum(parameter.numel() for parameter in layers.parameters())
     planned = sum(weight.numel for weight in counted.stage_weights(first, end))
     if built != planned:
-        raise RuntimeError(f"rank {rank} holds {built} weights by rehearsal and {planned} by the plan")
+        raise RuntimeError(f"rank {rank} has {built} weights in the rehearsal and {planned} in the plan")
     return built
 
 
-def _engine_keeps(recipe: Recipe, stage: Stage, topology: Topology, counted: Counted, planned: dict[str, int]) -> str:
-    """Build the engine on weights without values; RuntimeError where it keeps other bytes than planned."""
-    give_memory(torch.nn.ModuleList([stage.model, *stage.layers]))
+def _compare_engine(
+    recipe: Recipe, stage: Stage, topology: Topology, counted: CountedProgram, planned: dict[str, int]
+) -> str:
+    """Build the engine on weights without values. Raises RuntimeError if its bytes differ from the plan."""
+    materialize(torch.nn.ModuleList([stage.model, *stage.layers]))
     name_parameters(stage.model)
     groups = parameter_groups(stage, recipe.optimizer)
     for group in groups:
@@ -94,11 +97,13 @@ def _engine_keeps(recipe: Recipe, stage: Stage, topology: Topology, counted: Cou
         engine_settings(recipe, topology.data_size),
         [cost.flops for cost in counted.costs],
     )
-    engine.state.fragments(loading=True)  # has the optimizer make its moments
+    engine.state.fragments(loading=True)  # makes the optimizer create its moments
     if engine.zero == 3 and (small := engine.deepspeed.optimizer.persistent_parameters):
-        small[0].all_gather(small)  # as the first step does: they stay whole on every rank
+        small[0].all_gather(small)  # as in the first step: they stay replicated on every rank
     kept = kept_bytes(engine)
     engine.close()
     if differing := {kind: (size, planned[kind]) for kind, size in kept.items() if size != planned[kind]}:
-        raise RuntimeError(f"the engine keeps other bytes than planned: {differing}")
-    return f"engine: ZeRO {engine.zero} built on CPU tensors keeps the same {sum(kept.values()):,} bytes, of each kind"
+        raise RuntimeError(f"the engine's bytes differ from the plan, (found, planned): {differing}")
+    return (
+        f"engine: ZeRO {engine.zero}, built on CPU tensors, has the planned {sum(kept.values()):,} bytes of each kind"
+    )

@@ -1,1 +1,1 @@
-"""Several runs: chains of phases, side by side in processes, the demo, ablations, parity of layouts."""
+"""Programs of several runs: chains of phases in concurrent processes, the demo, ablations, parity of layouts."""

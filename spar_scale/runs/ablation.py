@@ -1,18 +1,18 @@
-"""Ablations: what each switch of SPAR changes, over seeds, on held-out data.
+"""Ablations: the effect of each switch of SPAR, over several seeds, on held-out data.
 
-A row turns switches; the phases that read them are trained again from what the others share (`chain.py`),
-with the steps and the data of the full system, as many side by side as there are jobs. Each row's metrics, and
-the paper's direction where it has such a row, are named here, before it runs:
+A row sets switches. The phases that read them are trained again with the steps and data of the full system; all other
+phases are shared (`chain.py`). `jobs` runs are trained at the same time. The table below declares each row's metrics
+and, if the paper has such a row, the direction that the paper reports, before the row runs:
 
-    psnr          dB, held-out reconstructions                  drift   MSE of f_v against the untrained encoder's
-    vqa           questions answered right from the tokenizer's features
-    teacher       L_p: MSE of z_p against the pixel encoder (where there is a pixel stream)
-    sharpness     gradient energy of reconstructions over that of the pictures; 1 is right
-    flow          held-out flow-matching loss     gap    the same with prompts shuffled, minus it
+    psnr          dB, held-out reconstructions                  drift   MSE of f_v from the untrained encoder's
+    vqa           share of questions answered right from the tokenizer's features
+    teacher       L_p: MSE of z_p from the pixel encoder (if there is a pixel stream)
+    sharpness     gradient energy of reconstructions divided by that of the pictures; 1 is ideal
+    flow          held-out flow-matching loss     gap    the loss with shuffled prompts minus `flow`
 
-A difference counts where it has one sign over all seeds and is larger than the spread of the full system
-over the seeds; else the table says "no effect". The seeds share stage 0. The world is that of the size with
-texture on its ground: a plain ground asks so little of the encoder that training it cannot be told from leaving it.
+A difference is significant if it has the same sign for all seeds and exceeds the spread of the full system over the
+seeds; otherwise the table says "no effect". The seeds share training stage 0. The world has a textured background: on a
+plain one the encoder has so little to learn that training it makes no measurable difference.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ from spar_scale.training.export import recipe_of, trained_forward
 
 SAMPLES = {"demo": 500, "smoke": 40}
 RESULT = "ablation.json"
-VALUES, MEASURING_S = "values.json", 30.0  # an estimate
+VALUES, MEASURING_S = "values.json", 30.0  # estimated duration
 _METRICS = TypeAdapter(dict[str, float])
-LOWER, HIGHER, SILENT = -1, 1, 0  # what the paper says of a metric under a switch
+LOWER, HIGHER, SILENT = -1, 1, 0  # direction of a metric in the paper; SILENT: the paper does not report it
 
 
 @dataclass(frozen=True)
 class Row:
-    """A variant: its switches, the phase whose run is measured, and which metrics tell whether it acts.
+    """A variant: its switches, the phase whose run is measured, and the metrics that can show an effect.
 
-    With each metric stands where the paper's own row goes: LOWER, HIGHER, or SILENT where it has none.
+    `metrics` maps each metric to its direction in the paper: LOWER, HIGHER, or SILENT if the paper has no such row.
     """
 
     phase: str
@@ -64,8 +64,8 @@ class Row:
     metrics: Mapping[str, int] = field(default_factory=dict)
 
 
-def _weighed(weight: float, rate: float) -> Row:
-    """The tokenizer with L_s of another weight, and its encoder at another share of the learning rate."""
+def _tokenizer_with(weight: float, rate: float) -> Row:
+    """Return the row with another weight of L_s and another learning-rate multiplier of the encoder."""
     distillation = {"objective.semantic_distillation_weight": weight} if weight else NO_DISTILLATION
     return Row("tokenizer_encoder", {**distillation, ENCODER_RATE: rate}, {"psnr": SILENT, "vqa": SILENT})
 
@@ -87,10 +87,10 @@ ROWS = {
     "with L_GAN": Row(
         "tokenizer_encoder", {"objective.adversarial_weight": 0.1}, {"sharpness": SILENT, "psnr": SILENT}
     ),
-    "L_s 1, encoder rate 1": _weighed(1.0, 1.0),
-    "L_s 0.1, encoder rate 0.1": _weighed(0.1, 0.1),
-    "L_s 0.1, encoder rate 1": _weighed(0.1, 1.0),
-    "L_s 0, encoder rate 1": _weighed(0.0, 1.0),
+    "L_s 1, encoder rate 1": _tokenizer_with(1.0, 1.0),
+    "L_s 0.1, encoder rate 0.1": _tokenizer_with(0.1, 0.1),
+    "L_s 0.1, encoder rate 1": _tokenizer_with(0.1, 1.0),
+    "L_s 0, encoder rate 1": _tokenizer_with(0.0, 1.0),
     "unified": Row("align_joint"),
     "routing: last layer": Row("align_joint", {"model.routing": "last_layer"}, {"flow": HIGHER, "gap": LOWER}),
     "routing: uniform": Row("align_joint", {"model.routing": "uniform"}, {"flow": SILENT, "gap": SILENT}),
@@ -111,7 +111,7 @@ CURVE = {
     (0.0, 0.1): "without L_s",
     (0.0, 1.0): "L_s 0, encoder rate 1",
 }
-"""Weight of L_s and the encoder's share of the learning rate -> row: what seeing costs, and what it keeps."""
+"""(Weight of L_s, learning-rate multiplier of the encoder) -> row: reconstruction versus understanding."""
 
 
 def ablate(
@@ -122,11 +122,12 @@ def ablate(
     overrides: Sequence[str] = (),
     jobs: int | None = None,
 ) -> str:
-    """Train and measure the rows under `out` (all, or those named and the full systems); return the tables.
+    """Train and measure the rows under `out` (all, or `names` and their full systems); return the tables.
 
-    `overrides` are laid over every recipe after stage 0, so a study can be made shorter; `jobs` (two, one on one
-    core) runs are trained side by side. What is done is not done again. Every value is kept in `out/ablation.json`.
-    Raises UserError for a row that does not exist, an `out` that cannot be written, and for what a run refuses.
+    `overrides` are applied to every recipe after training stage 0, for example to shorten the study. `jobs` runs are
+    trained at the same time (default: two, or one on a single core). Finished runs and measurements are not repeated.
+    All values are written to `out/ablation.json`. Raises UserError for an unknown row, an `out` that cannot be written,
+    and a recipe that training refuses.
     """
     chosen, jobs = _chosen(names), jobs or min(2, available_cores())
     make_directory(out, "--out")
@@ -142,27 +143,27 @@ def ablate(
             steps.update({step.name: step for step in [*trained, measured] if step.name not in steps})
     import_before_forks(mlflow=any(chains[0].recipe(row.phase).tracking.mirror for row in ROWS.values()))
     run_steps(list(steps.values()), jobs)
-    values = {name: _over_seeds([_kept(file) for file in found]) for name, found in files.items()}
+    values = {name: _over_seeds([_read_values(file) for file in of_row]) for name, of_row in files.items()}
     content = {"size": size, "overrides": list(overrides), "seeds": list(seeds), "rows": values}
     write_file(out / RESULT, json.dumps(content, indent=1) + "\n")
     return "\n\n".join(part for part in (table(values), curve(values)) if part)
 
 
 def _measured(trained: Step, out: Path, samples: int) -> Step:
-    """The step that measures what another has trained."""
+    """Return the step that measures the run of another step."""
     folder = trained.folder.parent / "measured" / trained.folder.name
-    work = functools.partial(_keep, trained.folder, out, samples, folder / VALUES)
+    work = functools.partial(_write_values, trained.folder, out, samples, folder / VALUES)
     return Step(f"{trained.name}, measured", folder, work, (trained.name,), MEASURING_S)
 
 
-def _keep(run_dir: Path, out: Path, samples: int, file: Path) -> None:
+def _write_values(run_dir: Path, out: Path, samples: int, file: Path) -> None:
     values = measure(run_dir, out, samples)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, (json.dumps(values) + "\n"))
     print("  ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
 
 
-def _kept(file: Path) -> dict[str, float]:
+def _read_values(file: Path) -> dict[str, float]:
     return read_json(file, _METRICS, f"remove {file.parent} and run the same command again")
 
 
@@ -171,7 +172,7 @@ def _over_seeds(measured: Sequence[Mapping[str, float]]) -> dict[str, list[float
 
 
 def measure(run_dir: Path, out: Path, samples: int) -> dict[str, float]:
-    """All metrics of a run that apply to its phase, on held-out scenes."""
+    """Return all metrics of a run that apply to its phase, on held-out scenes."""
     recipe = recipe_of(run_dir)
     if recipe.stage == "tokenizer":
         return _measure_tokenizer(recipe, run_dir, out, samples)
@@ -182,7 +183,7 @@ def measure(run_dir: Path, out: Path, samples: int) -> dict[str, float]:
 
 
 def table(values: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Each row's metrics against the full system's: mean, difference, spread of the full system, verdict."""
+    """Return the table of each row's metrics compared with the full system: means, difference, spread, verdict."""
     lines = ["| row | metric | full | row | difference | spread | paper | verdict |", "|---" * 8 + "|"]
     full: Mapping[str, Sequence[float]] = {}
     for name, measured in values.items():
@@ -196,7 +197,7 @@ def table(values: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
 
 
 def curve(values: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Reconstruction against understanding over the weight of L_s and the encoder's rate; "" where a point lacks."""
+    """Return the table of reconstruction and understanding over weights of L_s and rates; "" if a row is missing."""
     if not set(CURVE.values()) <= set(values):
         return ""
     lines = ["| weight of L_s | encoder's rate | psnr | spread | vqa | spread |", "|---" * 6 + "|"]
@@ -209,29 +210,29 @@ def curve(values: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return "\n".join(lines)
 
 
-def acts(full: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether a row differs: one sign over all seeds, and on average by more than the full system's spread."""
+def is_significant(full: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether a row differs with the same sign for all seeds, and on average by more than the spread."""
     differences = [b - a for a, b in zip(full, other, strict=True)]
     one_sign = all(d > 0 for d in differences) or all(d < 0 for d in differences)
     return len(full) > 1 and one_sign and abs(_mean(differences)) > _spread(full)
 
 
 def verdict(full: Sequence[float], other: Sequence[float], paper: int) -> str:
-    """What a row shows: "reproduced" or "opposite" where the paper has a direction, else "acts"; or "no effect"."""
+    """Return "reproduced" or "opposite" if the paper reports a direction, else "effect"; or "no effect"."""
     if len(full) < 2:
         return "one seed"
-    if not acts(full, other):
+    if not is_significant(full, other):
         return "no effect"
     if paper == SILENT:
-        return "acts"
+        return "effect"
     return "reproduced" if (_mean(other) - _mean(full)) * paper > 0 else "opposite"
 
 
 def _line(name: str, metric: str, full: Sequence[float], other: Sequence[float]) -> str:
     mean, row, paper = _mean(full), _mean(other), ROWS[name].metrics[metric]
-    said = {LOWER: "lower", HIGHER: "higher", SILENT: ""}[paper]
+    direction = {LOWER: "lower", HIGHER: "higher", SILENT: ""}[paper]
     return (
-        f"| {name} | {metric} | {mean:.4f} | {row:.4f} | {row - mean:+.4f} | {_spread(full):.4f} | {said} |"
+        f"| {name} | {metric} | {mean:.4f} | {row:.4f} | {row - mean:+.4f} | {_spread(full):.4f} | {direction} |"
         f" {verdict(full, other, paper)} |"
     )
 
@@ -248,7 +249,7 @@ def _chosen(names: Sequence[str] | None) -> list[str]:
     if names is None:
         return list(ROWS)
     if unknown := [name for name in names if name not in ROWS]:
-        raise UserError(f"--row: '{unknown[0]}' is no row{nearest(unknown[0], ROWS)}; there are {', '.join(ROWS)}")
+        raise UserError(f"--row: '{unknown[0]}' is not a row{nearest(unknown[0], ROWS)}; there are {', '.join(ROWS)}")
     phases = {ROWS[name].phase for name in names}
     return [name for name, row in ROWS.items() if name in names or (not row.switches and row.phase in phases)]
 
@@ -258,7 +259,7 @@ def _measure_tokenizer(recipe: Recipe, run_dir: Path, out: Path, samples: int) -
     model, preset = trained_forward(run_dir)[0], preset_of(recipe)
     parts = {part: pretrained_part(recipe, part) for part in recipe.model.pretrained}
     scenes = torch.stack([scene.image for scene in scenes_of(out / "data", samples)])
-    made = torch.cat([model.reconstruct(part) for part in scenes.split(64)])
+    reconstructions = torch.cat([model.reconstruct(part) for part in scenes.split(64)])
     mllm = published_forward(parts["mllm"], preset)
     features, untrained = (
         torch.cat([forward.features(part) for part in scenes.split(64)]) for forward in (model, mllm)
@@ -266,10 +267,10 @@ def _measure_tokenizer(recipe: Recipe, run_dir: Path, out: Path, samples: int) -
     questions = held_out_questions(str(out / "data" / "heldout-*.tar"), samples, preset.image_size)
     right = answers_right(mllm, model.features, questions)
     measured = {
-        "psnr": float(psnr(made, scenes).mean()),
+        "psnr": float(psnr(reconstructions, scenes).mean()),
         "drift": float((features - untrained).square().mean()),
         "vqa": float(right.mean()),
-        "sharpness": float(_gradient_energy(made) / _gradient_energy(scenes)),
+        "sharpness": float(_gradient_energy(reconstructions) / _gradient_energy(scenes)),
     }
     if recipe.model.streams != "semantic":
         teacher, _ = preset.autoencoder.load(parts["pixel_autoencoder"])
@@ -281,5 +282,5 @@ def _measure_tokenizer(recipe: Recipe, run_dir: Path, out: Path, samples: int) -
 
 
 def _gradient_energy(images: Tensor) -> Tensor:
-    """Mean squared difference of neighbouring pixels of images (n, 3, S, S)."""
+    """Return the mean squared difference of neighbouring pixels of images (n, 3, S, S)."""
     return images.diff(dim=-1).square().mean() + images.diff(dim=-2).square().mean()

@@ -1,6 +1,6 @@
-"""What a person sees of several steps that go on side by side: how far each is, and when all will be done.
+"""Show the progress of several concurrent steps and the remaining time of all.
 
-On a terminal a bar for the whole and one for every step that runs; elsewhere one plain line per log step.
+On a terminal: a bar for the total and one for every running step. Otherwise: one plain line per log step.
 """
 
 from __future__ import annotations
@@ -10,56 +10,56 @@ from typing import Any
 
 
 class Board:
-    """Shows steps by name on stderr; `tick` says what share of the whole is done and how many seconds are left."""
+    """Shows steps by name on stderr; `tick` passes the completed share of the total and the remaining seconds."""
 
     def __init__(self):
-        self._whole, self._bars, self._tasks = "", None, {}
+        self._total, self._bars, self._tasks = "", None, {}
         if sys.stderr.isatty():
             self._bars = _bars()
             self._tasks: dict[str, Any] = {"": self._bars.add_task("[bold]all", total=1.0, note="")}
             self._bars.start()
 
     def begin(self, name: str) -> None:
-        """A step starts."""
+        """Show that a step starts."""
         if self._bars is None:
             print(f"{name}: starts", file=sys.stderr, flush=True)
         else:
             self._tasks[name] = self._bars.add_task(name, total=None, note="")
 
     def show(self, name: str, done: int, steps: int, note: str) -> None:
-        """A running step has done so many of its training steps."""
+        """Show how many of its training steps a running step has completed."""
         if self._bars is not None:
             self._bars.update(self._tasks[name], completed=done, total=steps, note=f"{done}/{steps}  {note}")
         elif note:
-            print(f"{name} step {done}/{steps}  {note}  [{self._whole}]", file=sys.stderr, flush=True)
+            print(f"{name} step {done}/{steps}  {note}  [{self._total}]", file=sys.stderr, flush=True)
 
     def write_line(self, name: str, text: str) -> None:
-        """A line of a step's own."""
+        """Show a line that a step printed."""
         if self._bars is None:
             print(f"{name}: {text}", file=sys.stderr, flush=True)
         else:
             self._bars.console.print(f"{name}: {text}", markup=False, highlight=False)
 
     def end(self, name: str) -> None:
-        """A step runs no more."""
+        """Remove the bar of a step that has ended."""
         if self._bars is not None:
             self._bars.remove_task(self._tasks.pop(name))
 
     def tick(self, share: float, left_s: float) -> None:
-        """Bring what is said of the whole up to date."""
-        self._whole = f"{share:.0%} of all, {clock(left_s)} left"
+        """Update the total."""
+        self._total = f"{share:.0%} of all, {clock(left_s)} left"
         if self._bars is not None:
             self._bars.update(self._tasks[""], completed=share, note=f"{share:.0%}, {clock(left_s)} left")
             self._bars.refresh()
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Remove the bars from the terminal."""
         if self._bars is not None:
             self._bars.stop()
 
 
 def clock(seconds: float) -> str:
-    """Seconds as a person says them: "40 s", "12 min", "2 h 05 min"."""
+    """Return seconds as text: "40 s", "12 min", "2 h 05 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -67,7 +67,7 @@ def clock(seconds: float) -> str:
 
 
 def _bars() -> Any:
-    """Bars without the thread that rich would refresh them by: the process that shows them forks."""
+    """Return bars without rich's refresh thread, because the process that shows them forks."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 

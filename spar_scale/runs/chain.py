@@ -1,10 +1,9 @@
-"""The phases of SPAR, each starting from what those before it wrote.
+"""A chain of phases, each of which starts from the results of earlier ones.
 
-Which phase starts from which stands in the recipes (`init_from`, `model.pretrained`), so asking for one
-phase trains whatever it needs. Switches (dotted key -> value) reach the phases that read them; a run
-directory is named after the switches that had an effect on it, so two studies share what they have in
-common, and a run that is there and finished is not trained again. `steps` and `needed` hand the phases out to be
-run side by side (`processes.py`).
+The recipes declare which phase starts from which (`init_from`, `model.pretrained`), so requesting one phase trains all
+phases that it needs. Switches (dotted key -> value) are applied to the phases that read them. A run directory is named
+after the switches that affect it, so two studies share their common runs, and a finished run is not trained again.
+`steps` and `needed` return the phases as steps that can run at the same time (`processes.py`).
 """
 
 from __future__ import annotations
@@ -28,43 +27,45 @@ from spar_scale.training.trainer import train
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SCENES_PER_S = 1500
-START_S, ENCODING_S = 3.0, 80.0  # of a phase before its first step; of storing what frozen parts make
+START_S, ENCODING_S = 3.0, 80.0  # estimated durations: start of a phase until its first step; `data encode`
 STORED = "encoded"
 _PART, ENCODER_RATE = "model.pretrained.", "optimizer.groups.encoder"
 Switches = Mapping[str, object]
 NONE: Switches = {}
 COMPARED: tuple[str, Switches] = ("tokenizer_encoder", {"model.encoder": "frozen"})
-"""Phase and switches: what training the vision tower in the tokenizer's last phase is worth."""
+"""A variant of the tokenizer's last phase, which shows the benefit of training the vision tower."""
 
 
 class Chain:
     """The phases of one size and seed, under `out`; shards are read from `out/data`.
 
-    Stage 0 is the same for all seeds where `shared` names a directory above for it. `overrides`
-    (`a.b=c`) are laid over the recipes of the later stages. Raises UserError for a size without recipes.
+    With `shared`, training stage 0 is under that directory and the same for all seeds. `overrides` (`a.b=c`) are
+    applied to the recipes of later training stages. Raises UserError for a size without recipes.
     """
 
     def __init__(self, out: Path, size: str, seed: int, shared: Path | None = None, overrides: Sequence[str] = ()):
         self.folder = RECIPES / SIZES[size]
         if not (self.folder / "world.yaml").exists():
-            there = [name for name, folder in SIZES.items() if (RECIPES / folder / "world.yaml").exists()]
-            rule = f"there are recipes of size {', '.join(there)}" if there else "it needs a checkout of the project"
+            available = [name for name, folder in SIZES.items() if (RECIPES / folder / "world.yaml").exists()]
+            rule = "it needs a checkout of the project"
+            if available:
+                rule = f"there are recipes of size {', '.join(available)}"
             raise UserError(f"--size {size}: {self.folder} does not exist; {rule}")
         self.out, self.seed, self.shared = out, seed, shared or out
         self.phases = [phase for phase in phase_names() if (self.folder / f"{phase}.yaml").exists()]
         self.overrides = tuple(overrides)
 
     def is_trained(self, phase: str, switches: Switches = NONE) -> bool:
-        """Whether the run of a phase is there and finished; one of another recipe is refused."""
+        """Return whether the run of a phase is finished. Raises UserError for a run of another recipe."""
         recipe = self.recipe(phase, switches)
         refuse_another(recipe.run_dir / "recipe.yaml", recipe)
         return _finished(recipe.run_dir, recipe.train.steps)
 
     def steps(self) -> list[Step]:
-        """All phases as steps for `processes.run_steps`; the shards are made by a step `data`.
+        """Return all phases as steps for `processes.run_steps`; they depend on a step `data`, which writes the shards.
 
-        A step `encoded` stores what the frozen parts of the last phases, which take most of the time, make of
-        the samples; one more, `COMPARED`, is a phase under a switch, to be compared with the one without.
+        A step `encoded` stores the outputs of the frozen parts of the last phases, which take most of the time. The
+        step `COMPARED` is a variant of a phase.
         """
         steps = [self._step(phase) for phase in self.phases]
         stored = [phase for phase in self.phases if named(phase).reads_stored_values_in_chain]
@@ -73,17 +74,18 @@ class Chain:
         return [*steps[:first], *encoding, self._step(*COMPARED), *steps[first:]]
 
     def _encoding(self, phase: str) -> Step:
-        recipe = self._on_stored(self.recipe(phase))
-        frozen = self._plain(phase).model_copy(update={"init_from": None})  # the parent's weights train: not stored
+        recipe = self._with_stored_values(self.recipe(phase))
+        # The weights of the parent are trained in this phase, so the stored values do not depend on them.
+        frozen = self._unchanged(phase).model_copy(update={"init_from": None})
         after = ("data", *parents_of(frozen))
         return Step(STORED, self.out / STORED, functools.partial(encode, recipe), after, seconds=ENCODING_S)
 
-    def _on_stored(self, recipe: Recipe) -> Recipe:
+    def _with_stored_values(self, recipe: Recipe) -> Recipe:
         data = recipe.data.model_copy(update={"encoded": os.path.relpath(self.out / STORED, recipe.run_dir)})
         return recipe.model_copy(update={"data": data})
 
     def needed(self, phase: str, switches: Switches = NONE) -> list[Step]:
-        """A phase under switches as the last step, before it all that it starts from; nothing is stored for it."""
+        """Return the steps of a phase with switches, after those of all phases that it needs; without stored values."""
         before = {step.name: step for parent in self.parents(phase) for step in self.needed(parent, switches)}
         return [*before.values(), self._step(phase, switches, stored=False)]
 
@@ -91,7 +93,7 @@ class Chain:
         recipe = self.recipe(phase, switches)
         after = ["data", *(self._name(parent, switches) for parent in self.parents(phase))]
         if stored and named(phase).reads_stored_values_in_chain:
-            recipe = self._on_stored(recipe)
+            recipe = self._with_stored_values(recipe)
             after.append(STORED)
         return Step(
             self._name(phase, switches),
@@ -106,48 +108,48 @@ class Chain:
         return str(self.run_dir(phase, switches).relative_to(self.shared))
 
     def run_dir(self, phase: str, switches: Switches = NONE) -> Path:
-        """The run directory of a phase under switches."""
+        """Return the run directory of a phase with switches."""
         effective = sorted(self._effective(phase, switches))
         marks = [f"{key.rpartition('.')[2]}={str(value).strip('./').replace('/', '+')}" for key, value in effective]
         root = self.shared if named(phase).is_stand_in else self.out
         return root / ",".join([phase, *marks])
 
     def parents(self, phase: str) -> list[str]:
-        """The phases that one starts from."""
-        return parents_of(self._plain(phase))
+        """Return the phases that a phase starts from."""
+        return parents_of(self._unchanged(phase))
 
     def recipe(self, phase: str, switches: Switches = NONE) -> Recipe:
-        """The recipe of a phase under switches: its run directory, shards, and what it starts from in their places."""
-        plain, run_dir = self._plain(phase), self.run_dir(phase, switches)
+        """Return the recipe of a phase with switches, with the chain's run directory, shards and parents."""
+        original, run_dir = self._unchanged(phase), self.run_dir(phase, switches)
 
         def beside(reference: str) -> str:
             parent, *inside = PurePath(reference).parts[1:]
             return os.path.join(os.path.relpath(self.run_dir(parent, switches), run_dir), *inside)
 
         changes = [] if named(phase).is_stand_in else [*self.overrides]
-        changes += [f"{_PART}{part}={beside(where)}" for part, where in plain.model.pretrained.items()]
-        for key, value in sorted(_own(plain, switches)):
-            placed = beside(str(value)) if key.startswith(_PART) else json.dumps(value)
-            changes.append(f"{key}={placed}")
+        changes += [f"{_PART}{part}={beside(where)}" for part, where in original.model.pretrained.items()]
+        for key, value in sorted(_read_by(original, switches)):
+            text = beside(str(value)) if key.startswith(_PART) else json.dumps(value)
+            changes.append(f"{key}={text}")
         changes.append(f"run_dir={run_dir}")
         if self.shared == self.out or not named(phase).is_stand_in:
             changes.append(f"seed={self.seed}")
-        if plain.init_from:
-            changes.append(f"init_from={beside(plain.init_from)}")
-        changes += shards_in(plain, self.shared / "data")
+        if original.init_from:
+            changes.append(f"init_from={beside(original.init_from)}")
+        changes += shards_in(original, self.shared / "data")
         return load_recipe(self.folder / f"{phase}.yaml", changes)
 
-    def _plain(self, phase: str) -> Recipe:
+    def _unchanged(self, phase: str) -> Recipe:
         return _load(self.folder / f"{phase}.yaml")
 
     def _effective(self, phase: str, switches: Switches) -> set[tuple[str, object]]:
-        """The switches that this phase reads, or one that it starts from."""
+        """Return the switches that this phase or one of its ancestors reads."""
         inherited = (self._effective(parent, switches) for parent in self.parents(phase))
-        return _own(self._plain(phase), switches).union(*inherited)
+        return _read_by(self._unchanged(phase), switches).union(*inherited)
 
 
 def data_step(world: World, out: Path) -> Step:
-    """The step `data`: a world's shards in `out/data`."""
+    """Return the step `data`, which writes a world's shards to `out/data`."""
     samples = world.scenes + world.heldout + world.edits
     return Step("data", out / "data", functools.partial(make, world, out / "data"), seconds=1 + samples / SCENES_PER_S)
 
@@ -157,7 +159,7 @@ def _load(path: Path) -> Recipe:
     return load_recipe(path)
 
 
-def _own(recipe: Recipe, switches: Switches) -> set[tuple[str, object]]:
+def _read_by(recipe: Recipe, switches: Switches) -> set[tuple[str, object]]:
     """The switches that the phase of a recipe reads; a phase that stands in for published weights has none."""
     phase, optional = phase_of(recipe), readers()
     if phase.is_stand_in:
@@ -173,10 +175,12 @@ def _own(recipe: Recipe, switches: Switches) -> set[tuple[str, object]]:
 
 
 def _finished(run_dir: Path, steps: int) -> bool:
-    """Whether a run has its last checkpoint, and what it publishes, which is written after it."""
+    """Return whether a run has its last checkpoint and its published model, which is written after the checkpoint."""
     root = run_dir / "checkpoints"
-    found = checkpoint.find(root) if root.is_dir() else None
+    latest = checkpoint.find(root) if root.is_dir() else None
     publishes = named(run_dir.name.partition(",")[0]).publishes is not None
     return (
-        found is not None and found.name == f"step-{steps:08d}" and (not publishes or (run_dir / "pretrained").is_dir())
+        latest is not None
+        and latest.name == f"step-{steps:08d}"
+        and (not publishes or (run_dir / "pretrained").is_dir())
     )

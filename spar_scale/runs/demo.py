@@ -1,7 +1,7 @@
-"""The main job in miniature: make the world, train all stages through the one trainer, score and show what was learned.
+"""The demo: make the miniature world, train all training stages, evaluate the model and write the report.
 
-Sizes are recipes: `demo` reads recipes/tiny, `smoke` recipes/smoke, `full` recipes/full. All of it can be
-interrupted: the same command again goes on where it stopped, and counts what was spent before.
+A size is a folder of recipes: `demo` uses recipes/tiny, `smoke` recipes/smoke, `full` recipes/full. The demo can be
+interrupted at any time; the same command resumes it and adds to the time that was spent before.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from spar_scale.runs.spending import Spending, read_spending
 from spar_scale.training.mlflow_sync import log_artifacts
 
 PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "webdataset", "numpy", "pillow", "pydantic")
-EVALUATION_S = 60.0  # an estimate
+EVALUATION_S = 60.0  # estimated duration
 EVALUATION, TRAINING, SCORES = "evaluation", "training.json", "scores.json"
 
 
@@ -40,36 +40,36 @@ EVALUATION, TRAINING, SCORES = "evaluation", "training.json", "scores.json"
 def run(out: Path, size: str, seed: int, jobs: int | None = None) -> None:
     """Make the world under `out/data`, train every phase, write `training.json`, `scores.json` and `report.html`.
 
-    `jobs` steps run side by side; the default is two, one where there is one core. Raises UserError for a size
-    without recipes, and for what a step refuses.
+    `jobs` steps run at the same time (default: two, or one on a single core). Raises UserError for a size without
+    recipes, and if a step refuses to run.
     """
     make_directory(out, "--out")
     jobs = jobs or min(2, available_cores())
     chain = Chain(out, size, seed)
     mirrored = any(chain.recipe(phase).tracking.mirror for phase in chain.phases)
     import_before_forks(mirrored)
-    steps, whole = steps_of(chain, size), Spending(out)
+    steps, total_spending = steps_of(chain, size), Spending(out)
 
-    def keep(step: Step | None = None) -> None:
-        whole.record()
-        _write(out / TRAINING, _account(chain, size, jobs, steps))
+    def write_results(step: Step | None = None) -> None:
+        total_spending.record()
+        _write(out / TRAINING, _training_record(chain, size, jobs, steps))
         if step is not None and step.name == EVALUATION:
             _write(out / SCORES, read_scores(out) | _core_seconds(steps))
 
-    keep()
-    run_steps(steps, jobs, ended=keep)
-    keep()
+    write_results()
+    run_steps(steps, jobs, ended=write_results)
+    write_results()
     report = write_report(out)
     if mirrored:
         log_artifacts(out, [report, out / SCORES, *sorted((out / EVALUATION).glob("*.png"))])
     for name, value in read_scores(out).items():
         print(f"{name:42} {value}")
     total, wall = _core_seconds(steps)["core_seconds.total"], clock(read_spending(out).wall_seconds)
-    print(f"{total:.0f} core-seconds of training; {wall} for all, with scores and report\n{report}")
+    print(f"{total:.0f} core-seconds of training; {wall} in total, with evaluation and report\n{report}")
 
 
 def steps_of(chain: Chain, size: str) -> list[Step]:
-    """Everything that the demo does, in an order in which it may be done."""
+    """Return all steps of the demo, each after the steps that it depends on."""
     out, world = chain.out, load(chain.folder / "world.yaml", World)
     scored = out / "evaluation"
 
@@ -86,12 +86,12 @@ def steps_of(chain: Chain, size: str) -> list[Step]:
 
 
 def command(out: Path, size: str, seed: int) -> str:
-    """The command that makes this demo, or goes on with it."""
+    """Return the command that starts or resumes this demo."""
     return shlex.join(["spar-scale", "demo", "--out", str(out), "--size", size, "--seed", str(seed)])
 
 
-def _account(chain: Chain, size: str, jobs: int, steps: Sequence[Step]) -> dict[str, Any]:
-    """What `training.json` says: the command, the machine, the versions, and what each step has cost so far."""
+def _training_record(chain: Chain, size: str, jobs: int, steps: Sequence[Step]) -> dict[str, Any]:
+    """Return the content of `training.json`: command, machine, versions, and the time of each step so far."""
     trained = {phase: chain.recipe(phase).train.steps for phase in chain.phases}
     trained[chain.run_dir(*COMPARED).name] = trained[COMPARED[0]]
     return {
@@ -110,7 +110,7 @@ def _account(chain: Chain, size: str, jobs: int, steps: Sequence[Step]) -> dict[
 
 
 def _core_seconds(steps: Sequence[Step]) -> dict[str, float]:
-    """Core-seconds of each step and of everything that training needs: no score, nothing that is only compared with."""
+    """Return the core-seconds of each step, and the total of all steps that the final model needs."""
     costs = {step.name: read_spending(step.folder).core_seconds for step in steps if step.name != EVALUATION}
     costs["total"] = round(sum(costs[name] for name in costs if name in ("data", STORED, *phase_names())), 2)
     return {f"core_seconds.{name}": value for name, value in costs.items()}
@@ -122,11 +122,11 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions
 
 
 def _evaluate(root: Path, size: str) -> None:

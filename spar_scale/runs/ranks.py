@@ -1,8 +1,8 @@
-"""One piece of work done by several data-parallel ranks on this machine.
+"""Run one piece of work in several data-parallel ranks on this machine.
 
-The ranks are forks of this process, which does no work itself: it waits for them, holds the store where they
-meet, on the loopback alone, and ends all where one ends badly. Each finds in its environment what torchrun
-would have put there. The first rank speaks for all; of the others only a failure is shown.
+The ranks are forks of this process. This process does no work itself: it hosts the rendezvous store on the loopback
+interface, waits for the ranks, and ends all if one fails. Each rank gets the environment variables that torchrun would
+set. Only the first rank's output is shown; of the others only failures.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from parallel.launch.children import FORK, install_child_signal_handlers, killed
 from parallel.launch.environment import rank_environment
 from spar_scale.training.progress import progress_sent_to
 
-GRACE_S = 5.0  # for ranks that are told to stop; less than this process itself is given
-PATIENCE_S = 2.0  # from a defect, for the other ranks to fail too: theirs may be its cause
-LOOK_S = 0.5  # between two looks at what has ended
+GRACE_S = 5.0  # time for ranks to stop on a signal; shorter than the time that this process itself gets
+PATIENCE_S = 2.0  # wait after a defect for the other ranks to fail too, because one of them may be the cause
+POLL_S = 0.5  # interval of checking which ranks have ended
 LOOPBACK = "127.0.0.1"
 
 
 def run_ranks(work: Callable[[], object], num_ranks: int) -> None:
-    """Do `work` in so many processes at once; its runs show no progress.
+    """Run `work` in `num_ranks` concurrent processes; training runs in it show no progress.
 
-    Raises the UserError or OSError by which a rank refuses, UserError where one is killed, SystemExit where one
-    fails (its traceback is printed); the others are ended.
+    Raises the UserError or OSError of a rank, UserError if a rank is killed, and SystemExit if a rank has a defect (its
+    traceback is printed). In all cases the other ranks are ended.
     """
     ranks: list[_Rank] = []
     try:
         for number in range(num_ranks):
             with signals_blocked():
                 ranks.append(_Rank(work, number, num_ranks))
-        store = _store()  # after the forks: its server is a thread, which none of them should have been forked amid
+        store = _store()  # after the forks: its server is a thread, and a fork could copy a lock that the thread holds
         for rank in ranks:
             rank.meet_at(store.port)
-        _listen(ranks)
+        _wait_for(ranks)
     finally:
         stop([rank.process for rank in ranks], GRACE_S)
 
 
 @dataclass(frozen=True)
 class _Defect:
-    """What is printed of a rank that failed, and whether that may be because another had left it alone."""
+    """The output for a rank that failed, and whether its failure may follow from that of another rank."""
 
     text: str
     follows: bool = False
 
 
 class _Rank:
-    """One rank's process, and what it has said of its failure."""
+    """The process of one rank, and its failure."""
 
     def __init__(self, work: Callable[[], object], rank: int, num_ranks: int):
         self.rank = rank
@@ -70,31 +70,31 @@ class _Rank:
         pipe.close()
 
     def meet_at(self, port: int) -> None:
-        """Let it begin, unless it has ended already."""
+        """Send the port of the store, on which the rank starts to work; does nothing if the rank has ended."""
         with contextlib.suppress(BrokenPipeError):
             self.pipe.send(port)
 
-    def listen(self) -> bool:
-        """Hear what it says, and return whether it still runs; how it failed is kept."""
-        code = self.process.exitcode  # before it is heard: of one that has ended, all is heard
+    def poll(self) -> bool:
+        """Read the rank's failure if it has sent one; return whether it still runs."""
+        code = self.process.exitcode  # read before the pipe, so that everything an ended rank has sent is received
         while self.pipe.poll():
             try:
                 self.failure = self.pipe.recv()
             except (EOFError, OSError):
                 break
         if code and self.failure is None:
-            left = _Defect(f"rank {self.rank} ended with exit code {code}")
-            self.failure = UserError(killed(code)) if code < 0 else left
+            defect = _Defect(f"rank {self.rank} ended with exit code {code}")
+            self.failure = UserError(killed(code)) if code < 0 else defect
         return code is None
 
 
-def _listen(ranks: Sequence[_Rank]) -> None:
-    """Wait for all ranks; where one fails, raise what tells most of the cause."""
+def _wait_for(ranks: Sequence[_Rank]) -> None:
+    """Wait for all ranks. If one fails, raise the error that is most likely the cause."""
     running, until = list(ranks), float("inf")
     defects: list[_Defect] = []
     while running and time.monotonic() < until:
-        wait([file for rank in running for file in (rank.pipe, rank.process.sentinel)], timeout=LOOK_S)
-        running = [rank for rank in running if rank.listen()]
+        wait([file for rank in running for file in (rank.pipe, rank.process.sentinel)], timeout=POLL_S)
+        running = [rank for rank in running if rank.poll()]
         for rank in ranks:
             if isinstance(rank.failure, Exception):
                 raise rank.failure
@@ -107,14 +107,14 @@ def _listen(ranks: Sequence[_Rank]) -> None:
 
 
 def _store() -> TCPStore:
-    """A store on a port that the system has chosen, heard by this machine only (by itself it would hear all)."""
+    """Return a store on a free port of the loopback interface (by default TCPStore listens on all interfaces)."""
     listening = socket.create_server((LOOPBACK, 0))
     port, file = listening.getsockname()[1], listening.detach()
     return TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=file)
 
 
 def _work(work: Callable[[], object], rank: int, num_ranks: int, parent: int, pipe: Connection) -> None:
-    """The body of a rank's process."""
+    """Run the work in a rank's process."""
     install_child_signal_handlers(parent)
     if rank > 0:
         silence = os.open(os.devnull, os.O_WRONLY)
@@ -130,13 +130,13 @@ def _work(work: Callable[[], object], rank: int, num_ranks: int, parent: int, pi
         pipe.send(error)
     except KeyboardInterrupt:
         code = 130
-    except BaseException as error:  # gloo's of a rank that is left alone is a RuntimeError
+    except BaseException as error:  # gloo raises RuntimeError on a rank whose peer has ended
         pipe.send(_Defect(f"rank {rank}: {traceback.format_exc()}", isinstance(error, RuntimeError)))
     raise SystemExit(code)
 
 
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """What torchrun sets, for ranks that meet at the store of their parent; gloo speaks over the loopback."""
+    """Return the variables that torchrun would set, for the parent's store, and gloo on the loopback interface."""
     return rank_environment(rank, num_ranks, rank, num_ranks, LOOPBACK, port) | {
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",

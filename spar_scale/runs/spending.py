@@ -1,8 +1,8 @@
-"""What a piece of work has cost so far: core-seconds and wall-seconds, over all its attempts.
+"""Measure the core-seconds and wall-seconds of a piece of work, summed over all attempts.
 
-Core-seconds are the CPU time of the process that does the work and of every process it starts: getrusage of both
-counts a child only once it has been waited for, so those that still live (ranks, the loader's) are read as well.
-The sums lie in a file beside the work and are written at every log step, so SIGKILL loses at most one of those.
+Core-seconds are the CPU time of the process that does the work and of all its child processes. getrusage counts a child
+only after it was waited for, so the CPU times of running children (ranks, loader workers) are added. The sums are in a
+file in the work's folder, which is written at every log step, so SIGKILL loses at most the time of one log step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILE = "spent.json"
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds over all attempts at one piece of work, and whether one of them came to its end."""
+    """Seconds of all attempts at one piece of work, and whether one of them finished it."""
 
     core_seconds: float = 0.0
     wall_seconds: float = 0.0
@@ -30,7 +30,7 @@ class Spent:
 
 
 class Spending:
-    """Adds what this process spends from here on to what earlier attempts in `folder` have spent."""
+    """Adds the time that this process spends from now on to that of earlier attempts in `folder`."""
 
     def __init__(self, folder: Path):
         self._folder, self._before = folder, read_spending(folder)
@@ -48,21 +48,21 @@ class Spending:
 
 
 def read_spending(folder: Path) -> Spent:
-    """What attempts in `folder` have spent; nothing where none has said so."""
+    """Return the time of the attempts in `folder`, zero if there is no record."""
     try:
         return Spent(**json.loads((folder / FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # an accountant does not stop the work
+    except (OSError, ValueError, TypeError):  # a damaged record must not stop the work
         return Spent()
 
 
 def unfinish(folder: Path) -> None:
-    """Note that the work in `folder` is to be done again."""
+    """Note that the work in `folder` must be done again."""
     if (folder / FILE).exists():
         _write(folder, Spent(**{**asdict(read_spending(folder)), "finished": False}))
 
 
 def core_seconds() -> float:
-    """CPU seconds, user and system, of this process and of all it has started."""
+    """Return the CPU seconds, user and system, of this process and all its child processes."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages) + sum(
         map(_alive, psutil.Process().children(recursive=True))
@@ -70,7 +70,7 @@ def core_seconds() -> float:
 
 
 def _alive(child: psutil.Process) -> float:
-    """CPU seconds of a living child and of those that it has waited for; 0 where it has just ended."""
+    """Return the CPU seconds of a running child and of the children that it waited for; 0 if it has just ended."""
     try:
         return sum(child.cpu_times()[:4])  # user, system, children's user, children's system
     except psutil.Error:

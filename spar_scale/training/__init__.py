@@ -1,1 +1,1 @@
-"""Training: the one loop, its optimizers and schedules, what guards it and what it tells."""
+"""Training: the training loop, optimizers and schedules, guards, metrics and tracking."""

@@ -1,4 +1,4 @@
-"""The recipe's `attention`, for as long as its run lasts."""
+"""Select the attention backend of a recipe while its run lasts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @contextlib.contextmanager
 def attention_of(recipe: Recipe) -> Iterator[None]:
-    """Compute attention by the backend that the recipe names; UserError where it is absent or reads no such input."""
+    """Use the recipe's attention backend within the context. Raises UserError if it is missing or refuses the input."""
     entered = False
     try:
         with use_backend(recipe.attention, device_type(), _DTYPES[recipe.precision]):
             entered = True
             yield
-    except BackendRefused as error:  # on entering every process meets it, later only those that hold the layer
+    # A refusal on entering occurs on every rank; a later one only on ranks that hold the layer.
+    except BackendRefused as error:
         raise UserError(f"attention: {error}", everywhere=not entered) from error

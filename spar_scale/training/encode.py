@@ -1,12 +1,12 @@
-"""`spar-scale data encode RECIPE`: the frozen part of a stage over all samples once, stored for training.
+"""`spar-scale data encode RECIPE`: run the frozen parts of a training stage once over all samples, store the results.
 
-The frozen layers run on the recipe's micro-batches, source by source, so that every multiplication has
-the shape that it has in training and a run that reads the result is bit-equal to one that computes it
-(same machine and threads). Pictures are encoded once per sample; prompts of words alone once per
-distinct prompt; a prompt that shows a picture per sample, with its words and without.
+The frozen layers run on the recipe's micro-batches, source by source. So every matrix multiplication has the same shape
+as in training, and a run that reads the results is bit-equal to one that computes them (on the same machine with the
+same number of threads). Pictures are encoded once per sample; prompts without pictures once per distinct prompt;
+prompts with pictures per sample, with each text and without text.
 
-One file per shard, each under a temporary name and renamed, the manifest last: an interrupted command
-is started again, and goes on behind the files that are whole.
+Each shard has one file, which is written under a temporary name and renamed; the manifest is written last. An
+interrupted command can be started again and skips the complete files.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ _log = logging.getLogger(__name__)
 
 
 def encode(recipe: Recipe) -> str:
-    """Store what the recipe's frozen parts make of its samples in `data.encoded`; return what is there as text.
+    """Store the outputs of the recipe's frozen parts for all samples in `data.encoded`; return a summary.
 
-    Raises UserError for a recipe that names no directory and a phase without such parts.
+    Raises UserError for a recipe without `data.encoded`, and a phase without such parts.
     """
     directory = _directory(recipe)
     stage = stages.build(recipe)
@@ -76,9 +76,9 @@ def encode(recipe: Recipe) -> str:
 
 
 def open_encoded(recipe: Recipe, stage: Stage) -> Encoded | None:
-    """Return the stored values that the recipe trains on, None where it computes them.
+    """Return the stored values that the recipe trains on, or None if it computes them.
 
-    Raises UserError for what is not there, is of other shards or was made of other things.
+    Raises UserError if they are missing, or were made from other shards or inputs.
     """
     if recipe.data.encoded is None:
         return None
@@ -90,7 +90,7 @@ def open_encoded(recipe: Recipe, stage: Stage) -> Encoded | None:
 
 
 def made_of_stage(recipe: Recipe, stage: Stage) -> MadeOf:
-    """What the stored values follow from: weights, by part, and everything else that a recipe can change."""
+    """Return everything that determines the stored values: hashes of the weights by part, and settings."""
     encoding, sample = _encoding(stage), stage.sample
     used = {id(parameter) for parameter in nn.ModuleList(stage.storing_layers()).parameters()}
     weights = frozen_digests(stage.model, used)
@@ -108,7 +108,7 @@ def made_of_stage(recipe: Recipe, stage: Stage) -> MadeOf:
 
 
 def frozen_digests(model: nn.Module, used: set[int] | None = None) -> dict[str, str]:
-    """sha256 of the frozen parameters of each top-level part, with `used` of those whose id is in it."""
+    """Return the sha256 of the frozen parameters by top-level part; with `used`, only of parameters with these ids."""
     hashes: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and (used is None or id(parameter) in used):
@@ -120,13 +120,13 @@ def frozen_digests(model: nn.Module, used: set[int] | None = None) -> dict[str, 
 
 def _directory(recipe: Recipe) -> Path:
     if recipe.data.encoded is None:
-        raise UserError("data.encoded: not given; name the directory to write, relative to run_dir")
+        raise UserError("data.encoded: not set; give the directory to write, relative to run_dir")
     return beside(recipe.run_dir, recipe.data.encoded)
 
 
 def _encoding(stage: Stage) -> Encoding:
     if stage.encoding is None:
-        raise UserError("data.encoded: this phase has no frozen part whose output could be stored; leave it out")
+        raise UserError("data.encoded: this phase has no frozen part whose output could be stored; remove the key")
     return stage.encoding
 
 
@@ -138,26 +138,26 @@ def _task(sample: SampleSpec, source: str) -> Conditioned:
     task = source_task(sample.task, source)
     if not isinstance(task, Conditioned):
         raise UserError(
-            f"data.encoded: source '{source}' is cropped, mirrored or worded anew whenever it is read, so nothing"
-            " of it can be stored; leave data.encoded out"
+            f"data.encoded: the crop, flip or text of source '{source}' is drawn again in every epoch, so nothing of it"
+            " can be stored; remove data.encoded"
         )
     return task
 
 
 def _begin(directory: Path, made_of: MadeOf, sources: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Return the manifest to go on from. What it said of other weights, or of shards that changed, is taken back."""
+    """Return the manifest to continue with. Entries for other weights, or for shards that changed, are removed."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"data.encoded: {directory} cannot be made ({error.strerror})") from None
+        raise UserError(f"data.encoded: {directory} cannot be created ({error.strerror})") from None
     path = directory / MANIFEST
-    found = read_manifest(path)
+    old = read_manifest(path)
     manifest: dict[str, Any] = {"version": VERSION, "made_of": made_of, "sources": {}}
-    if found is not None and found["made_of"] == made_of:
-        manifest["sources"] = {n: v for n, v in found["sources"].items() if n not in sources or v == digest(sources[n])}
-    if found is not None and (found["made_of"] != made_of or found["sources"] != manifest["sources"]):
-        _log.info("%s: was made of other things, is encoded anew", directory)
-        path.unlink()
+    if old is not None and old["made_of"] == made_of:
+        manifest["sources"] = {n: v for n, v in old["sources"].items() if n not in sources or v == digest(sources[n])}
+    if old is not None and (old["made_of"] != made_of or old["sources"] != manifest["sources"]):
+        _log.info("%s: was made from other inputs and is encoded again", directory)
+        path.unlink()  # without a manifest, the directory is refused until it is complete again
     return manifest
 
 
@@ -178,7 +178,7 @@ class _Writer:
         self.slots = task.slots(stage.sample)
 
     def write(self, micro_batch: int) -> None:
-        """Write what is not there yet."""
+        """Write the files that do not exist yet."""
         for number, shard in enumerate(self.shards):
             path = self.directory / file_name(self.source, number)
             if not is_whole(path, self.key, digest([shard])):
@@ -188,11 +188,11 @@ class _Writer:
             self._write_prompts(path, micro_batch)
 
     def _write_shard(self, path: Path, shard: str, micro_batch: int) -> None:
-        """The pictures' slots of every sample and, where its prompts show a picture, the states of each of them."""
+        """Write the picture slots of every sample and, if its prompts have pictures, the states of each prompt."""
         encoding, illustrated = self.encoding, self.task.illustrated
         states = PromptStates(encoding.states) if illustrated else None
-        run = Subprogram(self.layers, (*encoding.pictures, *(encoding.states if illustrated else ())))
-        again = Subprogram(self.layers, encoding.states)
+        first_pass = Subprogram(self.layers, (*encoding.pictures, *(encoding.states if illustrated else ())))
+        states_pass = Subprogram(self.layers, encoding.states)
         pictures: dict[str, list[Tensor]] = {name: [] for name in encoding.pictures}
         bad: dict[str, str] = {}
         for batch in _batches(shard, micro_batch):
@@ -204,31 +204,32 @@ class _Writer:
                     prompts[row] = self.task.prompts(members, self.sample) if illustrated else []
                 except BadSample as error:
                     bad[str(number)] = str(error)
-            for turn in range(max(1, *map(len, prompts))):
-                said = {row: listed[turn] for row, listed in enumerate(prompts) if len(listed) > turn}
-                found = (run if turn == 0 else again)(self._with_prompts(slots, said))
+            # A micro-batch holds one prompt per sample, as in training, so the k-th pass runs the k-th prompt of each.
+            for k in range(max(1, *map(len, prompts))):
+                rows = {row: of_sample[k] for row, of_sample in enumerate(prompts) if len(of_sample) > k}
+                outputs = (first_pass if k == 0 else states_pass)(self._with_prompts(slots, rows))
                 if states is not None:
-                    states.add(found, said, numbers)
-                for name in pictures if turn == 0 else ():
-                    pictures[name].append(found[name][: len(batch)].cpu())
+                    states.add(outputs, rows, numbers)
+                for name in pictures if k == 0 else ():
+                    pictures[name].append(outputs[name][: len(batch)].cpu())
         tensors = {name: torch.cat(values) for name, values in pictures.items()}
         save(path, self.key, digest([shard]), tensors, states, bad)
         _log.info("%s: %d samples, %d of them bad", path, len(read_index(shard)), len(bad))
 
     def _write_prompts(self, path: Path, micro_batch: int) -> None:
-        """The states of every prompt that a sample of the source may give."""
+        """Write the states of every prompt that the samples of the source can have."""
         distinct: dict[bytes, np.ndarray] = {}
         for _, members in (sample for shard in self.shards for batch in _batches(shard, 1) for sample in batch):
             with contextlib.suppress(BadSample):
                 distinct |= {tokens.tobytes(): tokens for tokens in self.task.prompts(members, self.sample)}
         run = Subprogram(self.layers, self.encoding.states, given=self.encoding.without_pictures)
         states = PromptStates(self.encoding.states)
-        listed = list(distinct.values())
-        for first in range(0, len(listed), micro_batch):
-            said = dict(enumerate(listed[first : first + micro_batch]))
-            states.add(run(self._with_prompts(self._empty(micro_batch), said)), said, None)
+        prompts = list(distinct.values())
+        for first in range(0, len(prompts), micro_batch):
+            rows = dict(enumerate(prompts[first : first + micro_batch]))
+            states.add(run(self._with_prompts(self._empty(micro_batch), rows)), rows, None)
         save(path, self.key, digest(self.shards), {}, states, {})
-        _log.info("%s: %d prompts", path, len(listed))
+        _log.info("%s: %d prompts", path, len(prompts))
 
     def _empty(self, batch: int) -> dict[str, Tensor]:
         arrays = {name: np.zeros((batch, *shape), kind) for name, (shape, kind) in self.slots.items()}
@@ -236,7 +237,7 @@ class _Writer:
         return {**{name: torch.from_numpy(array) for name, array in arrays.items()}, **blank}
 
     def _with_prompts(self, slots: dict[str, Tensor], prompts: Mapping[int, np.ndarray]) -> dict[str, Tensor]:
-        """Return the slots on the device, with the prompts (row -> tokens) in their rows and none in the others."""
+        """Return the slots on the device, with the prompts (row -> tokens) in their rows and padding in the others."""
         slots = {**slots, **{name: torch.zeros_like(slots[name]) for name in ("tokens", "keep")}}
         for row, tokens in prompts.items():
             for name, value in self.task.padded(tokens, self.sample).items():
@@ -245,7 +246,7 @@ class _Writer:
 
 
 def _batches(shard: str, size: int) -> Iterator[list[tuple[int, Members]]]:
-    """The samples of a shard, each with its number in it, `size` at a time."""
+    """Yield the samples of a shard as (number in the shard, members), `size` at a time."""
     reader, index = ShardReader(shard), read_index(shard)
     check_fresh(shard, index.tar_bytes, reader.size_bytes)
 

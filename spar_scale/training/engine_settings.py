@@ -1,4 +1,4 @@
-"""What a recipe says to the engine."""
+"""Derive the engine's settings from a recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from spar_scale.data.order import micro_steps
 
 
 def engine_settings(recipe: Recipe, data_size: int) -> EngineSettings:
-    """The engine's settings with so many data ranks."""
+    """Return the engine's settings for a data-parallel size."""
     micro_batch = recipe.parallel.micro_batch
     return EngineSettings(
         precision=recipe.precision,

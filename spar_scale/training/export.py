@@ -1,4 +1,4 @@
-"""From a run to a model: its averaged weights, in memory or in the published layout."""
+"""Load the EMA weights of a run as a model, or write them in the published layout."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from spar_scale.stages.parts import preset_of
 from spar_scale.training.parent import overwrite, started_stage
 
 CALIBRATION = 256
-"""Images on which the scale of a tokenizer's latents is measured."""
+"""Number of images on which the scale of a tokenizer's latents is measured."""
 
 
 def recipe_of(run_dir: Path) -> Recipe:
-    """The recipe a run was trained with, with `run_dir` as it is found now. Raises UserError where there is none."""
+    """Return the recipe of a run, with its current `run_dir`. Raises UserError if there is none."""
     if not (run_dir / "recipe.yaml").is_file():
-        raise UserError(f"{run_dir}: no recipe.yaml in it; a directory that `spar-scale train` wrote is needed")
+        raise UserError(f"{run_dir}: holds no recipe.yaml; expected a directory that `spar-scale train` wrote")
     return load_recipe(run_dir / "recipe.yaml").model_copy(update={"run_dir": run_dir})
 
 
 def trained_forward(run_dir: Path) -> tuple[Forward, Path]:
-    """Return a run's forward, in eval mode on the CPU, with the EMA of its newest whole checkpoint, and its path."""
+    """Return a run's forward with the EMA of its newest intact checkpoint (eval mode, CPU), and that checkpoint."""
     recipe = recipe_of(run_dir)
-    found = checkpoint.find(run_dir / "checkpoints")
-    if found is None:
+    latest = checkpoint.find(run_dir / "checkpoints")
+    if latest is None:
         raise UserError(f"{run_dir}: holds no checkpoint yet; train it further")
-    return Forward(averaged_stage(recipe, found), preset_of(recipe)), found
+    return Forward(ema_stage(recipe, latest), preset_of(recipe)), latest
 
 
-def averaged_stage(recipe: Recipe, path: Path) -> Stage:
-    """Return the recipe's stage in eval mode with the EMA of the checkpoint at `path` (this process alone, CPU)."""
+def ema_stage(recipe: Recipe, path: Path) -> Stage:
+    """Return the recipe's stage with the EMA of the checkpoint at `path` (eval mode, CPU, only this process)."""
     stage = started_stage(recipe)
     overwrite(stage.model, checkpoint.read(path, "ema"), path)
     stage.model.eval()
@@ -47,21 +47,21 @@ def averaged_stage(recipe: Recipe, path: Path) -> Stage:
 
 
 def export(recipe: Recipe, path: Path, run_dir: Path) -> None:
-    """Write the checkpoint's EMA as `run_dir/pretrained`: temporary name first, replaced as a whole."""
+    """Write the checkpoint's EMA in the published layout as `run_dir/pretrained`, replacing an older one as a whole."""
     stage = stages.build(recipe)
     assert stage.export is not None
     target, temporary = run_dir / "pretrained", run_dir / ".pretrained.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     images = calibration_images(recipe, stage.sample) if stage.export.calibrated else None
-    stage.export.write(averaged_stage(recipe, path), temporary, images)
+    stage.export.write(ema_stage(recipe, path), temporary, images)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 
 
 def calibration_images(recipe: Recipe, sample: SampleSpec) -> torch.Tensor:
-    """The usable ones of the first CALIBRATION images (n, 3, S, S) of the run's own order, under any layout.
+    """Return the good ones of the first CALIBRATION images (n, 3, S, S) in the run's sample order.
 
-    Raises UserError where none is usable.
+    The order does not depend on the layout, so neither does the measured scale. Raises UserError if all are bad.
     """
     loader = Loader(
         [Source(source.name, source.shards, source.weight) for source in recipe.data.sources],
@@ -80,8 +80,8 @@ def calibration_images(recipe: Recipe, sample: SampleSpec) -> torch.Tensor:
     if not batch["weight"].any():
         error = batch["errors"][0]
         raise UserError(
-            f"export: found none of the first {CALIBRATION} images of data.sources usable; the scale of the latents is "
-            f"measured on them ({error['shard']}: {error['key']}: {error['reason']}). Restore the shards that the run "
-            "was trained on, and give the same command again"
+            f"export: none of the first {CALIBRATION} images of data.sources could be used "
+            f"({error['shard']}: {error['key']}: {error['reason']}), but the scale of the latents is measured on them. "
+            "Restore the shards that the run was trained on, and run the same command again"
         )
     return batch["images"][batch["weight"] > 0]

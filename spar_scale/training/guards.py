@@ -1,6 +1,6 @@
-"""What stops a run that no longer learns: updates that are not finite, and samples that cannot be read.
+"""Guards that stop a run which no longer learns: too many non-finite updates, or too many bad samples.
 
-Both judge numbers that every rank knows, so all ranks stop at the same step.
+Both use numbers that are equal on every rank, so all ranks stop at the same step.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 from parallel.errors import UserError
 
 WINDOW_SAMPLES = 1000
-"""The share of bad samples is judged over about this many of the latest samples."""
+"""The share of bad samples is computed over about this many of the latest samples."""
 MINIMUM_SAMPLES = 100
-"""Below this many samples no share is judged: a single bad file must not stop a run."""
+"""With fewer samples the share is not checked, so that a single bad file does not stop a run."""
 NAMED = 3
-"""Bad samples that a message names."""
+"""Number of bad samples that a message lists."""
 
 
 class NonFiniteGuard:
-    """Counts skipped updates; fatal when more than `limit` follow one another."""
+    """Counts skipped updates; raises UserError if more than `limit` are consecutive."""
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -28,13 +28,13 @@ class NonFiniteGuard:
         self.in_a_row = 0
 
     def observe(self, step: int, skipped: bool) -> None:
-        """Count one step; raises UserError past the limit."""
+        """Count one step. Raises UserError above the limit."""
         self.total += skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         if self.in_a_row > self.limit:
             raise UserError(
                 f"step {step}: the loss or its gradient was not finite for {self.in_a_row} steps in a row "
-                f"(guards.max_skipped_steps is {self.limit}); lower optimizer.lr or look at the data of these steps",
+                f"(guards.max_skipped_steps is {self.limit}); lower optimizer.lr or check the data of these steps",
                 everywhere=True,
             )
 
@@ -43,14 +43,14 @@ class NonFiniteGuard:
         return {"version": 1, "total": self.total, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restore the counts; refuses a version it does not know."""
+        """Restore the counts. Raises UserError for an unknown version."""
         if state.get("version") != 1:
-            raise UserError(f"checkpoint: skipped-step counts of version {state.get('version')}, this program knows 1")
+            raise UserError(f"checkpoint: skipped-step counts of version {state.get('version')}, this program reads 1")
         self.total, self.in_a_row = state["total"], state["in_a_row"]
 
 
 class BadSampleGuard:
-    """Counts samples that could not be used; fatal when their share of the latest ones passes `max_fraction`."""
+    """Counts bad samples; raises UserError if their share of the latest samples exceeds `max_fraction`."""
 
     def __init__(self, max_fraction: float):
         self.max_fraction = max_fraction
@@ -59,16 +59,16 @@ class BadSampleGuard:
         self._samples = 0
 
     def observe(self, step: int, samples: int, bad: Sequence[dict[str, Any]]) -> None:
-        """Count one step's samples and its bad ones; raises UserError past the share, or where none was usable.
+        """Count the samples and bad samples of one step. Raises UserError above the share, or if all samples are bad.
 
-        A bad sample has `shard`, `key` and `reason`; their order decides which are named.
+        A bad sample has `shard`, `key` and `reason`; the message lists the first ones.
         """
         self.total += len(bad)
         if len(bad) == samples > 0:
             reasons = list(dict.fromkeys(f"{entry['shard']}: {entry['key']}: {entry['reason']}" for entry in bad))
             raise UserError(
-                f"step {step}: found none of its {samples} samples usable, so that it trained nothing. "
-                f"{'; '.join(reasons[:NAMED])}. See bad_samples.jsonl, and mend data.sources",
+                f"step {step}: none of its {samples} samples could be used, so it trained nothing: "
+                f"{'; '.join(reasons[:NAMED])}. See bad_samples.jsonl, and correct data.sources",
                 everywhere=True,
             )
         self._steps.append((samples, [str(entry["shard"]) for entry in bad]))

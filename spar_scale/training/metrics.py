@@ -1,7 +1,8 @@
-"""What finished steps have to tell, left on the device until it is asked for, then summed over the ranks and written.
+"""Metrics of finished steps: they stay on the device until `write`, which sums them over the ranks and logs them.
 
-Reading a number makes the host wait for the device, so steps are read in blocks: the curve has every step, and a step
-waits for none of it. Lines go to `metrics.jsonl`, the samples that a step consumed or left out beside them.
+Reading a number makes the host wait for the device. So steps are read in blocks: the curve has every step, but no step
+waits for the device. The lines go to `metrics.jsonl`, the sample numbers of each step and its bad samples to files
+beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from spar_scale.training.tracking import RunLog
 
 @dataclass
 class FinishedStep:
-    """A step whose numbers are still on the device."""
+    """A step whose metrics are still on the device."""
 
     step: int
     lr: float
@@ -33,10 +34,11 @@ class FinishedStep:
 
 
 class StepMetrics:
-    """The steps of one run; `terms` are the stage's losses and their weights, `log` is rank 0's alone.
+    """Collects the steps of one run. `terms` maps the training stage's losses to their weights; `log` is None except
+    on rank 0.
 
-    Too many bad samples, or a step without a usable one, raise UserError in `write`. `doubt` says that this rank could
-    use no sample of its last step: others may have.
+    `write` raises UserError for too many bad samples, or a step without a good one. `all_bad` is true if this rank had
+    only bad samples in its last step; other ranks may have had good ones.
     """
 
     def __init__(self, recipe: Recipe, terms: Mapping[str, float], topology: Topology, log: RunLog | None):
@@ -45,45 +47,46 @@ class StepMetrics:
         self._guard = BadSampleGuard(recipe.guards.max_bad_fraction)
         self._pending: list[FinishedStep] = []
         self._since = time.monotonic()
-        self.doubt = False
+        self.all_bad = False
 
     def add(self, step: FinishedStep) -> None:
         """Keep a step for the next `write`."""
         self._pending.append(step)
-        self.doubt = len(step.bad) == len(step.samples) > 0
+        self.all_bad = len(step.bad) == len(step.samples) > 0
 
     def write(self) -> dict[str, Any]:
-        """Bring the steps to the host, sum them over ranks, write them; return the last line. On all ranks at once.
+        """Copy the steps to the host, sum them over the ranks and write them; return the last line.
 
-        Where no step has been added since the last call nothing is written, and the line is empty.
+        A collective call of all ranks. If no step was added since the last call, it returns an empty line.
         """
         if not self._pending:
             return {}
         local = torch.stack([step.record.terms for step in self._pending]).cpu()
         terms = self._topology.sum(local if self._topology.reports_metrics else torch.zeros_like(local))
         norms = torch.stack([step.record.grad_norm for step in self._pending]).cpu()
-        counts = self._topology.tensor_rank == 0 and self._topology.stage == 0
-        everyone = self._topology.gather([(step.samples, step.bad) if counts else ([], []) for step in self._pending])
+        # Tensor-parallel and pipeline-parallel ranks share the samples of their data-parallel rank: count them once.
+        counts = self._topology.tensor_rank == 0 and self._topology.pipeline_stage == 0
+        by_rank = self._topology.gather([(step.samples, step.bad) if counts else ([], []) for step in self._pending])
         now = time.monotonic()
         rate = len(self._pending) * self._global_batch / (now - self._since)
         self._since = now
         line: dict[str, Any] = {}
         for index, step in enumerate(self._pending):
-            samples = [number for rank in everyone for number in rank[index][0]]
-            bad = sorted((entry for rank in everyone for entry in rank[index][1]), key=lambda entry: entry["sample"])
+            samples = [number for rank in by_rank for number in rank[index][0]]
+            bad = sorted((entry for rank in by_rank for entry in rank[index][1]), key=lambda entry: entry["sample"])
             sums = terms[index].tolist() if len(bad) < len(samples) else None
             line = self._line(step, sums, float(norms[index]), rate)
             if self._log is not None:
                 self._log.metrics([line])
                 self._log.samples(step.step, samples)
                 self._log.bad_samples(step.step, bad)
-            self._guard.observe(step.step, len(samples), bad)
+            self._guard.observe(step.step, len(samples), bad)  # after the log, which then holds the reason
         self._pending.clear()
-        self.doubt = False
+        self.all_bad = False
         return line
 
     def _line(self, step: FinishedStep, terms: list[float] | None, norm: float, rate: float) -> dict[str, Any]:
-        """The line of a step; its losses are null where there are no `terms`, as no sample could be used."""
+        """Return the line of a step; its losses are None if `terms` is None, because all samples were bad."""
         values, loss = dict.fromkeys(self._terms), None
         if terms is not None:
             values = dict(zip(self._terms, terms, strict=True))

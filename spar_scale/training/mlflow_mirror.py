@@ -1,9 +1,9 @@
-"""The mirror of metrics.jsonl in MLflow: a thread of rank 0 that reads the file as it grows.
+"""Mirror metrics.jsonl to MLflow: a thread on rank 0 that reads the file as it grows.
 
-Training never waits for it and never calls MLflow. The first new line starts it, when the loader's workers
-have been forked: a fork amid an import would leave them its locks. A server that does not answer costs
-one warning; the lines stay in the file and are sent when it answers again, or by `spar-scale track sync`. At the
-end of training it has PATIENCE_S to send the rest.
+Training never waits for the thread and never calls MLflow. The thread imports MLflow only after the first new line,
+when the loader's workers exist: a fork during an import would leave the import's locks held in the workers. A server
+that does not respond causes one warning. The lines stay in the file and are sent when the server responds again, or by
+`spar-scale track sync`. At the end of training the thread has PATIENCE_S to send the rest.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import psutil
 from spar_scale.config.recipe import TrackingConfig
 from spar_scale.training.mlflow_store import Target, TrackedRun, load_mlflow
 
-EVERY_S = 10.0  # between two looks at the file, and two samples of the machine
-LONGEST_S = 300.0  # between two attempts at a server that does not answer
-PATIENCE_S = {"stopped": 3.0, "server": 10.0, "database": 60.0}  # a new database takes a while, but does not hang
+EVERY_S = 10.0  # interval of reading the file and of sampling the machine's load
+LONGEST_S = 300.0  # longest interval of attempts while a server does not respond
+PATIENCE_S = {"stopped": 3.0, "server": 10.0, "database": 60.0}  # creating a database is slow, but does not hang
 BLOCK_BYTES = 1 << 20
-SAMPLES = 360  # of the machine, kept while a server does not answer
+SAMPLES = 360  # samples of the machine's load that are kept while a server does not respond
 _log = logging.getLogger(__name__)
 
 
 class Mirror:
-    """Sends what is appended to the metrics of one run directory, until `close`."""
+    """Sends the lines that are appended to a run's metrics.jsonl, until `close`."""
 
     def __init__(self, run_dir: Path, tracking: TrackingConfig):
         self._run_dir, self._file = run_dir.resolve(), run_dir.resolve() / "metrics.jsonl"
@@ -47,49 +47,49 @@ class Mirror:
         self._thread.start()
 
     def close(self, finished: bool) -> None:
-        """Send the rest, for as long as PATIENCE_S allows, and say so where something is left.
+        """Send the rest within PATIENCE_S; warn if something is left.
 
-        Of a run that has not `finished`, its continuation sends it: that one is not waited for.
+        If the run has not `finished`, the time is short, because the resumed run sends the rest.
         """
         self._stop.set()
         if not finished:
             self._thread.join(PATIENCE_S["stopped"])
             return
-        self._loaded.wait()  # imports end; the workers of the next run must not be forked amid one
+        self._loaded.wait()  # a next run in this process must not fork its workers during the import
         self._thread.join(PATIENCE_S["database" if self._target.is_database else "server"])
         if not self._done:
-            self._warned &= not self._recovered  # it was said that nothing is missing
-            self._warn("not all was sent in time")
+            self._warned &= not self._recovered  # after the message that MLflow has every step, warn again
+            self._warn("not all steps were sent in time")
 
     def _mirror(self) -> None:
-        """Wait for the first line, then send what is new every EVERY_S; after a failure less and less often."""
+        """Wait for the first line, then send new lines every EVERY_S; after failures at increasing intervals."""
         try:
-            if not self._grows():
+            if not self._has_new_line():
                 self._done = True
                 return
             load_mlflow()
-        except Exception as error:  # not installed, most often
+        except Exception as error:  # most often, MLflow is not installed
             self._warn(self._target.fault(error))
             return
         finally:
             self._loaded.set()
         wait_s = EVERY_S
-        psutil.cpu_percent()  # the first call has nothing to compare with
+        psutil.cpu_percent()  # starts the measurement; the first call always returns 0
         while not self._done:
             ends = self._stop.wait(wait_s)
             self._samples.append((time.time(), machine()))
             try:
                 self._send_or_reopen(ends)
                 wait_s = EVERY_S
-            except Exception as error:  # whatever MLflow raises, training goes on
+            except Exception as error:  # MLflow may raise anything; training must continue
                 self._run, self._offset = None, 0
                 self._warn(self._target.fault(error))
                 wait_s = min(2 * wait_s, LONGEST_S)
                 if ends:
                     return
 
-    def _grows(self) -> bool:
-        """Wait for a line that was not there at the start; whether one came."""
+    def _has_new_line(self) -> bool:
+        """Wait for a line that was not in the file at the start; return False if `close` came first."""
         while True:
             ends = self._stop.wait(0.5)
             if self._file.stat().st_size > self._first_bytes:
@@ -98,9 +98,9 @@ class Mirror:
                 return False
 
     def _send_or_reopen(self, ends: bool) -> None:
-        """Send what is new; where that fails, find the run anew, as it may have been deleted in MLflow, and send all.
+        """Send new lines. If that fails, open the MLflow run again, as it may have been deleted, and send all lines.
 
-        What is there already is not sent again. A second failure is raised: it names the cause.
+        Lines that MLflow has are not sent again. A second failure is raised; its error is the more useful one.
         """
         if self._run is not None:
             with contextlib.suppress(Exception):
@@ -121,28 +121,28 @@ class Mirror:
             self._done = True
         if self._warned and not self._recovered:
             self._recovered = True
-            _log.info("MLflow at %s answers and has every step", self._target.shown)
+            _log.info("MLflow at %s responds again and has every step", self._target.display_address)
 
     def _next_lines(self) -> tuple[list[dict[str, Any]], int] | None:
-        """Whole lines behind the offset, at most a block of them, and the offset behind them."""
+        """Return the complete lines after the offset, at most BLOCK_BYTES of them, and the offset after them."""
         with open(self._file, "rb") as file:
             file.seek(self._offset)
             block = file.read(BLOCK_BYTES)
         end = block.rfind(b"\n") + 1
         return ([json.loads(line) for line in block[:end].splitlines()], self._offset + end) if end else None
 
-    def _warn(self, why: str) -> None:
+    def _warn(self, reason: str) -> None:
         if not self._warned:
             _log.warning(
-                "warning: the metrics do not reach MLflow at %s (%s). Training goes on; "
-                "`spar-scale track sync %s` sends what is missing",
-                self._target.shown, why, self._run_dir,
+                "warning: the metrics do not reach MLflow at %s (%s). Training continues; "
+                "`spar-scale track sync %s` sends the missing steps",
+                self._target.display_address, reason, self._run_dir,
             )  # fmt: skip
         self._warned = True
 
 
 def machine() -> dict[str, float]:
-    """How busy the machine is, by the names under which MLflow shows such metrics."""
+    """Return the machine's load, by the names that MLflow uses for system metrics."""
     memory = psutil.virtual_memory()
     values = {
         "system/cpu_utilization_percentage": psutil.cpu_percent(),

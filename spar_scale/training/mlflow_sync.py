@@ -1,6 +1,6 @@
-"""What runs and their root still owe to MLflow, sent in one go: `spar-scale track sync`, and the end of a demo.
+"""Send to MLflow the metrics and artifacts that it lacks: `spar-scale track sync`, and the end of a demo.
 
-Sending again sends what is missing, so this may be repeated, and stopped anywhere.
+Only missing values are sent, so the command can be interrupted and repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class Step(TypedDict):
-    """What MLflow is sent of a line of metrics.jsonl; what was not finite is null."""
+    """The fields of a line of metrics.jsonl that are sent to MLflow; values that were not finite are null."""
 
     step: int
     time: float
@@ -43,10 +43,10 @@ _STEP = TypeAdapter(Step)
 
 
 def sync(directory: Path, uri: str | None = None) -> str:
-    """Send what is missing of a run, or of all runs in a directory with its artifacts; one line on each.
+    """Send the missing values of a run, or of all runs in a directory and its artifacts; return one line for each.
 
-    `uri` stands in for the recipes' tracking.uri. Raises UserError where there is no run, or MLflow
-    does not answer. A run in training is left out.
+    `uri` replaces the recipes' tracking.uri. Raises UserError if there is no run or MLflow does not respond. A run that
+    is training is skipped.
     """
     if _is_run(directory):
         return _send([directory], None, uri)
@@ -59,8 +59,8 @@ def sync(directory: Path, uri: str | None = None) -> str:
 def log_artifacts(root: Path, files: Sequence[Path]) -> None:
     """Log files under `root` as artifacts of its parent run, and the numbers of a `scores.json` as its metrics.
 
-    First sends what the mirrored runs in `root` still owe; where no run is mirrored, nothing is sent. A
-    failure is a warning, and `track sync ROOT` sends these files too.
+    First sends the missing values of the mirrored runs in `root`; if no run is mirrored, sends nothing. A failure is
+    only a warning: the files are noted, so `track sync ROOT` can send them later.
     """
     noted = [*noted_artifacts(root), *(os.path.relpath(file, root) for file in files)]
     runs = [run for run in _runs(root) if load_recipe(run / "recipe.yaml").tracking.mirror]
@@ -78,10 +78,10 @@ def _send(runs: Sequence[Path], root: Path | None, uri: str | None) -> str:
         load_mlflow()
     except ImportError as error:
         raise UserError(f"{error}; install mlflow") from None
-    said = [_send_run(run, uri) for run in runs]
+    lines = [_send_run(run, uri) for run in runs]
     if root is not None:
-        said.append(_send_artifacts(root, Target.of(runs[-1], load_recipe(runs[-1] / "recipe.yaml").tracking, uri)))
-    return "\n".join(said)
+        lines.append(_send_artifacts(root, Target.of(runs[-1], load_recipe(runs[-1] / "recipe.yaml").tracking, uri)))
+    return "\n".join(lines)
 
 
 def _send_run(run_dir: Path, uri: str | None) -> str:
@@ -89,7 +89,7 @@ def _send_run(run_dir: Path, uri: str | None) -> str:
     try:
         lock = RunLock(run_dir)
     except UserError:
-        return f"{run_dir}: left out, it is in training and sends for itself"
+        return f"{run_dir}: skipped, this run is training and sends its metrics itself"
     with lock:
         lines = _steps(run_dir / "metrics.jsonl")
         try:
@@ -99,12 +99,12 @@ def _send_run(run_dir: Path, uri: str | None) -> str:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{run_dir}: MLflow at {target.shown} failed ({target.fault(error)})") from None
-    return f"{run_dir}: {run.sent} of {len(lines)} steps sent to {target.shown}, run {run.id}"
+            raise UserError(f"{run_dir}: MLflow at {target.display_address} failed ({target.fault(error)})") from None
+    return f"{run_dir}: {run.sent} of {len(lines)} steps sent to {target.display_address}, run {run.id}"
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:
-    """The steps of metrics.jsonl. Raises UserError for a line without what MLflow is sent of a step."""
+    """Return the steps of metrics.jsonl. Raises UserError for a line that lacks a field of `Step`."""
     lines = read_lines(path)
     for number, line in enumerate(lines, 1):
         validated(line, _STEP, f"{path}: line {number}", "remove this line")
@@ -113,7 +113,7 @@ def _steps(path: Path) -> list[dict[str, Any]]:
 
 def _send_artifacts(root: Path, target: Target) -> str:
     files = [root / name for name in noted_artifacts(root) if (root / name).is_file()]
-    remedy = f"remove it, then `spar-scale evaluate {shlex.quote(str(root))}` writes a new one"
+    remedy = f"remove it and run `spar-scale evaluate {shlex.quote(str(root))}` to write a new one"
     scores = read_json(root / SCORES, _NUMBERS, remedy) if root / SCORES in files else {}
     try:
         store = Store(target)
@@ -123,14 +123,14 @@ def _send_artifacts(root: Path, target: Target) -> str:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{root}: MLflow at {target.shown} failed ({target.fault(error)})") from None
-    return f"{root}: {len(files)} artifacts sent to {target.shown}, run {store.parent_id}"
+        raise UserError(f"{root}: MLflow at {target.display_address} failed ({target.fault(error)})") from None
+    return f"{root}: {len(files)} artifacts sent to {target.display_address}, run {store.parent_id}"
 
 
 def _runs(root: Path) -> list[Path]:
-    """The runs in a directory, the one last trained at the end."""
-    found = [folder for folder in root.iterdir() if _is_run(folder)] if root.is_dir() else []
-    return sorted(found, key=lambda folder: (folder / "metrics.jsonl").stat().st_mtime)
+    """Return the runs in a directory, the last trained one last."""
+    runs = [folder for folder in root.iterdir() if _is_run(folder)] if root.is_dir() else []
+    return sorted(runs, key=lambda folder: (folder / "metrics.jsonl").stat().st_mtime)
 
 
 def _is_run(folder: Path) -> bool:

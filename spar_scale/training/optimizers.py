@@ -1,7 +1,7 @@
-"""Optimizers by name, and the parameter groups they work on.
+"""The parameter groups of the optimizer.
 
-A group is a learning-rate group of the stage split by weight decay (none for vectors: norms, biases,
-scales) and, for Muon, by hidden matrix.
+A learning-rate group of the training stage is split by weight decay (vectors have none: norms, biases, scales) and, for
+Muon, into hidden matrices and other parameters.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from spar_scale.stages import Stage
 def parameter_groups(stage: Stage, settings: OptimizerConfig) -> list[dict[str, Any]]:
     """Return the optimizer groups of the stage's trained parameters.
 
-    Each returned group has a unique `name`, its `multiplier` of the learning rate and the optimizer's
-    own keys. Muon's matrices are the weights of linear layers and of full convolutions, embeddings and
-    the language head left out. Raises UserError for a multiplier of a group that the stage does not have.
+    Each group has a unique `name`, its `multiplier` of the learning rate and the optimizer's own keys. Muon's matrices
+    are the weights of linear layers and full convolutions, without embeddings and the language head. Raises UserError
+    for a multiplier of a group that the training stage does not have.
     """
     known = {*stage.groups, *(companion.name for companion in stage.companions)}
     if unknown := sorted(set(settings.groups) - known):
@@ -40,7 +40,7 @@ def parameter_groups(stage: Stage, settings: OptimizerConfig) -> list[dict[str, 
 
 
 def _hidden_matrices(model: nn.Module) -> set[str]:
-    """Return the names of weights that are matrices between layers: no depthwise convolution, no table of words."""
+    """Return the names of hidden matrices: no depthwise convolution, no embedding, no language head."""
     names: set[str] = set()
     for name, module in model.named_modules():
         matrix = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
@@ -51,7 +51,7 @@ def _hidden_matrices(model: nn.Module) -> set[str]:
 
 def _kind(name: str, parameter: nn.Parameter, hidden: set[str] | None) -> str:
     if hidden is not None:
-        setattr(parameter, WHOLE_MATRICES, name in hidden)  # DeepSpeed reads it
+        setattr(parameter, WHOLE_MATRICES, name in hidden)  # DeepSpeed reads this attribute
         if name in hidden:
             return "muon"
     return "decay" if parameter.dim() > 1 else "plain"

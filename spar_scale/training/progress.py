@@ -1,6 +1,7 @@
-"""What a person sees while a run goes on: a bar on a terminal, one plain line per log step otherwise.
+"""Show the progress of a run: a bar on a terminal, else one plain line per log step.
 
-Where the run is part of a larger one, which shows all its parts, `progress_sent_to` hands the same over to that.
+If the run is a step of a larger command that shows the progress of all its steps, `progress_sent_to` passes the
+progress to that command instead.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 Listener = Callable[[int, int, str], None]
-"""Takes the steps done, the steps of the run, and the metrics as a line."""
+"""Called with the completed steps, all steps of the run, and a line of metrics."""
 _listener: Listener | None = None
 
 
 @contextmanager
 def progress_sent_to(listener: Listener) -> Iterator[None]:
-    """Within it, runs of this process tell `listener` how far they are instead of showing it."""
+    """Within the context, runs of this process pass their progress to `listener` instead of showing it."""
     global _listener
     _listener = listener
     try:
@@ -27,15 +28,15 @@ def progress_sent_to(listener: Listener) -> Iterator[None]:
 
 
 class Progress:
-    """Reports the latest metrics of a run; silent on every rank but the first."""
+    """Shows the latest metrics of a run, if `enabled` (on the first rank)."""
 
-    def __init__(self, title: str, first: int, steps: int, speaks: bool):
+    def __init__(self, title: str, first: int, steps: int, enabled: bool):
         self._steps, self._title = steps, title
         self._bar: Any = None
-        self._speaks = speaks
-        if speaks and _listener is not None:
+        self._enabled = enabled
+        if enabled and _listener is not None:
             _listener(first, steps, "")
-        elif speaks and sys.stderr.isatty():
+        elif enabled and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -52,7 +53,7 @@ class Progress:
 
     def show(self, line: dict[str, Any]) -> None:
         """Show one line of metrics."""
-        if not self._speaks:
+        if not self._enabled:
             return
         terms = " ".join(f"{name} {value:.4f}" for name, value in line["terms"].items())
         note = f"loss {line['loss']:.4f} ({terms}) norm {line['grad_norm']:.3f} {line['samples_per_s']:.0f} samples/s"
@@ -64,6 +65,6 @@ class Progress:
             print(f"{self._title} step {line['step']}/{self._steps}  {note}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Remove the bar from the terminal."""
         if self._bar is not None:
             self._bar.stop()

@@ -1,7 +1,8 @@
-"""A run's directory: who may write it, and what it says about the run so far.
+"""The directory of a run: its lock, its recipe and its checkpoints.
 
-A continuation may change only what does not change the run. A start that left no checkpoint has trained nothing that
-is kept, so another recipe may replace its recipe. The lock is held by rank 0, and every refusal is raised on all ranks.
+When a run resumes, its recipe may differ only in keys that do not change the run. A run without a checkpoint has
+trained nothing that is kept, so another recipe may replace its recipe. Rank 0 holds the lock; every refusal is raised
+on all ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class RunDirectory:
-    """The directory of one run, locked while the object is open (a context manager)."""
+    """The directory of one run. A context manager that holds the run's lock."""
 
     def __init__(self, recipe: Recipe, topology: Topology):
         self.path = recipe.run_dir
@@ -42,11 +43,11 @@ class RunDirectory:
         self._release()
 
     def resolve(self, relative: str) -> Path:
-        """A path that the recipe gives relative to the run directory."""
+        """Return a path that the recipe gives relative to the run directory."""
         return (self.path / relative).resolve()
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole, verified by all ranks; damaged newer ones are named in the log."""
+        """Return the newest intact checkpoint, verified by all ranks; newer damaged ones are logged."""
         return checkpoint.find(self.checkpoints, self._topology.files_group)
 
     def _release(self) -> None:
@@ -62,12 +63,12 @@ class RunDirectory:
 
 
 def has_trained(run_dir: Path) -> bool:
-    """Whether a run directory holds a checkpoint, damaged or not, or a published model."""
+    """Return whether a run directory holds a checkpoint, damaged or not, or a published model."""
     return bool(list_checkpoints(run_dir / "checkpoints")) or (run_dir / "pretrained").exists()
 
 
 def refuse_another(file: Path, recipe: Recipe) -> None:
-    """Raise UserError where `file` holds the recipe of another run: one that differs in what must not change."""
+    """Raise UserError if `file` holds the recipe of another run, that is, differs in keys that must not change."""
     if not file.exists() or not has_trained(file.parent):
         return
     changed = [key for key in differences(load_recipe(file), recipe) if not may_change_at_resume(key)]
@@ -75,5 +76,5 @@ def refuse_another(file: Path, recipe: Recipe) -> None:
     if changed:
         raise UserError(
             f"{file.parent}: holds a run of another recipe; it differs in {', '.join(changed)}. "
-            "Give the recipe another run_dir, or restore these values to go on"
+            "Give the recipe another run_dir, or restore these values to continue"
         )

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""The learning rate as a pure function of the step, so that checkpoints need no schedule state."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from spar_scale.config.recipe import OptimizerConfig
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
-    """Rate of the update that completes step `step` (1-based) of `steps`, before group multipliers.
+    """Return the rate of the update that completes step `step` (1-based) of `steps`, before group multipliers.
 
-    Linear warm-up to `lr` over `warmup_steps`, then the schedule's decay to `min_lr` at the last step; `wsd`
-    (warm-up, stable, decay) begins it halfway.
+    Linear warm-up to `lr` over `warmup_steps`, then decay to `min_lr` at the last step. `wsd` (warm-up, stable, decay)
+    starts the decay halfway between warm-up and end.
     """
     if step <= optimizer.warmup_steps:
         return optimizer.lr * step / optimizer.warmup_steps

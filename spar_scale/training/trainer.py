@@ -1,7 +1,7 @@
-"""The one training loop: every stage, phase and layout goes through `train`.
+"""The training loop of every training stage, phase and layout: `train`.
 
-Read `Trainer.run` first. Between fetching a batch and the update nothing of ours waits for the
-device; metrics stay there until a log step or a checkpoint (`metrics.py`).
+Read `Trainer.run` first. No code here synchronises with the device between fetching a batch and the update; metrics
+stay on the device until a log step or a checkpoint (`metrics.py`).
 """
 
 from __future__ import annotations
@@ -52,17 +52,18 @@ log = logging.getLogger(__name__)
 
 STATE_VERSION = 2
 READABLE_VERSIONS = (1, 2)
-"""Version 1 held the optimizer's step counts alone, as `optimizer_steps`."""
+"""Version 1 stored only the optimizer's step counts, as `optimizer_steps`."""
 
 
 def train(recipe: Recipe) -> int:
-    """Train a recipe to its last step, from its newest whole checkpoint if there is one; 0 when done.
+    """Train a recipe to its last step, from its newest intact checkpoint if there is one; return exit code 0.
 
-    Raises SystemExit(STOPPED) where a signal has asked it to stop and what was trained has been saved.
+    Raises SystemExit(STOPPED) after a signal, when the trained steps are saved.
     """
-    check_layout(recipe, read_environment()[1])  # before any process group exists
+    # Both checks come before the process group exists: their errors then need no agreement of the ranks.
+    check_layout(recipe, read_environment()[1])
     layout = Layout(recipe.parallel.tensor, recipe.parallel.pipeline, recipe.parallel.zero)
-    with attention_of(recipe):  # likewise
+    with attention_of(recipe):
         launch = start(recipe.guards.timeout_s)
         topology = Topology(layout)
         heartbeat = Heartbeat(topology, recipe.guards.timeout_s)
@@ -78,7 +79,7 @@ def train(recipe: Recipe) -> int:
 
 
 class Trainer:
-    """One run: model, engine, data and logs, from wherever its checkpoints left it."""
+    """One run: model, engine, data and logs, starting from its newest checkpoint."""
 
     def __init__(
         self,
@@ -115,22 +116,23 @@ class Trainer:
         self.metrics = StepMetrics(recipe, self.stage.terms, topology, self.log)
 
     def run(self) -> bool:
-        """Train up to the recipe's last step, save, and write the published layout where the stage has one.
+        """Train up to the recipe's last step, save, and export the model if the training stage has a published layout.
 
-        Returns whether the run is done: when asked to stop it saves and leaves the rest.
+        Returns False if a signal stopped the run earlier; it is then saved too.
         """
         steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
         title = f"{self.recipe.stage}/{self.recipe.phase}"
-        progress = Progress(title, self.step, steps, speaks=self.topology.rank == 0)
+        progress = Progress(title, self.step, steps, enabled=self.topology.rank == 0)
         try:
             batches = iter(self.loader)
             while self.step < steps:
                 batch = self._first_batch(batches)
-                asked, doubt = self.stop.agreed(self.metrics.doubt)
-                if doubt:
-                    self.metrics.write()  # raises where no rank could use a sample of the step before
-                if asked or batch is None or not self._train_step(itertools.chain([batch], batches)):
-                    self._stop(asked or self.stop.agreed()[0])
+                # All ranks decide together here: a rank that stopped alone would leave the others in a collective.
+                stop_signal, any_all_bad = self.stop.agree(self.metrics.all_bad)
+                if any_all_bad:
+                    self.metrics.write()  # raises UserError if all samples of all ranks were bad in the last step
+                if stop_signal or batch is None or not self._train_step(itertools.chain([batch], batches)):
+                    self._stop(stop_signal or self.stop.agree()[0])
                     return False
                 saves = self.step % every == 0 or self.step == steps
                 if saves or self.step % self.recipe.train.log_every == 0:
@@ -143,7 +145,7 @@ class Trainer:
         return True
 
     def close(self) -> None:
-        """Stop the loader's workers, close the logs and release the engine."""
+        """End the loader's workers, close the logs and release the engine."""
         self.loader.close()
         if self.log is not None:
             self.log.close()
@@ -154,9 +156,10 @@ class Trainer:
     # -- one step -------------------------------------------------------------------------------
 
     def _first_batch(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
-        """The first batch of the next step; None where a signal came while it was waited for.
+        """Return the first batch of the next step, or None if a signal arrived while waiting for it.
 
-        It is fetched before the ranks agree to go on, so that a rank whose data hangs can still stop with the others.
+        It is fetched before the ranks agree to continue, so that a rank whose data hangs can still stop with the
+        others.
         """
         self.in_step = False
         self.heartbeat.place = f"step {self.step + 1}, {WAITING}"
@@ -169,7 +172,7 @@ class Trainer:
         self.stop.check_wait(self.heartbeat.place, self.in_step)
 
     def _train_step(self, batches: Iterator[dict[str, Any]]) -> bool:
-        """Train one step; return False where, alone in its world, it was left for a signal before its update."""
+        """Train one step. Return False if a signal interrupted it before the update, which needs a world size of 1."""
         self.in_step = True
         self.step += 1
         place = self.heartbeat.place = f"step {self.step}"
@@ -194,7 +197,7 @@ class Trainer:
         except WaitInterrupted:
             self.step -= 1
             return False
-        for _ in feed:  # a stage in the middle of a pipeline takes no batches: keep its position
+        for _ in feed:  # a middle pipeline stage reads no batches: skip them to keep the loader's position
             pass
         for companion in self.stage.companions:
             factor = self.recipe.optimizer.groups.get(companion.name, 1.0)
@@ -205,9 +208,9 @@ class Trainer:
 
     # -- saving and resuming ----------------------------------------------------------------------
 
-    def _stop(self, asked: str | None) -> None:
-        """Save what is not saved yet."""
-        self._announce(f"was asked to stop by {asked} after step {self.step}; the same command resumes from there")
+    def _stop(self, signal_name: str | None) -> None:
+        """Save the steps that are not saved yet."""
+        self._announce(f"stops on {signal_name} after step {self.step}; the same command resumes from there")
         if self.step > self.saved:
             self.metrics.write()
             self._save()
@@ -216,7 +219,7 @@ class Trainer:
         self.heartbeat.place = f"the save of step {self.step}"
         began = time.monotonic()
         if self.log is not None:
-            self.log.flush()
+            self.log.flush()  # before the checkpoint: a resume needs the lines of all steps up to it
         state = {
             "version": STATE_VERSION,
             "step": self.step,
@@ -235,7 +238,7 @@ class Trainer:
             self.step,
             self.engine.state.fragments(),
             state,
-            tensors=self._whole_tensors(),
+            tensors=self._companion_tensors(),
             group=self.topology.files_group,
             keep=self.recipe.checkpoint.keep,
         )
@@ -243,43 +246,44 @@ class Trainer:
         self.saved = self.step
 
     def _resume(self) -> tuple[int, str | None]:
-        """Load the newest whole checkpoint; return its step and shard digest, (0, None) for a fresh run."""
-        found = self.directory.newest_checkpoint()
-        if found is None:
+        """Load the newest intact checkpoint; return its step and shard digest, or (0, None) for a new run."""
+        path = self.directory.newest_checkpoint()
+        if path is None:
             self._announce("starts at step 0: the run directory has no checkpoint")
             return 0, None
         # The version comes first: the tensors of an unknown one would be refused as those of another model.
-        state = run_on_all_ranks(self.topology.agreement_group, lambda: _readable_state(found))
+        state = run_on_all_ranks(self.topology.agreement_group, lambda: _readable_state(path))
         fragments = self.engine.state.fragments(loading=True)
-        tensors = self._whole_tensors()
-        checkpoint.load(found, fragments, tensors, group=self.topology.files_group, verify=False)
+        tensors = self._companion_tensors()
+        # `newest_checkpoint` has verified the hashes already.
+        checkpoint.load(path, fragments, tensors, group=self.topology.files_group, verify=False)
         for part, digest in self.frozen.items():
             if state["frozen"].get(part) != digest:
-                raise UserError(f"{found}: the frozen part '{part}' differs from the one that this run trained with")
+                raise UserError(f"{path}: the frozen part '{part}' differs from the one that this run trained with")
         self.engine.state.restore(_optimizer_scalars_of(state))
         self.non_finite.load_state_dict(state["non_finite"])
         self.tracked = state.get("tracking")
-        self._announce(f"resumes from {found}, step {state['step']}")
+        self._announce(f"resumes from {path}, step {state['step']}")
         return state["step"], state["shards"]
 
-    def _whole_tensors(self) -> dict[str, torch.Tensor]:
-        """Tensors of the checkpoint that no engine shards: the companions with their optimizers."""
+    def _companion_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the checkpoint tensors that are not sharded: those of the companions and their optimizers."""
         return {name: tensor for companion in self.stage.companions for name, tensor in companion.tensors().items()}
 
     def _optimizer_scalars(self) -> dict[str, dict[str, float]]:
-        """The optimizer's scalars by parameter group, over all pipeline stages."""
+        """Return the optimizer's scalars by parameter group, gathered from all pipeline stages."""
         merged: dict[str, dict[str, float]] = {}
         for scalars in self.topology.gather(self.engine.state.scalars()):
             merged.update(scalars)
         return merged
 
     def _export(self) -> None:
-        """Write the averaged weights in the published layout, if the stage has one."""
+        """Write the EMA weights in the published layout, if the training stage has one."""
         if self.stage.export is not None:
             self.heartbeat.place = "the export"
-            found = self.directory.newest_checkpoint()
-            assert found is not None
-            run_on_first_rank(self.topology.agreement_group, lambda: export(self.recipe, found, self.directory.path))
+            path = self.directory.newest_checkpoint()
+            assert path is not None
+            run_on_first_rank(self.topology.agreement_group, lambda: export(self.recipe, path, self.directory.path))
 
     # -- pieces of the constructor ----------------------------------------------------------------
 
@@ -333,21 +337,21 @@ class Trainer:
             log.info("%s/%s %s", self.recipe.stage, self.recipe.phase, text)
 
 
-def _readable_state(found: Path) -> dict[str, Any]:
-    """The state in a checkpoint. Raises UserError for a version that this program does not read."""
-    state = read_manifest(found).state
+def _readable_state(path: Path) -> dict[str, Any]:
+    """Return the state in a checkpoint. Raises UserError for a version that this program does not read."""
+    state = read_manifest(path).state
     version = state.get("version")
     if version not in READABLE_VERSIONS:
         raise UserError(
-            f"{found}: found state version {version}, must be {' or '.join(map(str, READABLE_VERSIONS))}; resume with "
+            f"{path}: found state version {version}, expected {' or '.join(map(str, READABLE_VERSIONS))}; resume with "
             "the version of the program that wrote it, or give the recipe another run_dir"
         )
     return state
 
 
 def _optimizer_scalars_of(state: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The optimizer's scalars in a checkpoint's state, of any readable version."""
-    if state["version"] == 1:  # had a count, always 0, for the matrices of Muon too, which count no steps
+    """Return the optimizer's scalars of a checkpoint's state, of any readable version."""
+    if state["version"] == 1:  # also had a count, always 0, for Muon's matrices, which count no steps
         steps = state["optimizer_steps"].items()
         return {group: {} if group.endswith(".muon") else {"step": count} for group, count in steps}
     return state["optimizer_scalars"]

@@ -57,7 +57,7 @@ def left_out(report: str) -> list[str]:
     return [line.strip().removeprefix("left out, ") for line in report.splitlines() if "left out, " in line]
 
 
-FIELDS = "more or fewer fields than the header; put captions that hold commas into double quotes: 1"
+FIELDS = "more or fewer fields than the header; put captions with commas in double quotes: 1"
 ROWS_OF_CSV = {
     "comma without quotes": ("0.png,a circle, on the left", f"{FIELDS} (row 1 at line 2 (3 instead of 2))"),
     "no caption": ("0.png", f"{FIELDS} (row 1 at line 2 (1 instead of 2))"),
@@ -108,11 +108,11 @@ ROWS_OF_JSON = {
     "key twice": ('{"image": "0.png", "caption": "x", "caption": "y"}', "two values of caption: 1 (row 1 at line 1)"),
     "half an emoji": (
         '{"image": "0.png", "caption": "x \\ud83d"}',
-        "caption holds half of a surrogate pair and is no UTF-8: 1 (row 1 at line 1)",
+        "caption holds half of a surrogate pair and is not UTF-8: 1 (row 1 at line 1)",
     ),
     "half an emoji in the name": (
         '{"image": "\\ud83d.png", "caption": "x"}',
-        "image holds half of a surrogate pair and is no UTF-8: 1 (row 1 at line 1)",
+        "image holds half of a surrogate pair and is not UTF-8: 1 (row 1 at line 1)",
     ),
     "no object": ('["0.png", "x"]', "not a JSON object: 1 (row 1 at line 1)"),
     "no JSON": (
@@ -168,8 +168,8 @@ def test_commas_quotes_and_line_ends_within_quotes_belong_to_the_caption(folder:
 
 
 REFUSED_CSV = {
-    "Latin-1": ("image,caption\n0.png,x\n1.png,gr\u00fcn\n".encode("latin-1"), "line 3 is no UTF-8; save the table"),
-    "UTF-16": ("image,caption\n0.png,x\n".encode("utf-16"), "line 1 is no UTF-8; save the table as UTF-8"),
+    "Latin-1": ("image,caption\n0.png,x\n1.png,gr\u00fcn\n".encode("latin-1"), "line 3 is not UTF-8; save the table"),
+    "UTF-16": ("image,caption\n0.png,x\n".encode("utf-16"), "line 1 is not UTF-8; save the table as UTF-8"),
     "semicolons": (b"image;caption\n0.png;x\n", "the header has 'image;caption'; it must have the columns 'image' and"),
     "other case": (b"Image,Caption\n0.png,x\n", "the header has 'Image', 'Caption'; it must have the columns 'image'"),
     "column twice": (b"image,caption,caption\n0.png,x,y\n", "'caption' once each"),
@@ -249,14 +249,14 @@ def test_a_file_name_that_is_no_utf8_is_left_out(folder: Path, name: str):
     captions, report = imported(folder)
     shown = name.encode("ascii", "backslashreplace").decode()
     assert captions.keys() == {"a"}
-    assert left_out(report) == [f"file name is no UTF-8: 2 ({shown}.png, {shown}.txt)"]
+    assert left_out(report) == [f"file name is not UTF-8: 2 ({shown}.png, {shown}.txt)"]
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"gr\xfcn", "its text is no UTF-8: 1 (b.png)"),
-        ("a circle".encode("utf-16"), "its text is no UTF-8: 1 (b.png)"),
+        (b"gr\xfcn", "its text is not UTF-8: 1 (b.png)"),
+        ("a circle".encode("utf-16"), "its text is not UTF-8: 1 (b.png)"),
         ("a circle".encode("utf-16-le"), "its text holds NUL characters: 1 (b.png)"),
         (b"\xef\xbb\xbf \n", "no text: 1 (b.png)"),
     ],

@@ -168,20 +168,20 @@ def without(members: dict[str, bytes], *names: str) -> dict[str, bytes]:
 LONGEST = " ".join(["a"] * 6)  # with <bos>, draw, : and <img> ten tokens
 BAD = {
     "unknown words": ("generation", {**GENERATION, "json": said(["a mauve circle"])}, "unknown words: 'mauve'"),
-    "too long": ("generation", {**GENERATION, "json": said([f"{LONGEST} a"])}, "11 tokens; at most 10 are read"),
+    "too long": ("generation", {**GENERATION, "json": said([f"{LONGEST} a"])}, "11 tokens; the maximum is 10"),
     "captions are one text": (
         "generation",
         {**GENERATION, "json": said("a red circle")},
-        "captions are no list of texts",
+        "captions are not a list of texts",
     ),
-    "a caption is no text": ("generation", {**GENERATION, "json": said([["a"]])}, "captions are no list of texts"),
+    "a caption is no text": ("generation", {**GENERATION, "json": said([["a"]])}, "captions are not a list of texts"),
     "a caption of marks": ("generation", {**GENERATION, "json": said(["a <IMG_CONTEXT>"])}, "words: '<IMG_CONTEXT>'"),
     "no words": ("generation", {"png": columns(0)}, "no member txt; the sample has png"),
     "no picture": ("generation", without(GENERATION, "png"), "no member png|jpg|jpeg|webp; the sample has json, txt"),
     "json": ("generation", {**GENERATION, "json": b"{"}, "its json cannot be read"),
     "json that nests without end": ("generation", {**GENERATION, "json": b"[" * 10**5}, "its json cannot be read"),
     "json of other bytes": ("generation", {**GENERATION, "json": b'{"a": "\xff"}'}, "its json cannot be read"),
-    "txt of other bytes": ("generation", {"png": columns(0), "txt": b"a \xff"}, "its txt is no UTF-8"),
+    "txt of other bytes": ("generation", {"png": columns(0), "txt": b"a \xff"}, "its txt is not UTF-8"),
     "a list without a txt": (
         "generation",
         {"png": columns(0), "json": b"[]"},
@@ -196,26 +196,26 @@ BAD = {
     "captions are an object": (
         "generation",
         {**GENERATION, "json": said({"en": "a"})},
-        "captions are no list of texts",
+        "captions are not a list of texts",
     ),
     "an empty caption": ("generation", {**GENERATION, "json": said(["a red circle", " "])}, "its captions is empty"),
     "empty txt": ("generation", {"png": columns(0), "txt": b""}, "its txt is empty"),
     "txt of white space": ("generation", {"png": columns(0), "txt": b" \r\n\t"}, "its txt is empty"),
     "txt of a byte order mark": ("generation", {"png": columns(0), "txt": BOM.encode()}, "its txt is empty"),
-    "txt as UTF-16": ("generation", {"png": columns(0), "txt": "a circle".encode("utf-16")}, "no UTF-8 but UTF-16"),
+    "txt as UTF-16": ("generation", {"png": columns(0), "txt": "a circle".encode("utf-16")}, "not UTF-8 but UTF-16"),
     "txt as UTF-16 without a mark": (
         "generation",
         {"png": columns(0), "txt": "a circle".encode("utf-16-le")},
-        "no UTF-8 but UTF-16",
+        "not UTF-8 but UTF-16",
     ),
     "edit: empty txt": ("editing", {**EDITING, "txt": b"\n"}, "its txt is empty"),
     "edit: unknown words": ("editing", {**EDITING, "txt": b"make it mauve"}, "unknown words: 'it'"),
-    "edit: too long": ("editing", {**EDITING, "txt": f"{LONGEST} a".encode()}, "15 tokens; at most 14 are read"),
+    "edit: too long": ("editing", {**EDITING, "txt": f"{LONGEST} a".encode()}, "15 tokens; the maximum is 14"),
     "edit: a mark": ("editing", {**EDITING, "txt": b"make <IMG_CONTEXT> blue"}, "unknown words: '<IMG_CONTEXT>'"),
     "edit: no target": ("editing", without(EDITING, "output.png"), "no member output.png|output.jpg|"),
     "edit: no picture": ("editing", without(EDITING, "input.png"), "no member input.png|input.jpg|"),
     "edit: no instruction": ("editing", without(EDITING, "txt"), "no member txt; the sample has"),
-    "edit: txt of other bytes": ("editing", {**EDITING, "txt": b"\xff"}, "its txt is no UTF-8"),
+    "edit: txt of other bytes": ("editing", {**EDITING, "txt": b"\xff"}, "its txt is not UTF-8"),
 }
 
 
@@ -236,7 +236,7 @@ def test_the_longest_prompt_is_read_whole(make_shard, source):
 
 
 def test_a_source_that_neither_draws_nor_edits_is_refused(make_shard):
-    with pytest.raises(UserError, match=r"'images' is no task of this phase \(generation, editing\)"):
+    with pytest.raises(UserError, match=r"'images' is not a task of this phase \(generation, editing\)"):
         read(make_shard({"a": GENERATION}), "images")
 
 

@@ -183,7 +183,7 @@ def bomb() -> bytes:
 
 WHOLE = Image.fromarray(colours(64, 64))
 UNREADABLE = {
-    "a web page": (b"<!DOCTYPE html><html></html>", "PNG, JPEG or WebP is needed"),
+    "a web page": (b"<!DOCTYPE html><html></html>", "expected PNG, JPEG or WebP"),
     "an empty file": (b"", "0 bytes"),
     "zeros": (bytes(2000), "2000 bytes"),
     "a cut PNG": (encoded(WHOLE)[:-200], "truncated"),

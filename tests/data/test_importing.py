@@ -103,9 +103,9 @@ def test_what_cannot_be_used_is_left_out_and_named(folder: Path, tmp_path: Path,
     said = import_folder(folder, tmp_path / "out")
     assert list(members(tmp_path / "out")) == ["a", "b%2Fa", "z%201"]
     for line in (
-        "left out, outside of the folder: 2 (link.png, text.txt)",
+        "left out, outside the folder: 2 (link.png, text.txt)",
         "left out, no text: 1 (alone.png)",
-        "left out, its text is no UTF-8: 1 (latin.png)",
+        "left out, its text is not UTF-8: 1 (latin.png)",
         "left out, unreadable image: 1 (cut.png (not a readable image",
         "left out, duplicate key: 1 (a.webp (as a.png))",
     ):
@@ -119,7 +119,7 @@ def test_a_table_reaches_no_file_outside(folder: Path, tmp_path: Path, picture):
     (folder / "captions.csv").write_text("\n".join(rows))
     said = import_folder(folder, tmp_path / "out")
     assert (
-        f"left out, outside of the folder: 2 (../secret.png, {printable(f'{tmp_path}/secret.png', NAME_CHARACTERS)})"
+        f"left out, outside the folder: 2 (../secret.png, {printable(f'{tmp_path}/secret.png', NAME_CHARACTERS)})"
         in said
     )
     assert "left out, no such file: 1 (none.png)" in said and list(members(tmp_path / "out")) == ["a"]
@@ -207,7 +207,7 @@ def test_pictures_with_transparent_pixels_are_counted_and_shrunk_over_white(fold
     for name, opacity in (("clear", 0), ("opaque", 255)):
         Image.new("RGBA", (40, 40), (9, 9, 9, opacity)).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text("a red circle")
-    assert "pictures with transparency, laid over white: 1\n" in import_folder(folder, tmp_path / "out", size=10)
+    assert "pictures with transparency, composited over white: 1\n" in import_folder(folder, tmp_path / "out", size=10)
     found = members(tmp_path / "out")
     for name, expected in (("clear", 255), ("opaque", 9)):
         assert Image.open(io.BytesIO(found[name]["png"])).getextrema() == ((expected, expected),) * 3
@@ -237,7 +237,7 @@ def test_larger_pictures_are_shrunk_where_asked_for(folder: Path, tmp_path: Path
 def test_unknown_words_are_counted_with_the_nearest_known(folder: Path, tmp_path: Path):
     (folder / "a.txt").write_text("a red circel")
     said = import_folder(folder, tmp_path / "out", check_words=True)
-    assert "words that the miniature does not know: 1" in said
+    assert "words outside the miniature's vocabulary: 1" in said
     assert "'circel' in 1; did you mean 'circle'?" in said
 
 
@@ -261,7 +261,10 @@ REFUSED = {
     ),
     "not json": ({"captions.jsonl": b"{\n"}, r"holds no sample\n  left out, not valid JSON: 1 \(row 1 at line 1"),
     "not text": ({"captions.csv": b"image,caption\n\xff,x\n"}, "captions.csv: cannot be read"),
-    "two tables": ({"captions.csv": b"", "captions.jsonl": b""}, "holds captions.csv and captions.jsonl; one of them"),
+    "two tables": (
+        {"captions.csv": b"", "captions.jsonl": b""},
+        "holds captions.csv and captions.jsonl, expected one table",
+    ),
 }
 
 
@@ -280,7 +283,7 @@ def test_an_out_that_holds_something_is_refused(folder: Path, tmp_path: Path, ca
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()
     assert main(["data", "import", str(folder), "--out", str(tmp_path / "out")]) == 2
-    assert "out: is there and not empty" in capsys.readouterr().err
+    assert "out: already exists and is not empty" in capsys.readouterr().err
     (tmp_path / "out" / "x").unlink()
     assert main(["data", "import", str(folder), "--out", str(tmp_path / "out")]) == 0
     assert main(["data", "import", str(tmp_path / "none"), "--out", str(tmp_path / "new")]) == 2

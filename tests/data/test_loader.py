@@ -176,7 +176,7 @@ def test_a_shard_replaced_under_a_run_is_refused(make_shard, picture):
     shard = make_shard({"a": {"png": picture()}})
     loader = Loader([Source("a", shard)], SPEC, 0, 4, 4, 4, 0, 1, 0, 0, 2)
     make_shard({"a": {"png": picture()}, "b": {"png": bytes(20000)}}, indexed=False)
-    with pytest.raises(UserError, match=r"bytes, but its index was made when it held \d+; .*data index"):
+    with pytest.raises(UserError, match=r"bytes, but its index was made for \d+; .*data index"):
         list(loader)
 
 
@@ -293,7 +293,7 @@ def test_a_signal_before_a_worker_is_ready_does_not_end_it(tiny_world, monkeypat
     ready = loader._start_worker
 
     def signalled(worker: int) -> None:
-        for name in loader.PARENTS_SIGNALS:
+        for name in loader.PARENT_SIGNALS:
             os.kill(os.getpid(), name)
         ready(worker)
 

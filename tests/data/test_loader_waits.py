@@ -30,14 +30,14 @@ def load(shards: Path, steps: int = STEPS, **given) -> Loader:
 def release(monkeypatch) -> Callable[[], object]:
     """Micro-step 2 hangs in a read in its worker, until the function that this returns is called."""
     read_end, write_end = os.pipe()
-    read = loader._MicroBatches.load
+    read = loader._MicroBatchDataset.load
 
     def hanging(dataset, micro_step: int):
         if micro_step == 2:
             os.read(read_end, 1)
         return read(dataset, micro_step)
 
-    monkeypatch.setattr(loader._MicroBatches, "load", hanging)
+    monkeypatch.setattr(loader._MicroBatchDataset, "load", hanging)
     monkeypatch.setattr(loader, "POLL_S", 0.05)
     return lambda: os.write(write_end, b"x")
 
@@ -62,14 +62,14 @@ def begin(loading: Loader) -> tuple[Iterator[Batch], int]:
 def test_a_batch_that_does_not_fit_into_shared_memory_is_refused_at_once(
     tiny_world, monkeypatch, limit: int, value: int, cause: str, advice: str
 ):
-    read = loader._MicroBatches.load
+    read = loader._MicroBatchDataset.load
 
     def limited(dataset, micro_step: int):
         batch = read(dataset, micro_step)
         resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
         return batch
 
-    monkeypatch.setattr(loader._MicroBatches, "load", limited)
+    monkeypatch.setattr(loader._MicroBatchDataset, "load", limited)
     with pytest.raises(UserError) as refusal:
         list(load(tiny_world, timeout_s=5))
     message = str(refusal.value)
@@ -82,7 +82,7 @@ def test_a_worker_that_does_not_answer_is_named_with_what_it_must_load(tiny_worl
     with pytest.raises(UserError) as refusal:
         next(batches)
     message = str(refusal.value)
-    assert message.startswith(f"data.workers: found no batch after 1 s (guards.timeout_s): worker 0 of 1 (pid {pid})")
+    assert message.startswith(f"data.workers: no batch after 1 s (guards.timeout_s): worker 0 of 1 (pid {pid})")
     assert "samples 8 to 11 from " in message and "scenes-0" in message and "raise guards.timeout_s" in message
     with pytest.raises(ProcessLookupError):  # a worker that hangs is ended
         os.kill(pid, 0)

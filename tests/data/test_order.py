@@ -140,8 +140,8 @@ GOLDEN_NORMAL = [-0.59308, 0.02929, -0.51791]
         ([], "data.sources is empty"),
         (sources(1, 0), r"data.sources\[1\] \(s1\): weight is 0; it must be positive"),
         (sources(1, float("nan")), "weight is nan"),
-        (sources(1, 1e-5), "weight 1e-05 is less than one block in 1000"),
-        ([*sources(1), *sources(1)], r"data.sources\[1\] \(s0\): the name is taken"),
+        (sources(1, 1e-5), "weight 1e-05 gives less than one block in 1000"),
+        ([*sources(1), *sources(1)], r"data.sources\[1\] \(s0\): another source has this name"),
         ([SourceShape("s", 1, (0,))], "its shards hold no samples"),
     ],
 )

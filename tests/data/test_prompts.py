@@ -178,11 +178,11 @@ BAD = {
     "not json": (b"{", "its json cannot be read"),
     "a list": (b"[]", "its json holds list"),
     "no captions": ({}, "KeyError: 'captions'"),
-    "empty captions": ({"captions": []}, "its words are nothing to train on"),
+    "empty captions": ({"captions": []}, "its texts cannot be trained on"),
     "one text": ({"captions": "a red circle"}, "its captions are one text"),
     "a mark": ({"captions": ["a <eos> circle"]}, "unknown words: '<eos>'"),
     "unknown word": ({"captions": ["a mauve circle"]}, "unknown words: 'mauve'"),
-    "too long": ({"captions": ["a " * 90]}, r"112 tokens; at most 30"),
+    "too long": ({"captions": ["a " * 90]}, r"112 tokens; the maximum is 30"),
 }
 
 
@@ -199,7 +199,7 @@ def test_a_sample_that_says_nothing_usable_is_bad_and_weighs_nothing(make_shard,
 
 
 def test_a_source_that_is_no_task_of_the_mixture_is_refused(tiny_world):
-    with pytest.raises(UserError, match=r"^data\.sources: 'caption' is no task .*did you mean 'captions'\?"):
+    with pytest.raises(UserError, match=r"^data\.sources: 'caption' is not a task .*did you mean 'captions'\?"):
         read(tiny_world, sources=("questions", "caption"))
 
 

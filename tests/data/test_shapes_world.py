@@ -194,10 +194,10 @@ def test_a_look_that_is_kept_away_is_neither_shown_nor_named_in_training():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"shapes": ["circle", "square", "crss"]}, "'crss' is no shape; did you mean 'cross'?"),
-        ({"shapes": ["circle", "circle", "square"]}, "a shape is named twice"),
+        ({"shapes": ["circle", "square", "crss"]}, "'crss' is not a shape; did you mean 'cross'?"),
+        ({"shapes": ["circle", "circle", "square"]}, "a shape is listed twice"),
         ({"shapes": ["circle", "square"]}, "at least 3 items"),
-        ({"unseen_looks": ["red cross"]}, "'red cross' is no look of this world"),
+        ({"unseen_looks": ["red cross"]}, "'red cross' is not a look of this world"),
         ({"unseen_looks": [f"{c} {s}" for c in COLORS for s in SHAPES[:2]]}, "12 of 18 looks; at most half"),
         ({"unseen": 0.6}, "less than or equal to 0.5"),
     ],
@@ -281,7 +281,7 @@ def test_making_the_same_world_again_does_nothing(tmp_path, caplog):
     with caplog.at_level("INFO"):
         make(world, tmp_path / "w")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "w").iterdir()} == times
-    assert "this world is there already (3 shards)" in caplog.text
+    assert "this world already exists (3 shards)" in caplog.text
 
 
 def test_an_interrupted_world_is_completed(tmp_path):
@@ -305,7 +305,7 @@ def test_a_folder_with_another_world_is_refused(tmp_path):
         make_world(world.model_copy(update={"seed": 5, "size": 48}), tmp_path / "w")
     assert str(caught.value) == (
         f"{tmp_path}/w: holds a world made with other settings"
-        " (seed 0 there, 5 asked for, size 32 there, 48 asked for); choose another folder, or delete that one"
+        " (seed: found 0, expected 5, size: found 32, expected 48); choose another folder, or delete that one"
     )
     assert files(tmp_path / "w") == before
 
@@ -313,7 +313,7 @@ def test_a_folder_with_another_world_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("scenes-00000.tar", b"mine", "holds scenes-00000.tar but no world.json that says how it was made"),
+        ("scenes-00000.tar", b"mine", "holds scenes-00000.tar but no world.json with its settings"),
         ("world.json", b"{", "world.json: not the settings of a world"),
         ("world.json", b"[1]", "world.json: not the settings of a world"),
     ],
@@ -341,7 +341,7 @@ def test_a_full_disk_is_said_and_the_world_can_be_completed(tmp_path):
 
 def test_a_file_instead_of_a_folder_is_refused(tmp_path):
     (tmp_path / "x").write_text("")
-    with pytest.raises(UserError, match="is a file; the shards go into a folder"):
+    with pytest.raises(UserError, match="is a file, expected a folder for the shards"):
         make_world(World(scenes=1), tmp_path / "x")
 
 

@@ -64,11 +64,11 @@ def test_the_home_directory_is_found(folder, monkeypatch):
 
 
 REFUSED = {
-    "a folder": ("{}/a", "is a folder, must be shards; did you mean {}/a/*.tar? (5 matching)"),
-    "a folder with a slash": ("{}/a/", "is a folder, must be shards; did you mean {}/a/*.tar? (5 matching)"),
-    "a folder without shards": ("{}/none", "is a folder without a .tar file, must be shards"),
+    "a folder": ("{}/a", "is a folder, expected shards; did you mean {}/a/*.tar? (5 matching)"),
+    "a folder with a slash": ("{}/a/", "is a folder, expected shards; did you mean {}/a/*.tar? (5 matching)"),
+    "a folder without shards": ("{}/none", "is a folder without .tar files, expected shards"),
     "a brace beyond the last": ("{}/a/x-{{01..03}}.tar", "no such shard; {}/a holds x-00.tar, "),
-    "an open brace": ("{}/a/x-{{00..02.tar", "its braces do not close ("),
+    "an open brace": ("{}/a/x-{{00..02.tar", "its braces are not closed ("),
     "a brace of one": ("{}/a/x-{{00}}.tar", "no such shard; {}/a holds "),
     "a folder that matches nothing": ("{}/c*/x.tar", "no such shard; the pattern matches nothing"),
     "a star in a longer **": ("{}/a**/x/*.tar", "cannot be searched ("),
@@ -105,7 +105,7 @@ def test_an_index_that_cannot_lie_beside_its_shard_names_the_variable(make_shard
     shard = long_name(make_shard, SAMPLES)
     assert refusal(index, [shard]) == (
         f"{shard}.index.npz: cannot be written (File name too long);"
-        " set SPAR_INDEX_DIR to a directory that can be written, then run the same command"
+        " set SPAR_INDEX_DIR to a writable directory, then run the same command"
     )
 
 
@@ -141,14 +141,14 @@ def test_an_old_index_beside_the_shard_gives_way_to_one_in_the_directory(make_sh
     old = Path(index_path(shard)).read_bytes()
     make_shard({**SAMPLES, "c": {"txt": bytes(20000)}}, indexed=False)
     monkeypatch.setenv("SPAR_INDEX_DIR", str(tmp_path / "indexes"))
-    assert "its index was made when it held" in refusal(read_header, shard)
+    assert "its index was made for" in refusal(read_header, shard)
     index([shard])
     assert read_header(shard).samples == 3 and Path(index_path(shard)).read_bytes() == old
 
 
 def test_the_directory_must_be_a_local_one(make_shard, monkeypatch):
     monkeypatch.setenv("SPAR_INDEX_DIR", "s3://bucket/indexes")
-    message = "SPAR_INDEX_DIR: found s3://bucket/indexes, must be a local directory"
+    message = "SPAR_INDEX_DIR: found s3://bucket/indexes, expected a local directory"
     assert refusal(index, [make_shard(SAMPLES, indexed=False)]) == message
 
 
@@ -209,16 +209,14 @@ def test_a_server_without_ranges_is_refused_in_true_words(make_shard, serve, act
     url = f"{serve(WholeFiles)}/{Path(shard).name}"
     error = refusal(action, url)
     size = os.path.getsize(shard)
-    assert re.match(
-        re.escape(url) + rf": gave {size} bytes where \d+ were asked for: this server does not serve", error
-    )
-    assert "(HTTP range requests); copy the shards to a disk or an object store, or use a server with ranges" in error
+    assert re.match(re.escape(url) + rf": received {size} bytes, requested \d+: this server does not support", error)
+    assert "HTTP range requests; copy the shards to a disk or an object store, or use another server" in error
 
 
 def test_a_server_without_sizes_is_refused(make_shard, serve):
     url = f"{serve(NoSize)}/{Path(make_shard(SAMPLES)).name}"
     assert refusal(read_header, url) == (
-        f"{url}.index.npz: the server does not give the size of the file; copy the shards to a disk"
+        f"{url}.index.npz: the server does not report the size of the file; copy the shards to a disk"
     )
 
 
@@ -226,7 +224,10 @@ def test_a_shard_on_a_server_is_indexed_in_the_directory_and_read(make_shard, se
     shard = make_shard({"a": {"txt": b"one"}, "b": {"png": bytes(9 << 20)}, "c": {"txt": b"three"}}, indexed=False)
     url = f"{serve(Ranges)}/{Path(shard).name}"
     error = refusal(index, [url])
-    assert error.startswith(f"{url}.index.npz: cannot be written (") and "set SPAR_INDEX_DIR to a directory" in error
+    assert (
+        error.startswith(f"{url}.index.npz: cannot be written (")
+        and "set SPAR_INDEX_DIR to a writable directory" in error
+    )
     monkeypatch.setenv("SPAR_INDEX_DIR", str(tmp_path / "indexes"))
     index([url])
     assert read_index(url).keys == ("a", "b", "c")

@@ -91,7 +91,7 @@ DAMAGED = {
     "cut between members": (WHOLE[:1536], "is truncated or damaged at byte 1536 of 1536; a complete tar ends with"),
     "damaged header": (WHOLE[:1600] + b"\xff" * 64 + WHOLE[1664:], "is truncated or damaged at byte 1536 of"),
     "repeated member": (tar_bytes("a.txt", "a.txt"), "member 'a.txt' appears twice"),
-    "returning key": (tar_bytes("a.txt", "b.txt", "a.png"), "key 'a' comes back after another key"),
+    "returning key": (tar_bytes("a.txt", "b.txt", "a.png"), "key 'a' reappears after another key"),
 }
 
 
@@ -117,7 +117,7 @@ def test_a_stale_index_is_refused_with_both_sizes(make_shard, change):
     shard.write_bytes(shard.read_bytes() + change if change else shard.read_bytes()[:-512])
     after = shard.stat().st_size
     expected = (
-        f"{shard}: holds {after} bytes, but its index was made when it held {before};"
+        f"{shard}: found {after} bytes, but its index was made for {before};"
         f" if the shard is right, run `spar-scale data index {shard}`"
     )
     assert refusal(read_header, str(shard)) == expected
@@ -306,4 +306,4 @@ def test_another_shard_of_the_same_size_is_not_taken_for_the_indexed_one(make_sh
     make_shard(other, indexed=False)
     assert read_header(shard).samples == 1
     said = refusal(read_member, shard, *table["txt"])
-    assert said.startswith(f"{shard}: the member at byte 512 is not the one its index lists; ")
+    assert said.startswith(f"{shard}: the member at byte 512 is not the one in its index; ")

@@ -76,7 +76,7 @@ def test_a_checkpoint_of_a_later_version_is_refused_with_advice(folder: Path) ->
     manifest.state["version"] = STATE_VERSION + 1
     manifest.keys["of_a_later_version"] = manifest.keys.pop("discriminator.stem.bias")
     manifest.write(folder / CHECKPOINT)
-    message = f"step-00000003: found state version {STATE_VERSION + 1}, must be 1 or 2; resume with the version of"
+    message = f"step-00000003: found state version {STATE_VERSION + 1}, expected 1 or 2; resume with the version of"
     with pytest.raises(WorldError, match=message):
         run_world(1, resume, folder, initialise=False)
     assert curve(folder / "run") == curve(folder / "whole")[:DONE]

@@ -37,7 +37,7 @@ def train_and_hang(values: dict[str, Any], micro_step: int) -> int:
     """Train; the worker hangs in this micro-step, and in the wait for it SIGTERM comes. Returns the exit code."""
     from spar_scale.data import loader
 
-    read, next_batch, (empty, _) = loader._MicroBatches.load, loader.Loader._next, os.pipe()
+    read, next_batch, (empty, _) = loader._MicroBatchDataset.load, loader.Loader._next, os.pipe()
 
     def hanging_read(self: Any, number: int) -> Any:
         if number == micro_step:
@@ -49,13 +49,13 @@ def train_and_hang(values: dict[str, Any], micro_step: int) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
         return next_batch(self, batches, number)
 
-    loader._MicroBatches.load, loader.Loader._next = hanging_read, signalled  # type: ignore[method-assign]
+    loader._MicroBatchDataset.load, loader.Loader._next = hanging_read, signalled  # type: ignore[method-assign]
     try:
         train_all(0, 1, [values])
     except SystemExit as ended:
         return int(ended.code or 0)
     finally:
-        loader._MicroBatches.load, loader.Loader._next = read, next_batch  # type: ignore[method-assign]
+        loader._MicroBatchDataset.load, loader.Loader._next = read, next_batch  # type: ignore[method-assign]
     return 0
 
 
@@ -120,7 +120,7 @@ def test_a_step_without_a_usable_sample_stops_all_ranks_and_is_not_saved(tmp_pat
     messages = run_world(2, refused, recipes, initialise=False)
     assert messages[0] == messages[1]
     for name, message in zip(("data", "pipeline"), messages[0], strict=False):
-        assert message.startswith("step 1: found none of its 2 samples usable")
+        assert message.startswith("step 1: none of its 2 samples could be used")
         assert f"{none}: 00" in message and "not a readable image" in message and "bad_samples.jsonl" in message
         (line,) = metrics(tmp_path / name)
         assert line["loss"] is None and set(line["terms"].values()) == {None}

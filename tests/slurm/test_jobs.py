@@ -158,7 +158,7 @@ def test_a_job_of_higher_rank_preempts_and_the_run_goes_on_after_it(jobs: Jobs, 
     jobs.restarted(job)
     jobs.slurm.wait(high, "COMPLETED")
     jobs.slurm.wait(job, "COMPLETED")
-    assert "was asked to stop by SIGUSR1 after step" in jobs.said("preempted")
+    assert "stops on SIGUSR1 after step" in jobs.said("preempted")
     check_lineage(jobs, "preempted", alone)
 
 
@@ -174,7 +174,7 @@ def test_a_refused_stage_cancels_what_waits_for_it(jobs: Jobs) -> None:
 def test_without_gpus_a_job_says_what_to_ask_for(jobs: Jobs) -> None:
     job = jobs.submit("bare", "--nodes=1", "--exclude=node4", env={"SPAR_DEVICE": "cuda"})
     assert jobs.slurm.wait(job, "FAILED")["ExitCode"] == f"{REFUSED}:0"
-    assert "SLURM gave this job no GPU; ask for it (sbatch --gres=gpu:8)" in jobs.said("bare")
+    assert "SLURM gave this job no GPU; request GPUs (sbatch --gres=gpu:8)" in jobs.said("bare")
 
 
 def broken(folder: Path, condition: str) -> dict[str, str]:
@@ -198,7 +198,7 @@ def test_a_bad_node_is_named_and_the_job_goes_on_without_it(jobs: Jobs) -> None:
     record = jobs.slurm.wait(job, "COMPLETED")
     assert (record["NodeList"], record["ExcNodeList"]) == ("node1", "node[3-4],node2")
     assert record["Comment"] == "not fit: node2"
-    assert "node2 is not fit: wrote no findings: it died or hangs" in jobs.said("unfit")
+    assert "node2 is not fit: no findings: it died or hangs" in jobs.said("unfit")
 
 
 def test_a_run_that_gets_nowhere_stops(jobs: Jobs) -> None:
@@ -209,7 +209,7 @@ def test_a_run_that_gets_nowhere_stops(jobs: Jobs) -> None:
     (run_dir / "attempts.json").write_text(json.dumps(earlier))
     job = jobs.submit("stuck", "--nodes=1", "--exclude=node4", env=site)
     assert jobs.slurm.wait(job, "FAILED")["Restarts"] == "0"
-    assert "3 attempts have brought no new checkpoint (exit code 137)" in jobs.said("stuck")
+    assert "3 attempts made no new checkpoint (exit code 137)" in jobs.said("stuck")
 
 
 def test_the_whole_chain_from_one_command_to_the_report(slurm: Cluster, jobs: Jobs) -> None:

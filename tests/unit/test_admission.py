@@ -179,7 +179,7 @@ REFUSALS: list[tuple[str, Callable[[Recipe, Path], Recipe], str]] = [
     ("tokenizer/decoder", _parent_gone, "manifest.json: missing; this run started from that checkpoint: restore it"),
     ("tokenizer/decoder", _another_checkpoint_there, "is not the checkpoint that this run started from; restore it"),
     ("tokenizer/decoder", _damaged_parent, "init_from: every checkpoint is damaged"),
-    ("tokenizer/decoder", _parent_behind_a_link, "is behind a symbolic link, whose target has"),
+    ("tokenizer/decoder", _parent_behind_a_link, "is a symbolic link, and"),
     ("tokenizer/init", _part_gone, "before/pretrained; train the phase that writes it first"),
     ("tokenizer/init", _part_of_another_preset, "of shape"),
     ("tokenizer/init", _part_torn, ".safetensors cannot be read"),
@@ -188,9 +188,9 @@ REFUSALS: list[tuple[str, Callable[[Recipe, Path], Recipe], str]] = [
     ("bootstrap/mllm", _other_recipe_there, "holds a run of another recipe; it differs in seed"),
     ("bootstrap/mllm", _too_many_tensor_ranks, "parallel: found tensor 2 x pipeline 1 in a world of 1 process"),
     ("bootstrap/mllm", _tensor_that_divides_nothing, "parallel.tensor: found 7"),
-    ("bootstrap/mllm", _source_of_no_task, "data.sources: 'questionss' is no task of this phase"),
+    ("bootstrap/mllm", _source_of_no_task, "data.sources: 'questionss' is not a task of this phase"),
     ("align/connector", _nothing_encoded, "encoded/manifest.json; run `spar-scale data encode RECIPE"),
-    ("align/connector", _encoded_otherwise, "was made of other things (precision bf16 there, fp32 here"),
+    ("align/connector", _encoded_otherwise, "(precision: found bf16, expected fp32"),
 ]
 
 

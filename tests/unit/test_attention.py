@@ -93,16 +93,16 @@ def test_each_choice_is_said_once_with_its_reason(caplog: pytest.LogCaptureFixtu
                 attention(q, q, q)
             attention(q[0].float(), q[0].float(), q[0].float(), packing=packing)
     assert [record.message for record in caplog.records] == [
-        "attention on cpu in bfloat16: math (the backward of flash attention in bf16 is slow on CPU)",
-        "attention on cpu in float32, packed: sdpa (torch chooses among its kernels on cpu; "
-        "packed input is padded to a masked dense batch, since sdpa has no kernel for it on cpu)",
+        "attention on cpu in bfloat16: math (the backward pass of flash attention in bf16 is slow on CPU)",
+        "attention on cpu in float32, packed: sdpa (torch selects one of its kernels on cpu; "
+        "packed input is padded to a masked dense batch, because sdpa has no packed kernel on cpu)",
     ]
 
 
 GPUS = [
     ((9, 0), FP32, False, "sdpa", "flash does not compute in float32"),
     ((9, 0), BF16, False, "flash", "torch's built-in kernel"),
-    ((9, 0), BF16, True, "sdpa", "flash reads no mask"),
+    ((9, 0), BF16, True, "sdpa", "flash does not support the attention mask"),
     ((7, 5), BF16, False, "sdpa", "flash needs a GPU of compute capability 8.0, found 7.5"),
 ]
 
@@ -185,7 +185,7 @@ INSTALL = {
 @pytest.mark.parametrize("asked", PACKAGES)
 def test_an_absent_package_is_refused_with_the_way_to_install_it(asked: str):
     with pytest.raises(BackendRefused) as refusal:
-        resolve("cuda", BF16, asked=asked)
+        resolve("cuda", BF16, requested=asked)
     for text in (f"{asked} is not installed", *INSTALL[asked], "or choose auto"):
         assert text in str(refusal.value)
 
@@ -218,8 +218,8 @@ REFUSALS = [
         ["runs on CUDA only, found cpu", "choose math, sdpa or flash, or choose auto"],
     ),
     ("flash", "cuda", FP32, False, ["flash does not compute in float32", "set precision to bf16, or choose auto"]),
-    ("flash", "cuda", BF16, True, ["flash reads no mask", "choose sdpa, or choose auto"]),
-    ("flash_attn_3", "cuda", BF16, True, ["flash_attn_3 reads no mask"]),
+    ("flash", "cuda", BF16, True, ["flash does not support the attention mask", "choose sdpa, or choose auto"]),
+    ("flash_attn_3", "cuda", BF16, True, ["flash_attn_3 does not support the attention mask"]),
     ("flesh", "cpu", FP32, False, ["found 'flesh', must be auto or one of math, sdpa, flash, flash_attn_2"]),
 ]
 
@@ -227,7 +227,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("asked", "device", "dtype", "masked", "expected"), REFUSALS)
 def test_what_a_backend_cannot_do_is_refused_with_what_would_help(asked, device, dtype, masked, expected):
     with pytest.raises(BackendRefused) as refusal:
-        resolve(device, dtype, masked=masked, asked=asked)
+        resolve(device, dtype, masked=masked, requested=asked)
     for text in expected:
         assert text in str(refusal.value)
 
@@ -242,7 +242,7 @@ def test_a_backend_is_asked_for_only_as_long_as_the_context_lasts():
 
 
 BAD_INPUT = [
-    ({"mask": torch.zeros(4, 4)}, "an attention mask is boolean, found torch.float32"),
+    ({"mask": torch.zeros(4, 4)}, "attention mask: found torch.float32, must be bool"),
     ({"packing": Packing.of([1, 2], [1, 2], "cpu")}, r"packed q is \(1, 4, 2, 8\), must be \(3, heads, width\)"),
     ({"packing": Packing.of([1], [1], "cpu"), "mask": torch.ones(4, 4).bool()}, "packed attention takes no mask"),
 ]
@@ -257,7 +257,7 @@ def test_input_that_does_not_fit_is_refused(given: dict, message: str):
 
 @pytest.mark.parametrize("lengths", [([], []), ([1], [1, 2]), ([1, -1], [1, 2]), ([0, 0], [1, 2])])
 def test_lengths_that_make_no_packing_are_refused(lengths: tuple[list[int], list[int]]):
-    with pytest.raises(ValueError, match=r"do not pair up|hold nothing to attend"):
+    with pytest.raises(ValueError, match=r"expected equal|all of them empty|found lengths"):
         Packing.of(*lengths, "cpu")
 
 
@@ -271,7 +271,7 @@ def test_the_even_packing_is_that_of_its_lengths():
 @pytest.mark.parametrize("given", [{"dropout": 0.1}, {"sliding_window": 4}])
 def test_what_a_model_of_transformers_asks_for_beyond_is_refused(given: dict):
     q = torch.randn(1, 2, 4, 8)
-    with pytest.raises(ValueError, match="no dropout and no sliding window here"):
+    with pytest.raises(ValueError, match="dropout and sliding window are not supported"):
         AttentionInterface()[IMPLEMENTATION](nn.Module(), q, q, q, None, **given)
 
 
@@ -296,8 +296,8 @@ def test_the_recipes_backend_holds_for_the_run_and_a_refusal_within_names_its_ke
     with attention_of(recipe_of(tmp_path, "attention=math")):
         assert any("Softmax" in name for name in kernels(attention(q, q, q)))
     with (
-        pytest.raises(UserError, match=r"^attention: flash reads no mask") as refusal,
+        pytest.raises(UserError, match=r"^attention: flash does not support the attention mask") as refusal,
         attention_of(recipe_of(tmp_path)),
     ):
-        resolve("cuda", BF16, masked=True, asked="flash")
+        resolve("cuda", BF16, masked=True, requested="flash")
     assert not refusal.value.everywhere

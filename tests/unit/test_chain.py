@@ -9,7 +9,7 @@ import pytest
 from parallel.errors import UserError
 from spar_scale.phases import phase_names
 from spar_scale.runs import demo
-from spar_scale.runs.ablation import CURVE, ROWS, ablate, acts, curve, table, verdict
+from spar_scale.runs.ablation import CURVE, ROWS, ablate, curve, is_significant, table, verdict
 from spar_scale.runs.chain import Chain
 
 PHASES = phase_names()
@@ -106,7 +106,7 @@ def test_every_row_of_the_ablations_changes_the_run_that_it_measures(chain: Chai
     ],
 )
 def test_a_difference_counts_beyond_the_spread_and_with_one_sign(full: list, other: list, expected: bool):
-    assert acts(full, other) is expected
+    assert is_significant(full, other) is expected
 
 
 def test_the_table_compares_each_row_with_the_full_system_of_its_own_phase():
@@ -125,7 +125,7 @@ def test_the_table_compares_each_row_with_the_full_system_of_its_own_phase():
 def test_what_acts_is_held_against_the_direction_of_the_paper():
     assert verdict([30.0, 30.2], [28.0, 28.4], paper=-1) == "reproduced"
     assert verdict([30.0, 30.2], [28.0, 28.4], paper=1) == "opposite"
-    assert verdict([30.0, 30.2], [28.0, 28.4], paper=0) == "acts"
+    assert verdict([30.0, 30.2], [28.0, 28.4], paper=0) == "effect"
     assert verdict([30.0, 30.2], [30.1, 30.1], paper=-1) == "no effect"
     assert verdict([30.0], [28.0], paper=-1) == "one seed"
 
@@ -160,7 +160,7 @@ def test_rows_share_the_runs_that_their_switches_do_not_reach(chain: Chain):
 
 
 def test_an_unknown_row_is_refused_with_the_nearest(tmp_path: Path):
-    with pytest.raises(UserError, match="--row: 'frozen encodr' is no row; did you mean 'frozen encoder'"):
+    with pytest.raises(UserError, match="--row: 'frozen encodr' is not a row; did you mean 'frozen encoder'"):
         ablate(tmp_path, "smoke", [0], ["frozen encodr"])
 
 

@@ -85,7 +85,7 @@ def _cut_short(path: Path) -> None:
 
 _DAMAGES = [
     (DATA, _flip, "sha256 differs"),
-    (DATA, _cut_short, "bytes, the manifest says"),
+    (DATA, _cut_short, "bytes, the manifest has"),
     (DATA, Path.unlink, "missing"),
     (".metadata", _flip, "sha256 differs"),
     (".metadata", Path.unlink, "missing"),
@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_replaced_when_training_comes_past_it_again(root
             lambda f: Fragment("gate", f.shape, 0, {k: v.double() for k, v in f.tensors.items()}, None, True),
             ["float64 (8, 5) here"],
         ),
-        (lambda f: None, ["4 in it that nothing here takes", "exp_avg.gate"]),
+        (lambda f: None, ["4 in it that this model does not have", "exp_avg.gate"]),
     ],
     ids=["name", "shape", "dtype", "absent"],
 )
@@ -269,7 +269,7 @@ def test_a_sound_referenced_checkpoint_is_not_replaced(root: Path) -> None:
     path = _save(root, 1)
     before = checkpoint.manifest_hash(path)
     checkpoint.protect(path, by="../b")
-    with pytest.raises(UserError, match=r"referred to by ../b"):
+    with pytest.raises(UserError, match=r"because ../b refers to it"):
         _save(root, 1)
     assert checkpoint.manifest_hash(path) == before
 
@@ -396,7 +396,7 @@ def _save_on_a_failing_disk(rank: int, size: int, root: str) -> str:
 def test_what_the_disk_gives_back_is_compared_with_what_was_written(root: Path) -> None:
     before = _save(root, 1)
     (message,) = run_world(1, _save_on_a_failing_disk, str(root), initialise=False)
-    assert f".tmp-step-00000002/{DATA}: what was read back is not what was written" in message
+    assert f".tmp-step-00000002/{DATA}: the content read back differs from the content written" in message
     assert checkpoint.find(root) == before
 
 
@@ -412,7 +412,7 @@ def test_an_unwritable_root_is_refused(tmp_path: Path) -> None:
 def test_inspect_and_verify_take_a_run_a_folder_or_a_checkpoint(root: Path) -> None:
     path = _save(root, 7, samples=448)
     for place in (root.parent, root, path):
-        assert f"{path}: sound (2 files" in checkpoint.verify(place)
+        assert f"{path}: intact (2 files" in checkpoint.verify(place)
         text = checkpoint.inspect(place)
         assert "step 7" in text
         assert "samples: 448" in text

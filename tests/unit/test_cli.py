@@ -121,7 +121,7 @@ def test_a_refusal_that_all_ranks_meet_is_printed_once_on_each_node(
     assert main(words) == 2
     printed = capsys.readouterr().err
     assert printed == (
-        f"{prefix}{words[1]}: No such file or directory; a readable YAML file is needed\n" if prefix else ""
+        f"{prefix}{words[1]}: No such file or directory; expected a readable YAML file\n" if prefix else ""
     )
 
 
@@ -161,7 +161,7 @@ def test_a_node_that_cannot_start_its_ranks_names_itself(environment, capsys: py
 def test_doctor_finds_this_environment_fit():
     done = run("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "fit to run" in done.stdout and "apex_adam" in done.stdout
+    assert "ready to run" in done.stdout and "apex_adam" in done.stdout
 
 
 def test_doctor_names_another_package_called_parallel(tmp_path: Path):

@@ -17,7 +17,7 @@ from tiny_runs import make_data, phase_values
 
 from parallel.errors import UserError
 from parallel.launch.exit_codes import DEFECT, LOST, REFUSED, STOPPED
-from spar_scale.cluster.job import FRUITLESS, Attempts
+from spar_scale.cluster.job import MAX_FRUITLESS, Attempts
 from spar_scale.cluster.node import joint_code, rank_environments
 from spar_scale.cluster.slurm import Job
 from spar_scale.cluster.submit import submissions, submit
@@ -53,7 +53,7 @@ REFUSED_NODES = {
     "no GPU": ({}, "gave this job no GPU"),
     "device": ({"SPAR_DEVICE": "gpu"}, "SPAR_DEVICE: found 'gpu', must be cuda or cpu"),
     "processes": ({"SPAR_DEVICE": "cpu", "SPAR_PROCESSES": "0"}, "SPAR_PROCESSES: found '0'"),
-    "no step": ({"SLURM_NODEID": ""}, "srun starts this, once on each node"),
+    "no step": ({"SLURM_NODEID": ""}, "start this with srun, once per node"),
 }
 
 
@@ -124,11 +124,11 @@ def test_attempts_without_a_new_checkpoint_are_counted_over_restarts(tmp_path: P
         attempts = Attempts(tmp_path)
         attempts.add(job, LOST)
         counts.append(attempts.fruitless())
-    assert counts == [1, 2, 0, 1, 2, 3] and counts[-1] == FRUITLESS
+    assert counts == [1, 2, 0, 1, 2, 3] and counts[-1] == MAX_FRUITLESS
 
 
 def test_outside_of_slurm_a_job_is_refused() -> None:
-    with pytest.raises(UserError, match="no job of SLURM; hand a script of cluster/ to sbatch"):
+    with pytest.raises(UserError, match="not a SLURM job; submit a script of cluster/ with sbatch"):
         Job.of_environment({})
 
 
@@ -173,7 +173,7 @@ def test_a_size_is_of_the_miniature_and_a_folder_has_recipes(monkeypatch: pytest
     with pytest.raises(UserError, match=r"SIZE: found 'huge' .* must be demo or smoke or full"):
         submit(Path("recipes/tiny"), tmp_path, [], dry_run=True)
     monkeypatch.delenv("SIZE")
-    with pytest.raises(UserError, match="no recipe of a phase is there"):
+    with pytest.raises(UserError, match="holds no recipe of a phase"):
         submit(tmp_path, tmp_path, [], dry_run=True)
 
 
@@ -193,7 +193,7 @@ def test_a_chain_that_is_refused_half_way_is_cancelled(
     with pytest.raises(UserError, match="no such partition"):
         submit(Path("recipes/tiny"), tmp_path / "runs", [], dry_run=False)
     assert (tmp_path / "cancelled").read_text().split() == ["1", "2"]
-    assert "cancelled what was submitted before: 1, 2" in capsys.readouterr().err
+    assert "cancelled the jobs submitted before: 1, 2" in capsys.readouterr().err
 
 
 # -- preflight --------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_a_machine_that_can_train_is_fit(
     assert "the next checkpoint takes 0.0" in said and "the first and the last can be read" in said
     assert "gpu        its checks are skipped on request (SPAR_DEVICE=cpu)" in said
     assert bad_nodes(recipe.run_dir, [socket.gethostname()]) == {}
-    assert bad_nodes(recipe.run_dir, ["absent"]) == {"absent": "wrote no findings: it died or hangs"}
+    assert bad_nodes(recipe.run_dir, ["absent"]) == {"absent": "no findings: it died or hangs"}
     forget(recipe.run_dir)
     assert set(bad_nodes(recipe.run_dir, [socket.gethostname()])) == {socket.gethostname()}
 

@@ -127,7 +127,7 @@ def test_a_cut_is_as_good_as_the_best_of_all_cuts():
     for length, runs in itertools.product(range(1, 8), range(1, 5)):
         weights = [draws.choice([0, 1, 2, 5, 9]) for _ in range(length)]
         if runs > length:
-            with pytest.raises(ValueError, match=f"{length} entries do not make {runs} runs"):
+            with pytest.raises(ValueError, match=f"{length} entries cannot be cut into {runs} non-empty runs"):
                 balanced_cut(weights, runs)
             continue
         heaviest = [
@@ -164,7 +164,7 @@ def test_stored_slots_have_the_shapes_that_the_encoding_gives(tmp_path: Path):
 
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(
-        UserError, match=r"parallel\.pipeline: found 3; this phase is a list of 2 layers.*pipeline=2 is"
+        UserError, match=r"parallel\.pipeline: found 3, but this phase has 2 layers.*maximum is parallel\.pipeline=2"
     ):
         stage_bounds([1.0, 1.0], 3)
     assert stage_bounds([1.0, 1.0], 2) == [0, 1, 2]

@@ -147,17 +147,29 @@ def with_slot(stage: Stage) -> Stage:
 
 
 REFUSED = {
-    "language model": ({}, lambda s: disturb(s, "language_model"), r"weights of language_model \w{12}\.\.\. there"),
+    "language model": (
+        {},
+        lambda s: disturb(s, "language_model"),
+        r"weights of language_model: found \w{12}\.\.\., expected",
+    ),
     "tokenizer": (
         {},
         lambda s: disturb(s, "tokenizer.fusion"),
-        r"\(weights of tokenizer \w+\.\.\. there, \w+\.\.\. here\);",
+        r"\(weights of tokenizer: found \w+\.\.\., expected \w+\.\.\.\);",
     ),
-    "latent scale": ({}, with_constant, r"latent_scale [\d.]+ there, 7.5 here"),
-    "prompt length": ({}, lambda s: replace(s, sample=replace(s.sample, num_tokens=9)), "num_tokens 14 there, 9 here"),
-    "image size": ({}, lambda s: replace(s, sample=replace(s.sample, image_size=64)), "image_size 32 there, 64 here"),
-    "precision": ({"precision": "bf16"}, lambda s: s, "precision fp32 there, bf16 here"),
-    "slot": ({}, with_slot, "slot teacher nothing there, of the pictures here"),
+    "latent scale": ({}, with_constant, r"latent_scale: found [\d.]+, expected 7.5"),
+    "prompt length": (
+        {},
+        lambda s: replace(s, sample=replace(s.sample, num_tokens=9)),
+        "num_tokens: found 14, expected 9",
+    ),
+    "image size": (
+        {},
+        lambda s: replace(s, sample=replace(s.sample, image_size=64)),
+        "image_size: found 32, expected 64",
+    ),
+    "precision": ({"precision": "bf16"}, lambda s: s, "precision: found fp32, expected bf16"),
+    "slot": ({}, with_slot, "slot teacher: found nothing, expected of the pictures"),
     "elsewhere": ({"data__encoded": "../nowhere"}, lambda s: s, r"there is no \S+nowhere/manifest.json"),
 }
 
@@ -185,13 +197,13 @@ def test_other_shards_are_refused(folder, stored, source):
         if entry["name"] == source:
             entry["shards"] = entry["shards"].replace("*", "00001")
     recipe = Recipe.model_validate_json(json.dumps(values))
-    with pytest.raises(UserError, match=f"manifest.json is of other shards of source '{source}'; run"):
+    with pytest.raises(UserError, match=f"manifest.json was made from other shards of source '{source}'; run"):
         open_encoded(recipe, build(recipe))
 
 
 def test_what_a_recipe_augments_is_refused(folder):
     stage = build(recipe_of(folder))
-    with pytest.raises(UserError, match="source 'generation' is cropped, mirrored or worded anew whenever it is read"):
+    with pytest.raises(UserError, match="of source 'generation' is drawn again in every epoch"):
         open_encoded(recipe_of(folder), replace(stage, sample=replace(stage.sample, task="images")))
 
 
@@ -203,7 +215,7 @@ def test_a_phase_that_reads_nothing_of_it_is_refused(folder, tmp_path, capsys):
 
 
 def test_a_recipe_that_names_no_directory_is_refused(folder):
-    with pytest.raises(UserError, match=r"data\.encoded: not given; name the directory"):
+    with pytest.raises(UserError, match=r"data\.encoded: not set; give the directory"):
         encode(recipe_of(folder, data__encoded=None))
 
 
@@ -234,7 +246,7 @@ def test_files_of_other_weights_are_not_kept(folder, stored, tmp_path):
     manifest["made_of"]["weights of tokenizer"] = "0" * 64
     (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
     manifest["made_of"] = made_of_stage(recipe, build(recipe))
-    with pytest.raises(UserError, match="weights of tokenizer 000000000000"):
+    with pytest.raises(UserError, match="weights of tokenizer: found 000000000000"):
         open_encoded(recipe, build(recipe))
     (tmp_path / "old" / "generation-00000.safetensors").unlink()
     encode(recipe)

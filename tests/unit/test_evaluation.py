@@ -23,7 +23,7 @@ from spar_scale.data.shapes_world import World, is_unseen, sample_scene
 from spar_scale.data.shards import make_world
 from spar_scale.data.spec import SampleSpec
 from spar_scale.evaluation import editing, evaluate, generation
-from spar_scale.evaluation.requests import KINDS, UNSEEN_KINDS, requests
+from spar_scale.evaluation.requests import KINDS, UNSEEN_KINDS, select_requests
 from spar_scale.evaluation.scenes import edits_of, scenes_of
 from spar_scale.models.presets import PRESETS
 from spar_scale.objectives.quality import ssim
@@ -71,17 +71,19 @@ def root(data):
 def test_requests_are_what_captions_say_and_unseen_ones_what_no_training_caption_says():
     trained, held_out = by_caption(TRAINED), by_caption(HELD_OUT)
     for kind in KINDS:
-        seen = requests(WORLD, kind, False, 50)
-        assert len(seen) == 50 and requests(WORLD, kind, False, 50) == seen != requests(WORLD, kind, False, 50, seed=1)
+        seen = select_requests(WORLD, kind, False, 50)
+        assert len(seen) == 50 and select_requests(WORLD, kind, False, 50) == seen != select_requests(
+            WORLD, kind, False, 50, seed=1
+        )
         said = [trained[request.prompt] for request in seen if request.prompt in trained]
         assert len(said) > 30 and not any(is_unseen(WORLD, scene) for scene in said)
     for kind in UNSEEN_KINDS:
-        new = requests(WORLD, kind, True, 50)
+        new = select_requests(WORLD, kind, True, 50)
         assert len(new) == 50 and not any(request.prompt in trained for request in new)
         assert any(request.prompt in held_out for request in new)
-    assert requests(WORLD, "color", True, 50) == []
+    assert select_requests(WORLD, "color", True, 50) == []
     keeping = World(unseen_looks=("red circle",))
-    assert {request.prompt for request in requests(keeping, "color", True, 5)} == {"a red circle"}
+    assert {request.prompt for request in select_requests(keeping, "color", True, 5)} == {"a red circle"}
 
 
 def test_a_model_that_listens_reaches_1_and_the_control_stays_at_0(monkeypatch):
@@ -89,9 +91,9 @@ def test_a_model_that_listens_reaches_1_and_the_control_stays_at_0(monkeypatch):
     monkeypatch.setattr(
         generation, "generate", lambda model, prompts, noise, sampling: images_of([scenes[p] for p in prompts])
     )
-    asked = {(kind, unseen): [r for r in requests(WORLD, kind, unseen, 400) if r.prompt in scenes][:6]
+    asked = {(kind, unseen): [r for r in select_requests(WORLD, kind, unseen, 400) if r.prompt in scenes][:6]
              for kind in KINDS for unseen in (False, True)}  # fmt: skip
-    monkeypatch.setattr(generation, "requests", lambda world, kind, unseen, count: asked[kind, unseen])
+    monkeypatch.setattr(generation, "select_requests", lambda world, kind, unseen, count: asked[kind, unseen])
     scores, section = generation.draw_and_judge(MODEL, TINY.sampling, WORLD, 6)
     assert scores["t2i.average"] == scores["t2i.unseen.average"] == 1.0 and scores["t2i.control"] <= 0.04
     assert set(scores) == {
@@ -189,8 +191,8 @@ def test_phases_that_are_not_there_are_left_out_and_named(root, tmp_path, caplog
     shutil.copytree(root / "parts", tmp_path / "parts")
     with caplog.at_level("INFO"):
         scores = evaluate.evaluate(tmp_path, evaluate.Counts(scenes=4))
-    assert "no questions, because bootstrap_mllm is not there" in caplog.text
-    assert "no generation, because instruct is not there" in caplog.text
+    assert "skipped questions, which needs bootstrap_mllm" in caplog.text
+    assert "skipped generation, which needs instruct" in caplog.text
     assert scores["tokenizer.psnr_frozen_encoder"] == scores["tokenizer.psnr"]
     details = json.loads((tmp_path / "evaluation" / "details.json").read_text())
     assert list(details) == ["reconstruction"]
@@ -201,7 +203,9 @@ def test_phases_that_are_not_there_are_left_out_and_named(root, tmp_path, caplog
 def test_a_folder_without_a_world_is_refused(root, tmp_path):
     shutil.copytree(root / "tokenizer_encoder", tmp_path / "tokenizer_encoder")
     (tmp_path / "data").mkdir()
-    with pytest.raises(UserError, match=r"world\.json: not there; shards that `spar-scale data make` wrote are needed"):
+    with pytest.raises(
+        UserError, match=r"world\.json: no such file; expected shards that `spar-scale data make` wrote"
+    ):
         evaluate.evaluate(tmp_path)
     (tmp_path / "data" / "world.json").write_text("{}")
     with pytest.raises(UserError, match=r"world\.json: not the settings of a world"):
@@ -246,7 +250,7 @@ def test_damaged_scores_are_refused_before_anything_is_measured(untrained, conte
         evaluate.evaluate(untrained)
     message = str(refusal.value)
     assert message.startswith(f"{untrained}/scores.json: ") and "\n" not in message
-    assert message.endswith(f"; remove it, then `spar-scale evaluate {untrained}` writes a new one")
+    assert message.endswith(f"; remove it and run `spar-scale evaluate {untrained}` to write a new one")
 
 
 @pytest.mark.parametrize("name", ["file", "fifo", "file/below", "/dev/null"])
@@ -256,7 +260,7 @@ def test_commands_refuse_an_out_that_is_no_directory_before_anything_is_trained(
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "fifo")
     recipe = Path(__file__).parents[2] / "recipes" / "smoke" / "bootstrap_autoencoder.yaml"
-    message = f"^--out: {tmp_path / name}: a file or device has the name of this directory; name another directory$"
+    message = f"^--out: {tmp_path / name}: a file or device has the name of this directory; give another directory$"
     with pytest.raises(UserError, match=message):
         ablation.ablate(tmp_path / name, "smoke", [0])
     with pytest.raises(UserError, match=message):

@@ -50,7 +50,7 @@ def test_what_is_no_regular_file_stays_what_it_is(kind: str, tmp_path: Path) -> 
     before = stat.S_IFMT(path.stat().st_mode)
     with pytest.raises(UserError) as refused:
         write_file(path, "x")
-    assert str(refused.value) == f"{path}: is {kind} and is not replaced; name another file"
+    assert str(refused.value) == f"{path}: is {kind} and is not replaced; give another file"
     assert stat.S_IFMT(path.stat().st_mode) == before
     assert os.listdir(tmp_path) == ["target"]
 

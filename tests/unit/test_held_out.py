@@ -125,12 +125,12 @@ def test_no_sample_counts_twice(folder, names, asked, count):
 
 def test_what_is_no_trained_run_or_no_task_of_it_is_refused(folder, tmp_path):
     shards = shards_of(folder, "generation")
-    with pytest.raises(UserError, match=r"no recipe\.yaml in it; a directory that `spar-scale train` wrote"):
+    with pytest.raises(UserError, match=r"holds no recipe\.yaml; expected a directory that `spar-scale train` wrote"):
         held_out_terms(tmp_path, shards, SAMPLES)
     (tmp_path / "recipe.yaml").write_text((folder / "run" / "recipe.yaml").read_text())
     with pytest.raises(UserError, match="holds no checkpoint yet; train it further"):
         held_out_terms(tmp_path, shards, SAMPLES)
-    with pytest.raises(UserError, match=r"^data\.sources: 'generate' is no task .*did you mean 'generation'\?"):
+    with pytest.raises(UserError, match=r"^data\.sources: 'generate' is not a task .*did you mean 'generation'\?"):
         held_out_terms(folder / "run", {"generate": shards["generation"]}, SAMPLES)
     with pytest.raises(UserError, match=r"nowhere-\*\.tar"):
         held_out_terms(folder / "run", {"generation": str(folder / "nowhere-*.tar")}, SAMPLES)

@@ -198,7 +198,7 @@ def test_what_was_read_is_never_written_over(runs, photograph, tmp_path, capsys)
     for out in (photograph, tmp_path / "link.png"):
         for command, words in (("edit", ["a circle"]), ("reconstruct", [])):
             error = refused(capsys, command, runs["align_joint"], photograph, *words, "-o", out)
-            assert "is the picture to read; write to another file" in error
+            assert "is the input picture; write to another file" in error
     assert photograph.read_bytes() == before
 
 
@@ -287,4 +287,4 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path, runs, capsys):
     bare.mkdir()
     (bare / "recipe.yaml").write_bytes((Path(runs["align_joint"]) / "recipe.yaml").read_bytes())
     assert "holds no checkpoint yet" in refused(capsys, "generate", bare, "a circle", "-o", tmp_path / "out.png")
-    assert "no recipe.yaml in it" in refused(capsys, "generate", tmp_path, "a circle", "-o", tmp_path / "out.png")
+    assert "holds no recipe.yaml" in refused(capsys, "generate", tmp_path, "a circle", "-o", tmp_path / "out.png")

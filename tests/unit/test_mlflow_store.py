@@ -103,7 +103,7 @@ def test_sqlalchemy_reads_the_path_of_the_database_back(name: str, tmp_path: Pat
 
     target = Target(tmp_path / name, None, "spar")
     assert make_url(target.address).database == str(tmp_path / name / "mlflow.db")
-    assert target.shown == target.address and target.is_database
+    assert target.display_address == target.address and target.is_database
 
 
 def test_database_and_artifacts_lie_in_the_root_and_nothing_beside_it(root: Path) -> None:
@@ -156,7 +156,7 @@ def test_an_experiment_deleted_while_training_is_a_warning_with_the_command_and_
     client.restore_experiment(experiment)
     mirror.close(finished=True)
     (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert f"mlflow experiments restore -x {experiment}" in message and "Training goes on" in message
+    assert f"mlflow experiments restore -x {experiment}" in message and "Training continues" in message
     (run,) = runs_of(root, run_dir, "deleted")
     assert steps_of(root, run) == [1, 2, 3, 4]
 
@@ -197,7 +197,7 @@ def test_damaged_scores_are_refused_by_name_and_not_as_a_fault_of_mlflow(
         sync(root)
     assert str(refusal.value).startswith(f"{scores}: ") and "MLflow" not in str(refusal.value)
     assert str(refusal.value).endswith(
-        f"; remove it, then `spar-scale evaluate {shlex.quote(str(root))}` writes a new one"
+        f"; remove it and run `spar-scale evaluate {shlex.quote(str(root))}` to write a new one"
     )
 
 

@@ -272,7 +272,7 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_loaded(tmp_path):
     run = write_run(tmp_path / "run")
     with pytest.raises(UserError, match=r"unknown words: 'colour'; did you mean 'color'\?"):
         ask(run, run / "picture.png", "what colour is the circle?")
-    with pytest.raises(UserError, match=r"no recipe\.yaml in it"):
+    with pytest.raises(UserError, match=r"holds no recipe\.yaml"):
         ask(tmp_path, run / "picture.png", "what color is the circle?")
     with pytest.raises(UserError, match="holds no checkpoint yet"):
         ask(run, run / "picture.png", "what color is the circle?")

@@ -69,7 +69,7 @@ def test_lecam_goes_on_from_its_saved_state_which_later_updates_do_not_touch():
 
 
 def test_lecam_refuses_a_state_of_another_version_with_advice():
-    with pytest.raises(ValueError, match=r"LeCam: state version 2, this program reads 1; .*start the discriminator"):
+    with pytest.raises(ValueError, match=r"LeCam: state version 2, this program reads 1; .*train a new discriminator"):
         LeCam().load_state_dict({"version": 2})
 
 

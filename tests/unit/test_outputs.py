@@ -40,7 +40,7 @@ def test_a_contact_sheet_that_cannot_be_written_is_refused_before_shards_are_rea
 
 @pytest.mark.parametrize(("name", "edge"), [("wide.jpg", 65501), ("wide.webp", 16384)])
 def test_a_picture_larger_than_its_format_holds_is_refused(name: str, edge: int, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"{name}: found {edge}x1 pixels, .* name a .png file"):
+    with pytest.raises(UserError, match=f"{name}: found {edge}x1 pixels, .* give a .png file"):
         write_picture(Image.new("RGB", (edge, 1)), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -57,6 +57,6 @@ def test_a_picture_goes_where_a_link_points(tmp_path: Path) -> None:
 def test_a_directory_that_takes_no_files_is_refused_with_its_option(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(UserError, match=f"^--out: {tmp_path / name}: .*; name another directory$"):
+    with pytest.raises(UserError, match=f"^--out: {tmp_path / name}: .*; give another directory$"):
         make_directory(tmp_path / name, "--out")
     assert sorted(os.listdir(tmp_path)) == ["fifo", "file"] and (tmp_path / "file").read_text() == "kept"

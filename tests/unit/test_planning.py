@@ -13,7 +13,7 @@ from nano import NANO
 from tiny_runs import phase_values
 
 from parallel.errors import UserError
-from parallel.planner import FREE_SHARE, Counted, Work, estimate_layout
+from parallel.planner import FREE_SHARE, CountedProgram, Work, estimate_layout
 from parallel.rehearsal import fake_world
 from parallel.topology import Layout
 from spar_scale.config.recipe import Recipe
@@ -40,7 +40,7 @@ def eight() -> Plan:
 
 
 @pytest.fixture(scope="module")
-def counted() -> Counted:
+def counted() -> CountedProgram:
     return count(recipe(), 1)
 
 
@@ -84,7 +84,7 @@ def test_muon_is_refused_with_tensor_or_pipeline():
         planning.refuse(recipe(optimizer__name="muon", optimizer__clip=0), Layout(1, 2, 1), 2)
 
 
-def test_a_gpu_that_is_too_small_is_told_with_what_takes_most(counted: Counted):
+def test_a_gpu_that_is_too_small_is_told_with_what_takes_most(counted: CountedProgram):
     work, small = Work(24, 2, half=False), replace(GPUS["h200"], memory_bytes=2**27)
     found = estimate_layout(counted, Layout(), 4, 6, work, small)
     room = 2**27 * (1 - FREE_SHARE) / 2**30
@@ -93,7 +93,7 @@ def test_a_gpu_that_is_too_small_is_told_with_what_takes_most(counted: Counted):
     assert estimate_layout(counted, Layout(), 4, 6, work, GPUS["h200"]).refused is None
 
 
-def test_a_pipeline_waits_and_a_data_group_pays_for_the_network(counted: Counted):
+def test_a_pipeline_waits_and_a_data_group_pays_for_the_network(counted: CountedProgram):
     work, machine = Work(24, 2, half=False), GPUS["h200"]
     one, four = (estimate_layout(counted, Layout(pipeline=p), 4, 6, work, machine) for p in (1, 4))
     assert (one.bubble, four.bubble) == (0, 3 / 9)
@@ -105,7 +105,7 @@ def test_a_pipeline_waits_and_a_data_group_pays_for_the_network(counted: Counted
     assert across.seconds["data"] > 8 * within.seconds["data"]
 
 
-def test_tensor_ranks_share_operations_and_weights_and_pay_with_traffic(counted: Counted):
+def test_tensor_ranks_share_operations_and_weights_and_pay_with_traffic(counted: CountedProgram):
     halves = count(recipe(), 2)
     whole, half = (sum(cost.flops for cost in program.costs) for program in (counted, halves))
     assert 0.45 * whole < half < 0.65 * whole
@@ -117,19 +117,19 @@ def test_tensor_ranks_share_operations_and_weights_and_pay_with_traffic(counted:
 @pytest.mark.parametrize("layout", [{"zero": 2}, {"zero": 3, "tensor": 2}, {"tensor": 2, "pipeline": 2}])
 def test_the_engine_of_a_rehearsed_rank_keeps_what_was_planned(layout: dict[str, int]):
     told = rehearse(recipe(global_batch=64, data__task_block=64, parallel={"micro_batch": 1, **layout}), 64, 37)
-    assert f"engine: ZeRO {layout.get('zero', 1)} built on CPU tensors keeps the same" in told
+    assert f"engine: ZeRO {layout.get('zero', 1)}, built on CPU tensors, has the planned" in told
 
 
 @pytest.mark.parametrize(("rank", "place"), [(0, (0, 0, 0)), (37, (1, 2, 1)), (511, (1, 15, 15))])
 def test_a_rehearsed_rank_of_a_large_world_is_where_and_what_was_planned(rank: int, place: tuple[int, int, int]):
     large = recipe(data__task_block=24, parallel={"micro_batch": 2, "tensor": 2, "pipeline": 16})
     told = rehearse(large, 512, rank)
-    assert "(tensor rank {}, data rank {}, stage {})".format(*place) in told and "as planned" in told
+    assert "(tensor rank {}, data rank {}, pipeline stage {})".format(*place) in told and "as planned" in told
 
 
-def test_a_rehearsal_that_differs_from_the_plan_is_an_error(monkeypatch: pytest.MonkeyPatch, counted: Counted):
+def test_a_rehearsal_that_differs_from_the_plan_is_an_error(monkeypatch: pytest.MonkeyPatch, counted: CountedProgram):
     monkeypatch.setattr(rehearsal, "count", lambda *_: counted)  # planned whole, built in halves
-    with pytest.raises(RuntimeError, match=r"rank 1 holds \d+ weights by rehearsal and \d+ by the plan"):
+    with pytest.raises(RuntimeError, match=r"rank 1 has \d+ weights in the rehearsal and \d+ in the plan"):
         rehearse(recipe(parallel={"micro_batch": 2, "tensor": 2}), 4, 1)
 
 

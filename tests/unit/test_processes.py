@@ -102,7 +102,7 @@ def test_what_a_step_prints_comes_out_under_its_name(tmp_path: Path, capfd):
     def speak() -> None:
         os.write(1, b"half\rwhole\n\n")
         print("to stdout")
-        progress = Progress("", 0, 4, speaks=True)
+        progress = Progress("", 0, 4, enabled=True)
         line = {"step": 3, "terms": {}, "loss": 0.5, "grad_norm": 1.0, "samples_per_s": 7.0}
         progress.show(line)
         progress.close()

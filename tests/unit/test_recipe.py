@@ -110,7 +110,7 @@ OVERRIDES = [
     (
         ["parallel.pipeline=2", "parallel.zero=2"],
         [
-            "parallel.zero: found 2 with parallel.pipeline 2, a pipeline runs under zero 1 only; nearest that fit:",
+            "parallel.zero: found 2 with parallel.pipeline 2, a pipeline needs ZeRO stage 1; nearest that fit:",
             "parallel.pipeline=2 parallel.zero=1 or parallel.pipeline=1 parallel.zero=2",
         ],
     ),
@@ -243,7 +243,7 @@ def test_what_exists_only_behind_a_link_is_named(tmp_path: Path):
     (tmp_path / "scratch/init").mkdir()
     (tmp_path / "dec").symlink_to(tmp_path / "scratch/dec")
     assert beside(tmp_path / "dec", "../init") == tmp_path / "init"
-    assert f"symbolic link, whose target has {tmp_path}/scratch/init" in behind_link(tmp_path / "dec", "../init")
+    assert f"symbolic link, and {tmp_path}/scratch/init" in behind_link(tmp_path / "dec", "../init")
     assert behind_link(tmp_path / "dec", "../nowhere") == ""
 
 
@@ -284,7 +284,7 @@ def test_missing_keys_are_named(tmp_path: Path):
     path = tmp_path / "empty.yaml"
     path.write_text("stage: tokenizer\n")
     message = refusal(path)
-    assert "phase: not given, but required" in message and "train: not given, but required" in message
+    assert "phase: missing, but required" in message and "train: missing, but required" in message
 
 
 FILES = [
@@ -293,13 +293,13 @@ FILES = [
     ("- 1\n- 2", "found a list of 2, must be a mapping"),
     ("seed: 1\nseed: 2", "line 2, column 1: the key 'seed' appears twice"),
     ("a: {b: 1, b: 2}", "the key 'b' appears twice"),
-    ("a: &x [1]\nb: *x", "anchors (&) and aliases (*) are not read here"),
+    ("a: &x [1]\nb: *x", "anchors (&) and aliases (*) are not allowed"),
     ("1: x", "a key must be plain text"),
     ("? [1, 2]\n: x", "a key must be plain text"),
     ("a: \x00", "not YAML"),
     ("a: " + "[" * 5000, "nested too deeply"),
     ("extends: 3", "extends: found 3"),
-    ("extends: bad.yaml", "extends: a circle (bad.yaml -> bad.yaml)"),
+    ("extends: bad.yaml", "extends: a cycle (bad.yaml -> bad.yaml)"),
     ("extends: nowhere.yaml", "No such file"),
 ]
 
@@ -350,7 +350,7 @@ def test_child_lays_its_keys_over_the_parent(good: Path):
 def test_circle_over_two_files_is_refused(tmp_path: Path):
     (tmp_path / "a.yaml").write_text("extends: b.yaml")
     (tmp_path / "b.yaml").write_text("extends: a.yaml")
-    assert "a circle (a.yaml -> b.yaml -> a.yaml)" in refusal(tmp_path / "a.yaml")
+    assert "a cycle (a.yaml -> b.yaml -> a.yaml)" in refusal(tmp_path / "a.yaml")
 
 
 def test_saved_recipe_reads_back_equal(good: Path):

@@ -44,7 +44,7 @@ def test_numbers_are_those_of_scores_json(root: Path):
     page = Page(root)
     assert page.row("single colour")[1:4] == ["0.904", "0.555", "0.031"]
     assert page.row("average") == ["average", "0.687", ABSENT, "0.012"]
-    assert "The judge's ceiling, on reconstructions: 0.978." in page.text
+    assert "The judge's ceiling, measured on reconstructions: 0.978." in page.text
     assert page.row("add") == ["add", "0.263", ABSENT]
     assert "Control, judged by another edit's target: 0.025." in page.text
     assert page.row("count") == ["count", ABSENT, "0.765", ABSENT]
@@ -86,7 +86,7 @@ def test_a_picture_is_its_own_tile(root: Path, alt: str, row: int, column: int):
 
 def test_prompts_keep_their_order_and_the_verdict_is_said_in_words(root: Path):
     text = " ".join(Page(root).text.split())
-    grid = text[text.index("Prompts and what was drawn") : text.index("Edits Not curated")]
+    grid = text[text.index("Prompts and generated pictures") : text.index("Edits Not curated")]
     assert (
         grid.index("a red circle")
         < grid.index("a cyan square")
@@ -94,8 +94,8 @@ def test_prompts_keep_their_order_and_the_verdict_is_said_in_words(root: Path):
         < grid.index("two blue squares")
     )
     assert re.search(r"a red circle ✓ right", grid)
-    assert re.search(r"alert\(1\).* ✗ wrong judge saw red square", grid)
-    assert grid.index("never showed") < grid.index("two blue squares")
+    assert re.search(r"alert\(1\).* ✗ wrong judge found red square", grid)
+    assert grid.index("contents held out of training") < grid.index("two blue squares")
     edits = text[text.index("Edits Not curated") : text.index("Questions The first")]
     assert "make it blue ✓ exact scene" in edits
     assert "add a red circle ✓ right objects ✗ not exact 9.88 dB" in edits
@@ -107,7 +107,7 @@ def test_what_was_trained(root: Path):
     assert page.row("tokenizer init") == ["tokenizer init", "1", "5", "33", "1 min 15 s", "0.457", "streams and fusion"]
     assert page.row("instruct")[1:6] == ["3", "4", ABSENT, ABSENT, f"flow 0.500, align {MINUS}0.900"]
     assert page.row("all")[2:4] == ["9", "1,234"]
-    assert "2 phases, 9 steps, 1,234 core-seconds; 2 min 10 s for all of it" in page.text
+    assert "2 phases, 9 steps, 1,234 core-seconds; 2 min 10 s in total" in page.text
     assert "Data: 4 core-seconds, in the sum." in page.text
     assert "Evaluation: 61 core-seconds, not in the sum." in page.text
     labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
@@ -187,8 +187,8 @@ def test_edits_that_do_not_heed_places_are_remarked(root: Path, mirrored: float,
     scores = SCORES | {"flow.edit.right": 0.3, "flow.edit.mirrored": mirrored}
     (root / "scores.json").write_text(json.dumps(scores))
     text = Page(root).text
-    assert f"0.300 from the picture to edit, {mirrored:.3f} from its mirror image." in text
-    assert ("edits do not heed where things stand" in text) is remarked
+    assert f"0.300 with the source picture, {mirrored:.3f} with its mirror image." in text
+    assert ("edits ignore the positions of objects" in text) is remarked
 
 
 def test_the_command_takes_the_root_or_a_run_and_loads_no_torch(root: Path):

@@ -9,7 +9,7 @@ from report_root import make_root
 from parallel.errors import UserError
 from spar_scale.evaluation.report import write_report
 from spar_scale.evaluation.report.curves import draw, smoothed
-from spar_scale.evaluation.report.routing import Map, sentence
+from spar_scale.evaluation.report.routing import Map, summary
 
 
 @pytest.mark.parametrize(
@@ -59,11 +59,11 @@ def test_every_curve_stays_inside_its_drawing(values: list[float]):
 @pytest.mark.parametrize(
     ("weights", "expected"),
     [
-        ([[0.97, 0.03], [0.95, 0.05]], "dull: nearly every token takes layer 2"),
-        ([[0.6, 0.4], [0.62, 0.38]], "dull: no token is more than 1%"),
+        ([[0.97, 0.03], [0.95, 0.05]], "Nearly every token uses layer 2 alone"),
+        ([[0.6, 0.4], [0.62, 0.38]], "No token is more than 1%"),
         ([[0.9, 0.1], [0.2, 0.8]], "Tokens differ"),
-        ([[0.9, 0.1], [0.55, 0.45]], "All tokens take layer 2 most"),
+        ([[0.9, 0.1], [0.55, 0.45]], "Layer 2 is the strongest for all tokens"),
     ],
 )
 def test_the_sentence_on_routing_follows_the_weights(weights: list[list[float]], expected: str):
-    assert expected in sentence([Map("p", [2, 4], [("a", weights[0]), ("b", weights[1])])])
+    assert expected in summary([Map("p", [2, 4], [("a", weights[0]), ("b", weights[1])])])

@@ -98,7 +98,7 @@ def test_what_is_no_json_object_is_refused_with_the_command_that_writes_it(
         sources.read(root)
     message = str(refusal.value)
     assert message.startswith(f"{path}: {found}") and "\n" not in message
-    assert message.endswith(f"; remove it, then `spar-scale {COMMANDS[name]} {root}` writes a new one")
+    assert message.endswith(f"; remove it and run `spar-scale {COMMANDS[name]} {root}` to write a new one")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -178,7 +178,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(name: str, tmp_pa
     root = make_root(tmp_path)
     (root / name).unlink()
     os.mkfifo(root / name)
-    with pytest.raises(UserError, match=f"^{root / name}: is no regular file; move it away"):
+    with pytest.raises(UserError, match=f"^{root / name}: is not a regular file; move it away"):
         write_report(root)
 
 
@@ -196,7 +196,7 @@ def test_steps_that_go_backwards_and_edits_without_a_loss_are_shown(tmp_path: Pa
     (root / "scores.json").write_text(json.dumps(SCORES | {"flow.edit.right": 0, "flow.edit.mirrored": 0}))
     lines = [{"step": step, "loss": 1.0, "terms": {}} for step in (9, 3, 3, 1)]
     (root / "tokenizer_init" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "0.000 from the picture to edit" in Page(root).text
+    assert "0.000 with the source picture" in Page(root).text
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path: Path) 
 
 def test_the_same_process_is_refused_and_keeps_its_lock(tmp_path: Path) -> None:
     with RunLock(tmp_path):
-        with pytest.raises(UserError, match="by this very process"):
+        with pytest.raises(UserError, match="by this process"):
             RunLock(tmp_path)
         assert "in use by process" in _elsewhere(tmp_path)
 

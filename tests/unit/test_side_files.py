@@ -82,9 +82,9 @@ def test_a_damaged_line_before_the_checkpoint_is_refused_by_number_and_kept(
     lines = (tmp_path / name).read_bytes().split(b"\n")
     (tmp_path / name).write_bytes(b"\n".join([lines[0], DAMAGES[damage], *lines[2:]]))
     before = (tmp_path / name).read_bytes()
-    with pytest.raises(UserError, match=rf"{name}: found line 2 damaged, .*; restore .*\(sed -i 2d .*step 3"):
+    with pytest.raises(UserError, match=rf"{name}: line 2 is damaged, .*; restore .*\(sed -i 2d .*step 3"):
         RunLog(tmp_path, 3)
-    with pytest.raises(UserError, match=rf"{name}: found line 2 damaged"):
+    with pytest.raises(UserError, match=rf"{name}: line 2 is damaged"):
         read_lines(tmp_path / name)
     assert (tmp_path / name).read_bytes() == before
 
@@ -93,7 +93,7 @@ def test_the_last_lines_of_the_checkpoints_steps_are_refused_too(tmp_path: Path)
     write_logs(tmp_path, 4)
     lines = (tmp_path / "metrics.jsonl").read_bytes().split(b"\n")
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines[:2], b"\0\0", b""]))
-    with pytest.raises(UserError, match="line 3 damaged"):
+    with pytest.raises(UserError, match="line 3 is damaged"):
         RunLog(tmp_path, 3)
 
 
@@ -226,7 +226,7 @@ def test_a_checkpoint_that_another_process_holds_is_not_waited_for_without_end(
     monkeypatch.setattr(manifest, "LOCK_S", 0.2)
     with (found / "manifest.json").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=r"manifest\.json: found locked by another process for 0\.2 s"):
+        with pytest.raises(UserError, match=r"manifest\.json: locked by another process for 0\.2 s"):
             checkpoint.protect(found, by="a run")
     checkpoint.protect(found, by="a run")
     assert manifest.references(found) == ["a run"]
@@ -250,7 +250,7 @@ def test_a_run_directory_of_any_name_keeps_its_files(tmp_path: Path, name: str) 
 
 def test_a_log_on_a_full_disk_is_refused_by_name(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
-    with small_files(100), pytest.raises(UserError, match=r"metrics\.jsonl in the run directory: File too large; make"):
+    with small_files(100), pytest.raises(UserError, match=r"metrics\.jsonl in the run directory: File too large; free"):
         log.metrics([{"step": step, "loss": 0.5} for step in range(1, 50)])
 
 

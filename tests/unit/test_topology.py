@@ -11,7 +11,7 @@ REFUSED = {
     "zero under a pipeline": (
         Layout(pipeline=4, zero=3),
         8,
-        "parallel.zero: found 3 with parallel.pipeline 4; a pipeline holds whole gradients and parameters; nearest "
+        "parallel.zero: found 3 with parallel.pipeline 4; a pipeline needs unsharded gradients and parameters; nearest "
         "that fit: parallel.pipeline=4 parallel.zero=1 or parallel.pipeline=1 parallel.zero=3",
     ),
     "world too large": (
@@ -53,6 +53,6 @@ def test_a_pipeline_has_a_layer_for_every_stage() -> None:
     with pytest.raises(UserError) as error:
         Layout(tensor=2, pipeline=6).check_layers(5, world=12)
     assert str(error.value) == (
-        "parallel.pipeline: found 6, but this phase has 5 layers, and every stage holds one or more; nearest that fit "
-        "12 process(es): parallel.tensor=2 parallel.pipeline=3 or parallel.tensor=2 parallel.pipeline=2"
+        "parallel.pipeline: found 6, but this phase has 5 layers, and every pipeline stage needs at least one; nearest "
+        "that fit 12 process(es): parallel.tensor=2 parallel.pipeline=3 or parallel.tensor=2 parallel.pipeline=2"
     )

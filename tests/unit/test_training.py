@@ -77,7 +77,7 @@ def test_a_step_without_a_usable_sample_is_refused_with_the_first_reasons() -> N
     bad = [{"shard": "a.tar", "key": str(number), "reason": "cut off"} for number in range(5)]
     guard.observe(1, 6, bad)
     guard.observe(2, 0, [])
-    with pytest.raises(UserError, match=r"^step 3: found none of its 5 samples usable.*a\.tar: 0: cut off; a\.tar: 1"):
+    with pytest.raises(UserError, match=r"^step 3: none of its 5 samples could be used.*a\.tar: 0: cut off; a\.tar: 1"):
         guard.observe(3, 5, bad)
 
 

@@ -82,7 +82,7 @@ EXPECTED = {
     "stale index": r"stale-0\.tar",
     "no shards": r"none-\*\.tar",
     "too many bad images": r"guards\.max_bad_fraction",
-    "no usable image": r"step 1: found none of its 12 samples usable.*bad_samples\.jsonl",
+    "no usable image": r"step 1: none of its 12 samples could be used.*bad_samples\.jsonl",
     "not an image": r"text\.png: not an image",
     "checkpoint of another model": r"another model",
     "checkpoint with a missing file": r"missing",

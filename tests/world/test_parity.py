@@ -54,8 +54,8 @@ def say(folder: str, seed: int | None, words: list[str]) -> None:
 
     whole = Parity.recipe
 
-    def other(self: Parity, spread: ParityLayout, name: str):
-        return whole(self, spread, name).model_copy(update={"seed": seed} if spread.data > 1 else {})
+    def other(self: Parity, layout: ParityLayout, name: str):
+        return whole(self, layout, name).model_copy(update={"seed": seed} if layout.data > 1 else {})
 
     if seed is not None:
         Parity.recipe = other
@@ -135,11 +135,17 @@ def test_names_are_read_back_and_no_two_layouts_share_one() -> None:
 
 @pytest.mark.parametrize(
     ("given", "hint"),
-    [("tp2xpp2", "'tp2-pp2'"), ("dp2", "'dp2-z"), ("pp2-dp2-z2", "no pipeline is"), ("tp9", "'tp"), ("dp2-z1,", "")],
+    [
+        ("tp2xpp2", "'tp2-pp2'"),
+        ("dp2", "'dp2-z"),
+        ("pp2-dp2-z2", "without a pipeline"),
+        ("tp9", "'tp"),
+        ("dp2-z1,", ""),
+    ],
 )
 def test_another_spelling_is_refused_with_the_nearest(given: str, hint: str) -> None:
     name = given.split(",")[-1]
-    with pytest.raises(UserError, match=rf"^--layouts: found '{name}'; a layout of up to 8 processes is") as refusal:
+    with pytest.raises(UserError, match=rf"^--layouts: found '{name}', expected names like tp2") as refusal:
         parse_layouts(given, USUAL)
     assert hint in str(refusal.value)
 
@@ -159,7 +165,7 @@ def test_what_the_recipe_cannot_have_is_refused_by_name_and_left_out_of_all(
 
 def test_a_directory_that_holds_something_is_refused(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "there").touch()
-    with pytest.raises(UserError, match=r"^--out: found .*, which holds something already; must be a new or empty"):
+    with pytest.raises(UserError, match=r"^--out: found .*, which is not empty; expected a new or empty"):
         parity(recipe, [], "all", Runs(), out=tmp_path)
 
 

@@ -99,7 +99,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         trainer._train_step(iter(trainer.loader))
         found = kept_bytes(trainer.engine) | {"gradients": gradients[0]}
         trainer.close()
-    return {"stage": topology.stage, "data_rank": topology.data_rank, "bytes": found}
+    return {"stage": topology.pipeline_stage, "data_rank": topology.data_rank, "bytes": found}
 
 
 def watch_gradients(engine: Any) -> list[int]:

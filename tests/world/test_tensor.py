@@ -151,7 +151,7 @@ def refuse(rank: int, world: int) -> str:
 
 
 def test_a_size_that_does_not_divide_is_named() -> None:
-    assert set(run_world(2, refuse)) == {"attention.query: 15 does not divide by tensor 2"}
+    assert set(run_world(2, refuse)) == {"attention.query: 15 is not divisible by tensor 2"}
 
 
 def test_a_preset_says_which_cuts_fit() -> None:

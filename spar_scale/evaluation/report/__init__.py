@@ -1,9 +1,9 @@
-"""The report of a trained chain: one HTML file that needs nothing but itself.
+"""The report of a trained chain: one self-contained HTML file.
 
-It is written from the files under ROOT alone (scores, details and their sheets, metrics, recipes, the ablation
-if there is one): no model is loaded, no clock is read, so it takes a second and the same files give the
-same bytes. What is not there is said in a line. All text passes Jinja's escaping; pictures are PNG in base64,
-curves inline SVG, and nothing is fetched by who opens it.
+It is written only from the files under ROOT (scores, details and their sheets, metrics, recipes, the ablation if there
+is one). It loads no model and reads no clock, so it takes a second and the same files give the same bytes. A missing
+file becomes a line in the report. Jinja escapes all text. Pictures are base64 PNG and curves are inline SVG, so the
+browser fetches nothing.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from markupsafe import Markup
 
 from parallel.files import write_file
 from spar_scale.evaluation.report import ablation, limits, phases, pictures, routing, scores
-from spar_scale.evaluation.report.sources import Found, read, root_of
+from spar_scale.evaluation.report.sources import ReportData, read, root_of
 from spar_scale.files.outputs import check_files
 
 REPORT = "report.html"
 
 
 def write_report(root: Path) -> Path:
-    """Write ROOT/report.html and return its path; `root` may also be a phase's run directory in it.
+    """Write ROOT/report.html and return its path; `root` may also be the run directory of a phase in ROOT.
 
-    Raises UserError where there are no runs, and for files that cannot be read.
+    Raises UserError if there are no runs or a file cannot be read.
     """
     root = root_of(root)
     target = root / REPORT
@@ -33,8 +33,8 @@ def write_report(root: Path) -> Path:
     return target
 
 
-def render(found: Found) -> str:
-    """Return the page of what was found."""
+def render(data: ReportData) -> str:
+    """Return the HTML page of the report."""
     environment = Environment(
         loader=PackageLoader(__name__, ""),
         autoescape=True,
@@ -45,22 +45,22 @@ def render(found: Found) -> str:
     style = Markup(environment.loader.get_source(environment, "page.css")[0])  # type: ignore[union-attr]  # ours
     return environment.get_template("page.html").render(
         style=style,
-        size=found.training.get("size"),
-        seed=found.training.get("seed"),
-        headlines=scores.headlines(found),
-        lead=phases.lead(found),
-        phases=phases.tables(found),
-        score_tables=scores.tables(found),
-        all_scores=sorted(found.scores.items()),
-        curves=phases.curves(found),
-        reconstructions=pictures.reconstructions(found),
-        generation=pictures.generation(found),
-        edits=pictures.edits(found),
-        questions=pictures.questions(found),
-        routes=routing.routes(found),
-        ablation=ablation.table(found),
-        limits=[*limits.FIXED, *limits.remarks(found)],
-        recipes=[(run.name, run.recipe_text) for run in found.runs],
-        origin=phases.origin(found),
-        versions=sorted(found.training.get("versions", {}).items()),
+        size=data.training.get("size"),
+        seed=data.training.get("seed"),
+        headlines=scores.headlines(data),
+        lead=phases.lead(data),
+        phases=phases.tables(data),
+        score_tables=scores.tables(data),
+        all_scores=sorted(data.scores.items()),
+        curves=phases.curves(data),
+        reconstructions=pictures.reconstructions(data),
+        generation=pictures.generation(data),
+        edits=pictures.edits(data),
+        questions=pictures.questions(data),
+        routes=routing.routes(data),
+        ablation=ablation.table(data),
+        limits=[*limits.FIXED, *limits.remarks(data)],
+        recipes=[(run.name, run.recipe_text) for run in data.runs],
+        origin=phases.origin(data),
+        versions=sorted(data.training.get("versions", {}).items()),
     )

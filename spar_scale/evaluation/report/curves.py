@@ -1,7 +1,7 @@
-"""Curves as inline SVG: the raw values thin, their moving mean thick, axes with a few numbers.
+"""Curves as inline SVG: a thin line of raw values, a thick line of their moving mean, axes with a few numbers.
 
-Colours are the page's CSS variables, so a curve follows dark mode. At most MAX_POINTS of raw line are
-drawn: where there are more steps, each column of them shows its lowest and highest value.
+Colours are CSS variables of the page, so curves follow dark mode. The raw line has at most MAX_POINTS points; if there
+are more steps, neighbouring steps are combined into their lowest and highest value.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ WIDTH, HEIGHT = 320, 170  # units of the drawing
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 8, 24  # margins
 MAX_POINTS = 600
 LOG_RATIO = 8.0  # a logarithmic axis where the highest value is this many times the lowest
-LARGEST, SMALLEST = 1e100, 1e-100  # beyond and below these a value is drawn as this and as 0
+LARGEST, SMALLEST = 1e100, 1e-100  # larger magnitudes are clipped to LARGEST, smaller ones drawn as 0
 SMOOTH_PARTS = 40  # the moving mean runs over a fortieth of the steps
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return the centred moving mean; at the ends the window is cut, not shifted."""
+    """Return the centred moving mean; at both ends the window is truncated, not shifted."""
     half = len(values) // (2 * SMOOTH_PARTS)
-    sums = list(accumulate(map(Fraction, values), initial=Fraction()))  # exact: a spike of 1e18 would swallow the rest
+    # Exact fractions: in a float sum, a spike of 1e18 would round all later values away.
+    sums = list(accumulate(map(Fraction, values), initial=Fraction()))
     spans = ((max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values)))
     return [float((sums[last] - sums[first]) / (last - first)) for first, last in spans]
 
 
 def draw(steps: Sequence[int], values: Sequence[float], label: str) -> Markup:
-    """Return an <svg> of finite values over steps; `label` is read to who cannot see it."""
+    """Return an <svg> of finite values over steps; `label` is its text for screen readers."""
     values = [_clipped(value) for value in values]
     low, high = min(values), max(values)
     logarithmic = low > 0 and high / low >= LOG_RATIO
@@ -83,7 +84,7 @@ def draw(steps: Sequence[int], values: Sequence[float], label: str) -> Markup:
 
 
 def _clipped(value: float) -> float:
-    """A value that the axes' arithmetic cannot take out of the range of floats."""
+    """Clip a value so that the arithmetic of the axes cannot overflow."""
     return min(max(value, -LARGEST), LARGEST) if abs(value) > SMALLEST else 0.0
 
 
@@ -97,7 +98,10 @@ def _thinned(steps: Sequence[int], values: Sequence[float]) -> list[tuple[int, f
 
 
 def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
-    """Round numbers in [low, high], at least three if possible: powers of ten and parts of them, or equal steps."""
+    """Return round numbers in [low, high], at least three if possible.
+
+    A logarithmic axis has powers of ten, then also 3 or 2 and 5 times these; a linear one has equal steps.
+    """
     if logarithmic:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for factors in ((1,), (1, 3), (1, 2, 5)):

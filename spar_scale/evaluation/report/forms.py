@@ -1,7 +1,7 @@
-"""The form of each file that a report reads: which fields it needs, and their types.
+"""The schema of each file that a report reads.
 
-A field that is not required may be absent, and the report then leaves out what it would show. Fields that the report
-does not read are not checked.
+An optional field may be absent; the report then omits the part that shows it. Fields that the report does not read
+are not checked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class Line(TypedDict):
-    """A step in metrics.jsonl; what was not finite is null."""
+    """A step in metrics.jsonl; values that were not finite are null."""
 
     step: Count
     loss: float | None
@@ -25,7 +25,7 @@ class Line(TypedDict):
 
 
 class Spent(TypedDict, total=False):
-    """What a phase has spent, in training.json."""
+    """Steps and time that a phase took, in training.json."""
 
     steps: Count | None
     core_seconds: Finite | None
@@ -46,7 +46,7 @@ class Training(TypedDict, total=False):
     phases: dict[str, Spent]
 
 
-class Seen(TypedDict, total=False):
+class DetectedObject(TypedDict, total=False):
     """An object that the judge found in a picture."""
 
     shape: str
@@ -54,23 +54,23 @@ class Seen(TypedDict, total=False):
 
 
 class Drawn(TypedDict, total=False):
-    """A prompt, and what the judge found in the picture that was drawn for it."""
+    """A prompt, and the objects that the judge found in the picture drawn for it."""
 
     prompt: str
     kind: str
     unseen: bool
     passed: bool
-    found: list[Seen]
+    found: list[DetectedObject]
 
 
 class Reconstructed(TypedDict, total=False):
-    """PSNR of a scene in dB, one value for each tokenizer."""
+    """PSNR of a scene in dB, one value per tokenizer."""
 
     psnr: list[float]
 
 
 class Edited(TypedDict, total=False):
-    """An instruction, and how near the edited picture is to its target."""
+    """An instruction, and how close the edited picture is to its target."""
 
     instruction: str
     kind: str
@@ -91,7 +91,7 @@ class Asked(TypedDict, total=False):
 
 
 class Routed(TypedDict):
-    """The weights of a prompt's tokens over the layers: a row for each token, a column for each layer."""
+    """The routing weights of a prompt's tokens: one row per token, one column per layer."""
 
     prompt: str
     tokens: list[str]
@@ -107,7 +107,7 @@ def _rectangular(routed: Routed) -> Routed:
 
 
 class Sheet(TypedDict):
-    """Where the pictures of a section are: rows and columns of square tiles in one file."""
+    """The picture file of a section: rows and columns of square tiles."""
 
     sheet: str
     tile: Annotated[int, Field(ge=1, le=2**16)]
@@ -139,7 +139,7 @@ class AskedSection(Sheet):
 
 
 class RoutedSection(TypedDict):
-    """Maps of the routing."""
+    """Routing maps of prompts."""
 
     rows: list[Annotated[Routed, AfterValidator(_rectangular)]]
 
@@ -159,7 +159,7 @@ Metrics = Annotated[dict[str, Seeds], Field(min_length=1)]
 
 
 class Ablation(TypedDict):
-    """ablation.json: row -> metric -> one value for each seed."""
+    """ablation.json: row -> metric -> one value per seed."""
 
     rows: dict[str, Metrics]
 

@@ -1,6 +1,6 @@
-"""Routing maps: which of the language model's layers each token takes, and a sentence on whether it matters.
+"""Routing maps of the report: each token's weights over the language model's layers, and a sentence that sums them up.
 
-The weights of a token over the sampled layers sum to 1; every number and sentence here is computed from them.
+The weights of a token over the sampled layers sum to 1. Every number and sentence here is computed from them.
 """
 
 from __future__ import annotations
@@ -8,15 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from spar_scale.evaluation.report.sources import Found
+from spar_scale.evaluation.report.sources import ReportData
 
 SHOWN = 4  # prompts
-DULL, ALIKE = 0.9, 0.1  # one layer takes this share of all; no token's share is this far from the mean
+ONE_LAYER = 0.9  # above this mean weight of one layer, the routing chooses that layer for nearly every token
+ALIKE = 0.1  # if no weight of a token is farther from the mean than this, tokens do not differ
 
 
 @dataclass(frozen=True)
 class Map:
-    """A prompt's map: a row for each token, a weight for each layer."""
+    """The routing map of a prompt: one row per token, one weight per layer."""
 
     prompt: str
     layers: list[int]
@@ -25,46 +26,46 @@ class Map:
 
 @dataclass(frozen=True)
 class Routes:
-    """The maps and what can be said of all of them, or the reason why there are none."""
+    """The maps and a sentence that sums them up, or in `absent` the reason why there are none."""
 
     maps: list[Map]
-    sentence: str = ""
+    summary: str = ""
     absent: str = ""
 
 
-def routes(found: Found) -> Routes:
-    """Return the first maps, and a sentence over the tokens of all."""
-    rows = found.details.get("routes", {}).get("rows", [])
-    whole = [_map(row) for row in rows]
-    whole = [item for item in whole if item.rows]
-    if not whole:
-        return Routes([], absent="Not here: evaluation/details.json has no section “routes”.")
-    return Routes(whole[:SHOWN], sentence(whole))
+def routes(data: ReportData) -> Routes:
+    """Return the first maps, and a sentence about the tokens of all maps."""
+    rows = data.details.get("routes", {}).get("rows", [])
+    maps = [item for item in map(_map, rows) if item.rows]
+    if not maps:
+        return Routes([], absent="Not available: evaluation/details.json has no section “routes”.")
+    return Routes(maps[:SHOWN], summary(maps))
 
 
-def sentence(maps: list[Map]) -> str:
-    """Say how the weight divides over the layers, and whether tokens differ in it."""
+def summary(maps: list[Map]) -> str:
+    """Describe how the weight is divided among the layers, and whether tokens differ."""
     layers = maps[0].layers
     tokens = [(word, weights) for item in maps if item.layers == layers for word, weights in item.rows]
     shares = [sum(weights[k] for _, weights in tokens) / len(tokens) for k in range(len(layers))]
-    said = ", ".join(f"layer {layer} takes {share:.0%}" for layer, share in zip(layers, shares, strict=True))
-    said = f"Over the {len(tokens)} tokens of {len(maps)} {'prompt' if len(maps) == 1 else 'prompts'}, {said}."
-    away, word, k = max((abs(weights[k] - shares[k]), word, k) for word, weights in tokens for k in range(len(layers)))
-    if max(shares) > DULL:
-        return f"{said} The maps are dull: nearly every token takes layer {layers[shares.index(max(shares))]}."
-    if away < ALIKE:
-        return f"{said} The maps are dull: no token is more than {away:.0%} from the mean; a fixed mixture would do."
-    favourites = {layers[weights.index(max(weights))] for _, weights in tokens}
-    return (
-        f"{said} Tokens differ: “{word}” is farthest from the mean, by {away:.0%} at layer {layers[k]}; "
-        f"the layer that a token takes most is one of {', '.join(map(str, sorted(favourites)))}."
-        if len(favourites) > 1
-        else f"{said} All tokens take layer {favourites.pop()} most, and differ in how much: “{word}” is farthest from "
-        f"the mean, by {away:.0%} at layer {layers[k]}."
+    mixture = ", ".join(f"layer {layer} has {share:.0%}" for layer, share in zip(layers, shares, strict=True))
+    prompts = f"{len(maps)} {'prompt' if len(maps) == 1 else 'prompts'}"
+    text = f"Mean weights over the {len(tokens)} tokens of {prompts}: {mixture}."
+    distance, word, k = max(
+        (abs(weights[k] - shares[k]), word, k) for word, weights in tokens for k in range(len(layers))
     )
+    if max(shares) > ONE_LAYER:
+        return f"{text} Nearly every token uses layer {layers[shares.index(max(shares))]} alone."
+    if distance < ALIKE:
+        return f"{text} No token is more than {distance:.0%} from the mean: a fixed mixture would be as good."
+    farthest = f"“{word}” is farthest from the mean, by {distance:.0%} at layer {layers[k]}"
+    strongest = {layers[weights.index(max(weights))] for _, weights in tokens}
+    if len(strongest) > 1:
+        layer_list = ", ".join(map(str, sorted(strongest)))
+        return f"{text} Tokens differ: {farthest}; the strongest layer of a token is one of {layer_list}."
+    return f"{text} Layer {strongest.pop()} is the strongest for all tokens, but by different amounts: {farthest}."
 
 
 def _map(row: dict[str, Any]) -> Map:
     layers = list(row.get("layers", []))
-    named = zip(map(str, row.get("tokens", [])), row.get("weights", []), strict=False)
-    return Map(str(row.get("prompt", "")), layers, [(word, w) for word, w in named if len(w) == len(layers)])
+    tokens = zip(map(str, row.get("tokens", [])), row.get("weights", []), strict=False)
+    return Map(str(row.get("prompt", "")), layers, [(word, w) for word, w in tokens if len(w) == len(layers)])

@@ -1,4 +1,4 @@
-"""What a report reads: the files under ROOT, each of which may be absent."""
+"""The files under ROOT that a report reads; each of them may be absent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spar_scale.phases import declared, find
 
 @dataclass(frozen=True)
 class Run:
-    """A phase's run directory: its recipe as it was run, one dict for each step that was logged."""
+    """The run directory of a phase: its recipe, and one dict of metrics per logged step."""
 
     name: str
     stage: str
@@ -29,14 +29,14 @@ class Run:
 
     @property
     def variant(self) -> bool:
-        """Whether this stands beside the chain, as a run with switches does (`tokenizer_encoder,encoder=frozen`)."""
+        """Whether this is an ablation variant outside the chain, such as `tokenizer_encoder,encoder=frozen`."""
         phase = find(self.stage, self.phase)
         return self.name not in (f"{self.stage}_{self.phase}", self.stage if phase is None else phase.name)
 
 
 @dataclass(frozen=True)
-class Found:
-    """Everything that a report can be made of; what is absent is empty."""
+class ReportData:
+    """The contents of all files that a report reads; absent files are empty."""
 
     root: Path
     runs: list[Run] = field(default_factory=list)
@@ -49,21 +49,23 @@ class Found:
 def root_of(path: Path) -> Path:
     """Return the directory that holds the runs: `path`, or its parent if `path` is a run directory.
 
-    Raises UserError where neither holds runs.
+    Raises UserError if neither holds runs.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory; it must hold the run directories of a chain, or be one")
+        raise UserError(
+            f"{path}: no such directory; expected a run directory, or a directory that holds the runs of a chain"
+        )
     root = path.resolve().parent if (path / "recipe.yaml").exists() else path
     if not _run_dirs(root):
-        raise UserError(f"{path}: holds no run directory (one with a recipe.yaml), and is none itself")
+        raise UserError(f"{path}: holds no run directory (a directory with a recipe.yaml) and is not one itself")
     return root
 
 
-def read(root: Path) -> Found:
-    """Read what there is under ROOT. Raises UserError for a file that has not the form in `forms.py`."""
+def read(root: Path) -> ReportData:
+    """Read the files under ROOT. Raises UserError for a file that does not have the form in `forms.py`."""
     runs = [_run(folder) for folder in _run_dirs(root)]
     runs.sort(key=lambda run: (run.variant, _place(run), run.name))
-    return Found(
+    return ReportData(
         root,
         runs,
         read_scores(root),
@@ -74,14 +76,14 @@ def read(root: Path) -> Found:
 
 
 def read_scores(root: Path) -> dict[str, float]:
-    """Return ROOT/scores.json, empty if it is absent. Raises UserError for what is no JSON object of numbers."""
+    """Return ROOT/scores.json, or {} if it is absent. Raises UserError if it is not a JSON object of numbers."""
     return _read(root, "scores.json", forms.SCORES, "evaluate {}")
 
 
 def _read(root: Path, name: str, form: TypeAdapter[Any], command: str) -> dict[str, Any]:
     if not (root / name).exists():
         return {}
-    remedy = f"remove it, then `spar-scale {command.format(shlex.quote(str(root)))}` writes a new one"
+    remedy = f"remove it and run `spar-scale {command.format(shlex.quote(str(root)))}` to write a new one"
     return read_json(root / name, form, remedy)
 
 
@@ -90,7 +92,7 @@ def _run_dirs(root: Path) -> list[Path]:
 
 
 def _place(run: Run) -> int:
-    """Where the run's phase stands in the chain; behind it if it is no phase of ours."""
+    """Return the position of the run's phase in the chain; unknown phases come last."""
     phase, order = find(run.stage, run.phase), declared()
     return len(order) if phase is None else order.index(phase)
 
@@ -109,7 +111,7 @@ def _run(folder: Path) -> Run:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, none if it is absent. The last line may still be in writing."""
+    """Return the lines of metrics.jsonl, [] if it is absent. An incomplete last line is still in writing."""
     if not path.exists():
         return []
     text, values = read_text(path), []

@@ -1,4 +1,4 @@
-"""What a table of the report is made of."""
+"""Tables of the report, and the format of their numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ABSENT, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell's text; `share` in [0, 1] draws a bar behind it."""
+    """The text of a cell; `share` in [0, 1] draws a bar behind it."""
 
     text: str
     share: float | None = None
@@ -18,9 +18,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: the first cell of a row is its header, the last row the whole if `whole`; notes stand below it.
+    """A table with notes below it. The first cell of a row is its header; if `whole`, the last row is a total or mean.
 
-    `text` names the columns that hold words; the others hold numbers.
+    `text` holds the indices of the columns with words; the others hold numbers.
     """
 
     title: str
@@ -32,7 +32,7 @@ class Table:
 
 
 def number(value: float | None, unit: str = "") -> str:
-    """Return a share with three digits behind the point, decibels with two."""
+    """Format a share with three decimals, decibels with two."""
     if value is None:
         return ABSENT
     if not math.isfinite(value):
