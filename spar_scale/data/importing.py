@@ -24,7 +24,7 @@ from parallel.errors import UserError, nearest
 from spar_scale.data.captions import Pair, find_pairs
 from spar_scale.data.images import BadSample, Picture, read_picture
 from spar_scale.data.left_out import NAME_CHARACTERS, NAMED, LeftOut, printable
-from spar_scale.data.prompts import TOKENS, WORDS
+from spar_scale.data.prompts import TOKENS, miniature_text
 from spar_scale.data.shards import write_shard
 
 SHARD_SAMPLES, SHARD_BYTES = 1000, 1 << 28
@@ -156,7 +156,7 @@ def _report(out: Path, result: ImportResult, check_words: bool) -> str:
     if check_words:
         lines.append(f"  captions with words outside the miniature's vocabulary: {result.with_unknown}")
         lines += [
-            f"    '{printable(word, NAME_CHARACTERS)}' in {number}{nearest(word, WORDS)}"
+            f"    '{printable(word, NAME_CHARACTERS)}' in {number}{nearest(word, miniature_text().words)}"
             for word, number in result.unknown.most_common(NAMED)
         ]
     lines += [

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from spar_scale.data.text import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class SampleSpec:
     `task` names a task, or a mixture of tasks with one task per source; `image_size` is the side of the square image in
     pixels; `crop` and `flip` are the augmentations; `num_tokens` is the length of the text, `task_tokens` that of each
     language task; `image_tokens` is the number of tokens per picture; `caption_dropout` is the share of samples with
-    the unconditional prompt instead of their caption; `draws` maps a slot name to its random fp32 tensor.
+    the unconditional prompt instead of their caption; `draws` maps a slot name to its random fp32 tensor; `text` is
+    the tokenizer of its prompts.
     """
 
     task: str
@@ -38,3 +42,10 @@ class SampleSpec:
     image_tokens: int = 0
     caption_dropout: float = 0.0
     draws: Mapping[str, Draw] = field(default_factory=dict)
+    text: TextTokenizer | None = None
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer of its words, which must be there."""
+        assert self.text is not None, f"task {self.task} reads text and has no tokenizer"
+        return self.text

@@ -20,16 +20,9 @@ import numpy as np
 from parallel.errors import UserError, nearest
 from spar_scale.data.images import EXTENSIONS, BadSample, decode, square
 from spar_scale.data.patches import UNKNOWN, shown_patches
-from spar_scale.data.prompts import (
-    Prompt,
-    caption_prompt,
-    edit_prompt,
-    editing_prompt,
-    generation_prompt,
-    question_prompt,
-    text_prompt,
-)
+from spar_scale.data.prompts import caption_prompt, edit_prompt, question_prompt, text_prompt
 from spar_scale.data.spec import SampleSpec
+from spar_scale.data.text import Prompt, TextTokenizer
 
 Draws = Callable[[str], np.random.Generator]
 Value = TypeVar("Value")
@@ -110,7 +103,9 @@ def _language_slots(spec: SampleSpec, length: int) -> Slots:
 
 
 def _language(
-    name: str, picture: str | None, make: Callable[[Mapping[str, Any], np.random.Generator, int], Prompt]
+    name: str,
+    picture: str | None,
+    make: Callable[[TextTokenizer, Mapping[str, Any], np.random.Generator, int], Prompt],
 ) -> Task:
     """Return the language task `name` with the prompt that `make` builds from the sample's json.
 
@@ -123,7 +118,7 @@ def _language(
 
     def fill(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
         record = _json_record(members)
-        prompt = _as_bad_sample(lambda: make(record, draws("words"), spec.image_tokens))
+        prompt = _as_bad_sample(lambda: make(spec.tokenizer, record, draws("words"), spec.image_tokens))
         length, limit = len(prompt.tokens), longest(spec)
         if length > limit:
             raise BadSample(f"{length} tokens; the maximum is {limit}")
@@ -173,7 +168,7 @@ class Conditioned:
 
     sides: tuple[str, ...]
     texts: Callable[[Members], list[str]]
-    prompt: Callable[[str, SampleSpec], Prompt]
+    prompt: Callable[[str, SampleSpec], list[int]]
 
     @property
     def illustrated(self) -> bool:
@@ -224,7 +219,7 @@ class Conditioned:
         return np.stack([square(decode(picture), spec.image_size, along=0.5, mirrored=False) for picture in data])
 
     def _tokens(self, text: str, spec: SampleSpec) -> np.ndarray:
-        tokens = _as_bad_sample(lambda: self.prompt(text, spec)).tokens
+        tokens = _as_bad_sample(lambda: self.prompt(text, spec))
         if len(tokens) > self.length(spec):
             raise BadSample(f"{len(tokens)} tokens; the maximum is {self.length(spec)}")
         return np.array(tokens, np.int64)
@@ -279,11 +274,11 @@ TASKS: dict[str, Task | Conditioned] = {
     "questions": _language("questions", "", question_prompt),
     "edits": _language("edits", "input.", edit_prompt),
     "texts": _language("texts", None, text_prompt),
-    "generation": Conditioned(("",), _captions, lambda text, _: generation_prompt(text)),
+    "generation": Conditioned(("",), _captions, lambda text, spec: spec.tokenizer.generation_prompt(text)),
     "editing": Conditioned(
         ("output.", "input."),
         lambda members: [_text(members)],  # the instruction; the source picture is never dropped
-        lambda text, spec: editing_prompt(text, spec.image_tokens),
+        lambda text, spec: spec.tokenizer.editing_prompt(text, spec.image_tokens),
     ),
 }
 MIXTURES = {"language": ("captions", "questions", "edits", "texts"), "conditioned": ("generation", "editing")}

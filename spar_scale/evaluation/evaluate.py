@@ -21,7 +21,6 @@ from torch import Tensor
 
 from parallel.errors import UserError
 from parallel.files import write_file
-from spar_scale.data.prompts import generation_prompt
 from spar_scale.data.shapes_world import World
 from spar_scale.evaluation.detector import detect
 from spar_scale.evaluation.editing import edit_and_judge
@@ -227,7 +226,7 @@ def _routes(trained: Trained) -> Measured:
     rows = []
     for kind in UNSEEN_KINDS:
         prompt = select_requests(trained.world, kind, False, 1)[0].prompt
-        routed = route(trained.final, generation_prompt(prompt))
+        routed = route(trained.final, trained.final.text.generation_prompt(prompt))
         queries = [f"query {number + 1}" for number in range(len(routed.weights) - len(routed.words))]
         rows.append(
             {

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from spar_scale.data.images import decode, square
 from spar_scale.data.order import draw_generator
-from spar_scale.data.prompts import TOKENS, answering_prompt
 from spar_scale.evaluation.scenes import first_samples
 from spar_scale.inference.drawing import padded
 from spar_scale.stages.forward import Forward
@@ -72,14 +71,15 @@ def predict_answers(
     `encode` maps images (B, 3, S, S) to the tokens (B, N, D) that the language model reads; with None the questions
     are asked without pictures.
     """
-    words, predicted = dict(enumerate(TOKENS)), []
+    predicted = []
     for first in range(0, len(questions), batch):
         part = questions[first : first + batch]
         features = None if encode is None else encode(torch.stack([question.image for question in part]))
         image_tokens = 0 if features is None else features.shape[1]
-        tokens, padding_mask = padded([answering_prompt(question.question, image_tokens) for question in part])
+        prompts = [model.text.question_prompt(question.question, image_tokens) for question in part]
+        tokens, padding_mask = padded(prompts)
         best = model.next_token(tokens, padding_mask, features).argmax(-1)
-        predicted += [words.get(token, "") for token in best.tolist()]
+        predicted += [model.text.decode([token]) for token in best.tolist()]
     return predicted
 
 

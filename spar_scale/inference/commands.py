@@ -9,15 +9,14 @@ from pathlib import Path
 from torch import Tensor
 
 from parallel.errors import UserError
-from spar_scale.data.prompts import Prompt, editing_prompt, encode, generation_prompt
+from spar_scale.config.recipe import Recipe
 from spar_scale.files.outputs import check_picture, write_picture
 from spar_scale.inference import drawing
 from spar_scale.inference.pictures import image_psnr, middle_square, open_image, sheet, to_image
 from spar_scale.inference.pipeline import reconstruct_image
 from spar_scale.inference.routes import route, routes_picture, routes_table
-from spar_scale.inference.runs import TrainedRun, fit_recipe, load_run
+from spar_scale.inference.runs import TrainedRun, check_length, fit_recipe, load_run, text_of_run
 from spar_scale.inference.sampler import seeded_noise
-from spar_scale.inference.words import check_length, normalize_prompt
 from spar_scale.models.presets import Preset
 from spar_scale.models.spar import SamplingShape
 from spar_scale.objectives.flow_matching import NUM_TIMESTEPS
@@ -46,8 +45,7 @@ class SamplingOptions:
 
 def generate(run_dir: Path, prompt: str, out: Path, options: SamplingOptions) -> str:
     """Draw a prompt, write the picture, return what was done."""
-    preset = preset_of(fit_recipe(run_dir, "generate"))
-    words = _known(prompt, generation_prompt, preset)
+    words, _ = _prompt(fit_recipe(run_dir, "generate"), prompt)
     check_picture(out)
 
     def pictures(model: Forward, noise: Tensor, sampling: SamplingShape) -> Tensor:
@@ -58,8 +56,9 @@ def generate(run_dir: Path, prompt: str, out: Path, options: SamplingOptions) ->
 
 def edit(run_dir: Path, image: Path, instruction: str, out: Path, options: SamplingOptions) -> str:
     """Edit the middle square of a picture of any size, write one of the model's size, return what was done."""
-    preset = preset_of(fit_recipe(run_dir, "edit"))
-    words = _known(instruction, lambda text: editing_prompt(text, preset.image_tokens), preset)
+    recipe = fit_recipe(run_dir, "edit")
+    preset = preset_of(recipe)
+    words, _ = _prompt(recipe, instruction, edits=True)
     source = middle_square(image, preset.image_size)
     check_picture(out, image)
 
@@ -75,14 +74,13 @@ def routes(run_dir: Path, prompt: str, out: Path, image: Path | None = None) -> 
 
     With a picture to edit the prompt is an instruction.
     """
-    preset = preset_of(fit_recipe(run_dir, "routes" if image is None else "edit"))
-    num_picture = 0 if image is None else preset.image_tokens
-    ask = generation_prompt if image is None else lambda text: editing_prompt(text, num_picture)
-    words = _known(prompt, ask, preset)
+    recipe = fit_recipe(run_dir, "routes" if image is None else "edit")
+    preset = preset_of(recipe)
+    _, tokens = _prompt(recipe, prompt, edits=image is not None)
     source = None if image is None else middle_square(image, preset.image_size)[None]
     check_picture(out, image)
     run = load_run(run_dir, "routes")
-    routed = route(run.forward, ask(words), source)
+    routed = route(run.forward, tokens, source)
     write_picture(routes_picture(routed), out)
     return f"{run}\n{routes_table(routed)}\n{out}"
 
@@ -98,12 +96,13 @@ def reconstruct(run_dir: Path, image: Path, out: Path) -> str:
     return f"{out}: {image} through {run}, PSNR {image_psnr(result, picture):.2f} dB"
 
 
-def _known(text: str, prompt: Callable[[str], Prompt], preset: Preset) -> str:
-    """The words as the tokenizer reads them; UserError for unknown ones and for too many."""
-    words = normalize_prompt(text)
-    encode(words)
-    check_length(len(prompt(words).tokens), preset.conditioning.num_queries, preset)
-    return words
+def _prompt(recipe: Recipe, typed: str, edits: bool = False) -> tuple[str, list[int]]:
+    """Return what was typed as the tokenizer reads it, and its prompt. UserError for unknown words and too many."""
+    preset, text = preset_of(recipe), text_of_run(recipe)
+    words = text.normalize(typed, "prompt")
+    tokens = text.editing_prompt(words, preset.image_tokens) if edits else text.generation_prompt(words)
+    check_length(len(tokens), preset.conditioning.num_queries, preset)
+    return words, tokens
 
 
 def _drawn(

@@ -7,14 +7,14 @@ routed tokens of a picture to edit give way to its features, so their weights ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from spar_scale.data.prompts import IMAGE, TOKENS, Prompt
+from spar_scale.data.text import IMAGE
 from spar_scale.inference.drawing import padded
 from spar_scale.stages.forward import Forward
 
@@ -55,11 +55,10 @@ class Routes:
 
 
 @torch.no_grad()
-def route(model: Forward, prompt: Prompt, picture: Tensor | None = None) -> Routes:
-    """Return the routes of one prompt, with the picture (1, 3, S, S) that it is about."""
+def route(model: Forward, prompt: Sequence[int], picture: Tensor | None = None) -> Routes:
+    """Return the routes of one prompt, given as tokens, with the picture (1, 3, S, S) that it is about."""
     weights = model.routing_weights(*padded([prompt]), picture)[0]
-    names = tuple(TOKENS)
-    return Routes(model.sampled_layers, tuple(names[token] for token in prompt.tokens), weights)
+    return Routes(model.sampled_layers, tuple(model.text.name(token) for token in prompt), weights)
 
 
 def routes_table(routes: Routes) -> str:

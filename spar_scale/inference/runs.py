@@ -7,9 +7,11 @@ from pathlib import Path
 
 from parallel.errors import UserError
 from spar_scale.config.recipe import Recipe
+from spar_scale.data.text import TextTokenizer
 from spar_scale.models.presets import Preset
 from spar_scale.phases import Command, accepted_by, either, phase_of
 from spar_scale.stages.forward import Forward
+from spar_scale.stages.parts import text_of
 from spar_scale.training.export import recipe_of, trained_forward
 
 LACKS: dict[Command, str] = {
@@ -53,6 +55,23 @@ def fit_recipe(run_dir: Path, use: Command) -> Recipe:
             f" a run of {', or '.join(named)} is needed"
         )
     return recipe
+
+
+def text_of_run(recipe: Recipe) -> TextTokenizer:
+    """Return the tokenizer of a run, before anything else of it is loaded."""
+    text = text_of(recipe)
+    assert text is not None
+    return text
+
+
+def check_length(num_tokens: int, following: int, preset: Preset) -> None:
+    """Refuse a prompt that, with the tokens `following` it, needs more positions than the language model has."""
+    limit = preset.language.max_positions - following
+    if num_tokens > limit:
+        raise UserError(
+            f"the prompt has {num_tokens} tokens; at most {limit} fit before the {following} that follow"
+            f" in the {preset.language.max_positions} positions of preset '{preset.name}'"
+        )
 
 
 def load_run(run_dir: Path, use: Command) -> TrainedRun:

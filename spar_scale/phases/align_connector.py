@@ -55,7 +55,7 @@ def build(recipe: Recipe) -> Stage:
         inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
         terms={"flow_matching": 1.0},
         groups={"main": align.CONDITIONING},
-        sample=align.conditioned_sample(preset, recipe.objective.caption_dropout, task="generation"),
+        sample=align.conditioned_sample(recipe, preset, task="generation"),
         references={name: part.directory for name, part in parts.items()},
         encoding=align.stored_slots(preset, scale, pictures=("latent",)),
         uses=pixels.reconstruction_layers(decoder, preset.image_size),

@@ -68,7 +68,7 @@ def build(recipe: Recipe) -> Stage:
         inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
         terms={"flow_matching": 1.0} | ({"alignment": objective.align_weight} if aligned else {}),
         groups={"main": align.CONDITIONING, "diffusion": ("diffusion", "alignment_head")},
-        sample=align.conditioned_sample(preset, objective.caption_dropout, task="conditioned"),
+        sample=align.conditioned_sample(recipe, preset, task="conditioned"),
         references={name: part.directory for name, part in parts.items()},
         encoding=align.stored_slots(preset, scale, pictures=("latent", *([teacher] if aligned else []))),
         uses=[

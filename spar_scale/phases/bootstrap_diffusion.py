@@ -59,7 +59,7 @@ def build(recipe: Recipe) -> Stage:
         inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
         terms={"flow_matching": 1.0},
         groups={"main": ("diffusion", "text_encoder")},
-        sample=conditioned_sample(preset, recipe.objective.caption_dropout, task="generation"),
+        sample=conditioned_sample(recipe, preset, task="generation"),
         references={name: part.directory for name, part in parts.items()},
         export=Export(lambda stage, directory, _: diffusion.save(stage.model.get_submodule("diffusion"), directory)),
         uses=pixels.reconstruction_layers(decoder, preset.image_size),

@@ -40,7 +40,7 @@ def build(recipe: Recipe) -> Stage:
     from spar_scale.models.initialise import initialise
     from spar_scale.stages import Export, Stage
     from spar_scale.stages.bootstrap_mllm import NUM_TOKENS, NamePatches, next_token_term, save_mllm
-    from spar_scale.stages.parts import preset_of, pretrained_parts
+    from spar_scale.stages.parts import preset_of, pretrained_parts, text_of
 
     pretrained_parts(recipe)
     preset = preset_of(recipe)
@@ -62,6 +62,7 @@ def build(recipe: Recipe) -> Stage:
             image_size=preset.image_size,
             task_tokens=NUM_TOKENS,
             image_tokens=preset.image_tokens,
+            text=text_of(recipe),
         ),
         export=Export(save_mllm),
         decoding=language.decoding_layers(*language.parts(model)),

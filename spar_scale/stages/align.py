@@ -29,6 +29,7 @@ from spar_scale.models.presets import Preset
 from spar_scale.models.published import PretrainedPart
 from spar_scale.objectives.self_alignment import self_alignment
 from spar_scale.stages import Encoding
+from spar_scale.stages.parts import text_of
 from spar_scale.stages.terms import flow_matching_term, mix_noise, select_target
 
 if TYPE_CHECKING:
@@ -53,14 +54,15 @@ class Alignment(Layer):
         return {"alignment": self_alignment(self.head(image_tokens), teacher[self.teacher])}
 
 
-def conditioned_sample(preset: Preset, caption_dropout: float, task: str) -> SampleSpec:
+def conditioned_sample(recipe: Recipe, preset: Preset, task: str) -> SampleSpec:
     """The sample of a picture with the prompt that it is drawn from, its noise and its time."""
     return SampleSpec(
         task=task,
         image_size=preset.image_size,
         num_tokens=preset.conditioning.max_words,
         image_tokens=preset.image_tokens,
-        caption_dropout=caption_dropout,
+        caption_dropout=recipe.objective.caption_dropout,
+        text=text_of(recipe),
         draws={"latent_noise": Draw(preset.latent_shape, "normal"), "timestep_draw": Draw((), "normal")},
     )
 

@@ -26,6 +26,7 @@ from spar_scale.models.published import PretrainedPart
 from spar_scale.objectives.next_token import next_token_loss
 from spar_scale.stages import Stage
 from spar_scale.stages.forward import Forward
+from spar_scale.stages.parts import read_tokenizer
 
 NUM_TOKENS = {"captions": 14, "questions": 40, "edits": 24, "texts": 48}
 """The longest prompt of each task, without the tokens of its picture."""
@@ -62,7 +63,8 @@ def published_forward(part: PretrainedPart, preset: Preset) -> Forward:
     """Return the forward of a language model with its vision tower, read from its published layout."""
     model = preset.language.load(part, preset.vision).eval()
     seeing, reading = internvl.training_layers(model, preset.vision, preset.language)
-    sample = SampleSpec(task="language", image_size=preset.image_size, image_tokens=preset.image_tokens)
+    text = read_tokenizer(part)
+    sample = SampleSpec(task="language", image_size=preset.image_size, image_tokens=preset.image_tokens, text=text)
     return Forward(Stage(model, [*seeing, *reading], ("images", "tokens"), {}, {}, sample), preset)
 
 

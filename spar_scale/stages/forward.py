@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from parallel.program import Subprogram
+from spar_scale.data.text import TextTokenizer
 from spar_scale.models.presets import Preset
 from spar_scale.stages import Stage
 
@@ -39,6 +40,11 @@ class Forward:
     def reads(self, slot: str) -> bool:
         """Whether a layer of the stage reads or writes a slot."""
         return any(slot in (*layer.reads, *layer.writes) for layer in self._layers)
+
+    @property
+    def text(self) -> TextTokenizer:
+        """The tokenizer of its words."""
+        return self.stage.sample.tokenizer
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] to features (B, tokens, D) of the vision encoder."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from parallel.errors import UserError, nearest
 from spar_scale.config.recipe import Recipe, behind_link, beside
+from spar_scale.data.prompts import miniature_text
+from spar_scale.data.text import IMAGE, TextTokenizer
 from spar_scale.models.presets import PRESETS, Preset
 from spar_scale.models.published import PretrainedPart, shapes_only
 from spar_scale.phases import phase_of
@@ -51,6 +56,53 @@ def pretrained_part(recipe: Recipe, name: str) -> PretrainedPart:
     if not shapes_only() and not part.config_path.is_file():
         raise part.error(f"no config.json in {part.directory}{behind_link(run_dir, given)}")
     return part
+
+
+def text_of(recipe: Recipe) -> TextTokenizer | None:
+    """Return the tokenizer of the recipe's language model; where it names none, that of the miniature's words.
+
+    Raises UserError for a directory without a tokenizer and one that does not fit the preset. None where only shapes
+    are wanted and the directory is not there.
+    """
+    if "mllm" not in recipe.model.pretrained:
+        text, source = miniature_text(), "the miniature's words"
+    else:
+        part = PretrainedPart("mllm", beside(recipe.run_dir, recipe.model.pretrained["mllm"]), recipe.model.preset)
+        path = part.directory / "tokenizer.json"
+        if shapes_only() and not path.is_file():
+            return None
+        text, source = read_tokenizer(part), f"model.pretrained.mllm: {path}"
+    language = preset_of(recipe).language
+    if language.image_token_id >= 0 and text.image_token_id != language.image_token_id:
+        raise UserError(
+            f"{source} has {IMAGE} = {text.image_token_id}, preset '{recipe.model.preset}' needs"
+            f" {language.image_token_id}; name a language model of this preset, or set model.preset"
+        )
+    if text.size > language.vocab_size:
+        raise UserError(
+            f"{source} has {text.size} tokens, preset '{recipe.model.preset}' has embeddings for {language.vocab_size}"
+        )
+    return text
+
+
+def read_tokenizer(part: PretrainedPart) -> TextTokenizer:
+    """Return the tokenizer in the directory of a language model. Raises UserError where it cannot be read."""
+    path = part.directory / "tokenizer.json"
+    if not path.is_file():
+        raise part.error(
+            f"there is no {path}; the published `-hf` directories have one, as have runs of bootstrap mllm"
+        )
+    return _tokenizer(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(path: Path, changed_ns: int) -> TextTokenizer:
+    """Read a tokenizer once in a process: that of a published model takes seconds. `changed_ns` is part of the key."""
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises its own kind, which derives from Exception alone
+        raise UserError(f"model.pretrained.mllm: {path} cannot be read ({error})") from None
+    return TextTokenizer(backend, f"model.pretrained.mllm: {path}")
 
 
 def note_random_part(part: str, seed: int) -> None:

@@ -156,6 +156,8 @@ def _check_encoded(recipe: Recipe, stage: Stage | None) -> None:
     wanted: encoded.MadeOf = {"preset": recipe.model.preset, "precision": recipe.precision}
     if stage is not None:
         wanted |= {name: getattr(stage.sample, name) for name in ("image_size", "num_tokens", "image_tokens")}
+        if stage.sample.text is not None:
+            wanted["text"] = stage.sample.text.digest
     if differing := encoded.differences(manifest["made_of"], wanted):
         raise UserError(f"data.encoded: {path} was made of other things ({differing}); run `{command}`")
     for source in recipe.data.sources:

@@ -100,6 +100,7 @@ def made_of_stage(recipe: Recipe, stage: Stage) -> MadeOf:
         "image_size": sample.image_size,
         "num_tokens": sample.num_tokens,
         "image_tokens": sample.image_tokens,
+        "text": sample.tokenizer.digest,
         **{f"slot {name}": "of the pictures" for name in encoding.pictures},
         **{f"slot {name}": "of the prompt" for name in encoding.states},
         **encoding.constants,

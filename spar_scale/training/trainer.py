@@ -228,6 +228,7 @@ class Trainer:
             "recipe": self.recipe.model_dump(mode="json"),
             "shards": self.loader.digest,
             "frozen": self.frozen,
+            "text": self._text_digest(),
             "references": {name: str(path) for name, path in self.stage.references.items()},
             "optimizer_scalars": self._optimizer_scalars(),
             "non_finite": self.non_finite.state_dict(),
@@ -260,11 +261,17 @@ class Trainer:
         for part, digest in self.frozen.items():
             if state["frozen"].get(part) != digest:
                 raise UserError(f"{path}: the frozen part '{part}' differs from the one that this run trained with")
+        if state.get("text") not in (None, self._text_digest()):
+            raise UserError(f"{path}: the language model's tokenizer differs from the one that this run trained with")
         self.engine.state.restore(_optimizer_scalars_of(state))
         self.non_finite.load_state_dict(state["non_finite"])
         self.tracked = state.get("tracking")
         self._announce(f"resumes from {path}, step {state['step']}")
         return state["step"], state["shards"]
+
+    def _text_digest(self) -> str | None:
+        text = self.stage.sample.text
+        return None if text is None else text.digest
 
     def _companion_tensors(self) -> dict[str, torch.Tensor]:
         """Return the checkpoint tensors that are not sharded: those of the companions and their optimizers."""

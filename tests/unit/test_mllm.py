@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from spar_scale.inference.words import spaced
 from tiny_parts import make_parts
 from tiny_runs import phase_values
 from transformers import AutoTokenizer, InternVLForConditionalGeneration, Qwen2Config
@@ -21,7 +22,6 @@ from spar_scale.config.recipe import Recipe
 from spar_scale.data.patches import NUM_LABELS, UNKNOWN
 from spar_scale.data.prompts import TOKENS, decode, encode, opening
 from spar_scale.inference.ask import answer, ask
-from spar_scale.inference.words import spaced
 from spar_scale.models.internvl.language import Rotary, merge
 from spar_scale.models.internvl.layers import PromptPositions
 from spar_scale.models.internvl.model import mllm_config
