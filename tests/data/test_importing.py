@@ -16,6 +16,7 @@ from spar_scale.cli import main
 from spar_scale.data.importing import import_folder, sample_key
 from spar_scale.data.left_out import NAME_CHARACTERS, printable
 from spar_scale.data.loader import Loader, Source
+from spar_scale.data.prompts import miniature_text
 from spar_scale.data.spec import SampleSpec
 from spar_scale.data.storage import read_member
 from spar_scale.data.tar_index import read_index
@@ -58,7 +59,7 @@ def test_pairs_become_samples_in_the_order_of_their_names_with_the_bytes_as_they
 
 def test_what_was_imported_can_be_trained_on(folder: Path, tmp_path: Path):
     import_folder(folder, tmp_path / "out")
-    spec = SampleSpec("conditioned", 16, crop="center", flip=False, num_tokens=16)
+    spec = SampleSpec("conditioned", 16, crop="center", flip=False, num_tokens=16, text=miniature_text())
     source = Source("generation", str(tmp_path / "out" / "images-*.tar"))
     loader = Loader(
         [source], spec, seed=0, global_batch=3, task_block=3, micro_batch=3,

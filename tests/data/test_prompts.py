@@ -15,9 +15,8 @@ from spar_scale.data.prompts import (
     TOKENS,
     build_tokenizer,
     caption_prompt,
-    decode,
     edit_prompt,
-    encode,
+    miniature_text,
     question_prompt,
     text_prompt,
 )
@@ -25,7 +24,9 @@ from spar_scale.data.spec import SampleSpec
 from spar_scale.models.presets import PRESETS
 from spar_scale.stages.bootstrap_mllm import NUM_TOKENS
 
-SPEC = SampleSpec("language", 16, task_tokens=NUM_TOKENS, image_tokens=16)
+TEXT = miniature_text()
+SPEC = SampleSpec("language", 16, task_tokens=NUM_TOKENS, image_tokens=16, text=TEXT)
+decode = TEXT.decode
 PICTURE = "<img> <IMG_CONTEXT> <IMG_CONTEXT> </img>"
 SAID = {
     "captions": ["a red circle on the left"],
@@ -67,7 +68,7 @@ def read(world, micro_batch=10, rank=0, size=1, sources=("captions", "questions"
 @pytest.mark.parametrize("case", PROMPTS)
 def test_a_prompt_says_this_and_counts_what_stands_in_brackets(case):
     make, expected = PROMPTS[case]
-    prompt = make(SAID, draws(), 2)
+    prompt = make(TEXT, SAID, draws(), 2)
     counts, inside = [], 0
     for word in expected.split():
         inside |= word.startswith("[")
@@ -80,7 +81,7 @@ def test_a_prompt_says_this_and_counts_what_stands_in_brackets(case):
 def test_three_questions_are_of_three_types_and_all_come_up():
     kinds = [("color", "red"), ("where", "left"), ("exist", "yes"), ("exist", "no"), ("exist", "one")]
     listed = [{"type": kind, "question": "where is the circle ?", "answer": answer} for kind, answer in kinds]
-    asked = [question_prompt({"questions": listed}, draws(n), 0) for n in range(60)]
+    asked = [question_prompt(TEXT, {"questions": listed}, draws(n), 0) for n in range(60)]
     answers = [
         {word for word in decode(p.tokens).split() if word in {"red", "left", "yes", "no", "one"}} for p in asked
     ]
@@ -92,7 +93,7 @@ def test_three_questions_are_of_three_types_and_all_come_up():
 def test_a_caption_is_one_of_those_that_say_most():
     said = {"captions": ["a red circle above a cyan square", "a cyan square below a red circle", "red", "cyan"]}
     seen = {decode([t for t, c in zip(p.tokens, p.counts, strict=True) if c]) for n in range(30)
-            for p in [caption_prompt(said, draws(n), 0)]}  # fmt: skip
+            for p in [caption_prompt(TEXT, said, draws(n), 0)]}  # fmt: skip
     assert seen == {f"{caption} <eos>" for caption in said["captions"][:2]}
 
 
@@ -102,8 +103,9 @@ def test_the_saved_tokenizer_reads_as_the_loader_does(tmp_path):
     build_tokenizer().save_pretrained(str(tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path))
     text = PROMPTS["text"][1].replace("[", "").replace("]", "").replace("<bos>", f"<bos> {PICTURE}")
-    assert tokenizer(text)["input_ids"] == encode(text)
-    assert tokenizer.decode(encode(text)) == text
+    tokens = [TOKENS[word] for word in text.split()]
+    assert tokenizer(text)["input_ids"] == tokens
+    assert tokenizer.decode(tokens) == text
     assert tokenizer.get_vocab() == TOKENS
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     with pytest.raises(Exception, match="UNK"):  # no word is silently another
@@ -112,7 +114,7 @@ def test_the_saved_tokenizer_reads_as_the_loader_does(tmp_path):
 
 def test_unknown_words_are_named_with_the_nearest_known():
     with pytest.raises(UserError, match=r"^unknown words: 'colour'; did you mean 'color'\?, 'zzz'; known are circle "):
-        encode("what colour is the zzz zzz")
+        TEXT.encode("what colour is the zzz zzz")
 
 
 def test_the_preset_has_room_for_every_word_and_knows_the_image_token():

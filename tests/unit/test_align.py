@@ -16,7 +16,7 @@ from torch import Tensor
 from parallel.errors import UserError
 from parallel.program import Program, Subprogram
 from spar_scale.config.recipe import Recipe
-from spar_scale.data.prompts import TOKENS, editing_prompt, generation_prompt
+from spar_scale.data.prompts import TOKENS, miniature_text
 from spar_scale.models.presets import PRESETS, resized
 from spar_scale.models.published import PretrainedPart
 from spar_scale.models.spar.layers import RouteTokens
@@ -85,8 +85,9 @@ def batch_of(task: str, size: int = 3, seed: int = 0) -> dict[str, Tensor]:
     length = TINY.conditioning.max_words + (18 if editing else 0)
     tokens = torch.zeros(size, length, dtype=torch.int64)
     for row, text in enumerate(WORDS[task][:size]):
-        said = editing_prompt(text, 16).tokens if editing else generation_prompt(text).tokens
-        tokens[row, : len(said)] = torch.tensor(said)
+        words = miniature_text()
+        prompt = words.editing_prompt(text, 16) if editing else words.generation_prompt(text)
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
     return {
         "tokens": tokens,
         "keep": (tokens != 0).to(torch.uint8),

@@ -10,7 +10,7 @@ import torch
 from tiny_parts import TINY, make_parts, parts_of
 
 from parallel.program import Program
-from spar_scale.data.prompts import editing_prompt, generation_prompt
+from spar_scale.data.prompts import miniature_text
 from spar_scale.inference.drawing import edit, generate, padded
 from spar_scale.inference.routes import route, routes_picture, routes_table
 from spar_scale.inference.sampler import seeded_noise
@@ -19,6 +19,7 @@ from spar_scale.stages import build
 from spar_scale.stages.forward import Forward
 
 SAMPLING = replace(TINY.sampling, steps=3)
+TEXT = miniature_text()
 CAPTIONS = ["a red circle on the left", "two blue squares"]
 EDITS = ["make the circle blue", "remove the red square"]
 
@@ -74,7 +75,11 @@ def batch_of(prompts, pictures):
 def test_velocity_is_that_of_the_layers(parts, stage, phase, task, shift):
     built = stage_of(parts, stage, phase, shift=shift)
     edits = task == "editing"
-    prompts = [editing_prompt(said, 16) for said in EDITS] if edits else [generation_prompt(said) for said in CAPTIONS]
+    prompts = (
+        [TEXT.editing_prompt(said, 16) for said in EDITS]
+        if edits
+        else [TEXT.generation_prompt(said) for said in CAPTIONS]
+    )
     batch = batch_of(prompts, 2 if edits else 1)
     terms = Program(built.layers, built.inputs, list(built.terms))(batch)
     model = forward_of(built)
@@ -126,7 +131,7 @@ def test_an_altered_router_changes_the_picture(joint):
 def test_routes_sum_to_one_and_are_those_that_draw(joint, pictured):
     model, source = joint, images(1) if pictured else None
     routing: Any = model.stage.model.get_submodule("routing")
-    prompt = editing_prompt(EDITS[0], 16) if pictured else generation_prompt(CAPTIONS[0])
+    prompt = TEXT.editing_prompt(EDITS[0], 16) if pictured else TEXT.generation_prompt(CAPTIONS[0])
     used = []
     inner = routing.weights
     routing.weights = lambda states: used.append(inner(states)) or used[-1]
@@ -142,7 +147,7 @@ def test_routes_sum_to_one_and_are_those_that_draw(joint, pictured):
 
 
 def test_routes_are_shown_word_by_word_and_as_grids(joint):
-    routes = route(joint, generation_prompt(CAPTIONS[0]))
+    routes = route(joint, TEXT.generation_prompt(CAPTIONS[0]))
     lines = routes_table(routes).splitlines()
     assert [line.split()[0] for line in lines[1:-2]] == ["<bos>", "draw", ":", *CAPTIONS[0].split(), "<img>"]
     red = [float(number) for number in lines[5].split()[1:]]
@@ -160,6 +165,6 @@ def test_routes_are_shown_word_by_word_and_as_grids(joint):
 
 @pytest.mark.parametrize(("kind", "states"), [("uniform", 4), ("last_layer", 1)])
 def test_routes_of_the_ablations(parts, kind, states):
-    routes = route(forward_of(stage_of(parts, "align", "joint", kind)), generation_prompt(CAPTIONS[0]))
+    routes = route(forward_of(stage_of(parts, "align", "joint", kind)), TEXT.generation_prompt(CAPTIONS[0]))
     assert torch.equal(routes.weights, torch.full((len(routes.weights), states), 1 / states))
     assert routes_picture(routes).width > 200

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from spar_scale.inference.words import spaced
 from tiny_parts import make_parts
 from tiny_runs import phase_values
 from transformers import AutoTokenizer, InternVLForConditionalGeneration, Qwen2Config
@@ -20,7 +19,7 @@ from parallel.errors import UserError
 from parallel.program import Program
 from spar_scale.config.recipe import Recipe
 from spar_scale.data.patches import NUM_LABELS, UNKNOWN
-from spar_scale.data.prompts import TOKENS, decode, encode, opening
+from spar_scale.data.prompts import TOKENS, miniature_text
 from spar_scale.inference.ask import answer, ask
 from spar_scale.models.internvl.language import Rotary, merge
 from spar_scale.models.internvl.layers import PromptPositions
@@ -34,6 +33,11 @@ from spar_scale.stages.bootstrap_mllm import NUM_TOKENS, NamePatches
 from spar_scale.stages.forward import Forward
 
 TINY: Any = PRESETS["tiny"]
+TEXT = miniature_text()
+
+
+def opening() -> Any:
+    return TEXT.prompt().ask("<bos> {picture}", image_tokens=16)
 
 
 def new_stage() -> Any:
@@ -58,7 +62,7 @@ def batch_of(size=3, length=16 + NUM_TOKENS["questions"]):
     generator = torch.Generator().manual_seed(0)
     tokens, counts = torch.zeros(size, length, dtype=torch.int64), torch.zeros(size, length, dtype=torch.uint8)
     for row in range(size):
-        start = opening(16).tokens
+        start = opening().tokens
         end = 30 + 9 * row
         tokens[row, : len(start)] = torch.tensor(start)
         tokens[row, len(start) : end] = torch.randint(3, 59, (end - len(start),), generator=generator)
@@ -204,7 +208,7 @@ def test_rotary_angles_and_mask_by_hand():
 def test_greedy_words_are_those_of_the_librarys_generate(stage):
     model = stage.model.eval()
     images, forward = batch_of(1)["images"], Forward(stage, TINY)
-    tokens = opening(16).ask("describe :").tokens
+    tokens = opening().ask("describe :").tokens
     found = forward.continue_prompt(tokens, forward.features(images), frozenset(), limit=6)
     expected = model.generate(
         input_ids=torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens), dtype=torch.int64),
@@ -224,7 +228,7 @@ def test_the_published_layout_gives_the_next_stages_their_tower_and_the_words(st
     batch = batch_of(1)
     given = {"input_ids": batch["tokens"], "pixel_values": normalise(batch["images"])}
     torch.testing.assert_close(model(**given).logits, stage.model(**given).logits, rtol=1e-5, atol=1e-5)
-    assert AutoTokenizer.from_pretrained(tmp_path)("describe : a cyan circle")["input_ids"] == encode(
+    assert AutoTokenizer.from_pretrained(tmp_path)("describe : a cyan circle")["input_ids"] == TEXT.encode(
         "describe : a cyan circle"
     )
 
@@ -240,18 +244,18 @@ QUESTIONS = {
     "What color is the circle?": "what color is the circle ?",
     "how many objects are there": "how many objects are there ?",
     "  is there a RED square ?": "is there a red square ?",
-    "a, b": "a , b ?",
+    "a circle, a square": "a circle , a square ?",
 }
 
 
 @pytest.mark.parametrize("typed", QUESTIONS)
 def test_a_question_is_read_as_people_type_it(typed):
-    assert spaced(typed) == QUESTIONS[typed]
+    assert TEXT.normalize(typed, "question") == QUESTIONS[typed]
 
 
 def test_an_empty_question_is_refused():
     with pytest.raises(UserError, match=r"^the question is empty"):
-        spaced("  ")
+        TEXT.normalize("  ", "question")
 
 
 def write_run(folder, stage="bootstrap", phase="mllm"):
@@ -292,12 +296,12 @@ def test_within_spar_the_language_model_answers_as_the_librarys_generate(tmp_pat
     whole.model.vision_tower.load_state_dict(spar.tokenizer.vision_tower.state_dict())
     whole.model.multi_modal_projector.load_state_dict(spar.tokenizer.projector.state_dict())
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    tokens = torch.tensor([opening(16).ask("question : how many objects are there ? answer :").tokens])
+    tokens = torch.tensor([opening().ask("question : how many objects are there ? answer :").tokens])
     expected = whole.generate(
         input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=16,
         pixel_values=normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255),
         eos_token_id=[TOKENS["."], TOKENS["<eos>"]], pad_token_id=0,
     )[0, tokens.shape[1] :].tolist()  # fmt: skip
-    words = decode([token for token in expected if token not in (TOKENS["."], TOKENS["<eos>"])])
+    words = TEXT.decode([token for token in expected if token not in (TOKENS["."], TOKENS["<eos>"])])
     assert answer(Forward(stage, TINY), Image.fromarray(pixels), "how many objects are there ?") == words
     assert words
