@@ -36,7 +36,7 @@ class Packing:
             raise ValueError(f"found queries of {len(lengths_q)} samples and keys of {len(lengths_k)}, must be equal")
         if min(*lengths_q, *lengths_k) < 0 or not sum(lengths_q) or not sum(lengths_k):
             raise ValueError(
-                f"found query lengths {list(lengths_q)} and key lengths {list(lengths_k)}, must not be negative or all zero"
+                f"found {list(lengths_q)} queries and {list(lengths_k)} keys, must not be negative or all zero"
             )
         cumulative = (
             torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
