@@ -92,7 +92,7 @@ def _join(rank: int, world: int, backend: str, timeout_s: float) -> None:
     num_tasks = os.environ.get("SLURM_NTASKS", "1")
     if "RANK" not in os.environ and not is_task_of_srun(os.environ) and num_tasks != "1":
         log.warning(
-            "SLURM gave this job %s tasks, but this process is none of them and trains alone; srun starts all",
+            "SLURM gave this job %s tasks, but this process is not one of them: world size 1. Start all with srun",
             num_tasks,
         )
     if world == 1:  # no rendezvous, so a MASTER_ADDR that is left in the shell does not matter

@@ -33,10 +33,10 @@ class Packing:
     def of(cls, lengths_q: Sequence[int], lengths_k: Sequence[int], device: torch.device | str) -> Packing:
         """Return the packing of samples with these numbers of queries and keys. Raises ValueError if they mismatch."""
         if not lengths_q or len(lengths_q) != len(lengths_k):
-            raise ValueError(f"found queries of {len(lengths_q)} samples and keys of {len(lengths_k)}, expected equal")
+            raise ValueError(f"found queries of {len(lengths_q)} samples and keys of {len(lengths_k)}, must be equal")
         if min(*lengths_q, *lengths_k) < 0 or not sum(lengths_q) or not sum(lengths_k):
             raise ValueError(
-                f"found lengths of queries {list(lengths_q)} and keys {list(lengths_k)}, all of them empty"
+                f"found {list(lengths_q)} queries and {list(lengths_k)} keys, must not be negative or all zero"
             )
         cumulative = (
             torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)

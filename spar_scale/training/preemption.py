@@ -1,4 +1,4 @@
-"""Stop a run on a signal: all ranks agree between two steps, save a checkpoint, and exit with a code of its own.
+"""Stop a run on a signal: all ranks agree between two steps, save a checkpoint, and exit with a separate code.
 
 A scheduler sends SIGTERM or SIGUSR1 before it takes the machine away; SIGINT is a user's Ctrl-C. A signal on any rank
 only sets a flag. The ranks exchange the flag before every step, so all of them stop at the same step, and they save a

@@ -168,7 +168,7 @@ def test_a_batch_script_trains_alone_and_says_so(slurm, caplog: pytest.LogCaptur
     slurm(BATCH)
     with caplog.at_level(logging.WARNING):
         assert start().world == 1
-    assert "SLURM gave this job 8 tasks, but this process is none of them and trains alone" in caplog.text
+    assert "SLURM gave this job 8 tasks, but this process is not one of them" in caplog.text
 
 
 def test_an_allocation_of_one_task_says_nothing(slurm, caplog: pytest.LogCaptureFixture) -> None:
