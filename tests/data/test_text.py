@@ -19,10 +19,13 @@ from spar_scale.data.text import TextTokenizer
 from spar_scale.stages.parts import text_of
 
 STRINGS = (
-    "Hello world", "a red circle on the left", "  two   spaces and a tab\t.", "1234567890", "na\u00efve caf\u00e9, Zo\u00eb's",
-    "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8", "emoji \U0001f642\U0001f643 and flags \U0001f1e9\U0001f1ea", "line\nbreak\r\nand more\n\n",
+    "Hello world", "a red circle on the left", "  two   spaces and a tab\t.", "1234567890",
+    "na\u00efve caf\u00e9, Zo\u00eb's",
+    "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8",
+    "emoji \U0001f642\U0001f643 and flags \U0001f1e9\U0001f1ea", "line\nbreak\r\nand more\n\n",
     "don't, we'll, I'VE", "https://example.org/a?b=c#d", "", "x" * 70, "    indented code {return 1;}",
-    "\u0391\u0392\u0393 \u0430\u0431\u0432", "\u00bd \u00b2 \u00b3 \u2460", "a\u00a0b", "\u2026\u2014\u2013", "tabs\t\tend ",
+    "\u0391\u0392\u0393 \u0430\u0431\u0432", "\u00bd \u00b2 \u00b3 \u2460",
+    "a\u00a0b", "\u2026\u2014\u2013", "tabs\t\tend ",
     "CamelCaseWords_and_snake", "e\u0301",
 )  # fmt: skip
 
@@ -128,9 +131,10 @@ def test_a_tokenizer_without_known_prompts_is_refused():
 
 
 def recipe(directory: Path, preset: str) -> Recipe:
+    parts = ("mllm", "pixel_autoencoder", "diffusion")
     values: dict[str, Any] = {
         "stage": "align", "phase": "connector", "run_dir": str(directory / "run"), "global_batch": 2,
-        "model": {"preset": preset, "pretrained": dict.fromkeys(("mllm", "pixel_autoencoder", "diffusion"), str(directory))},
+        "model": {"preset": preset, "pretrained": dict.fromkeys(parts, str(directory))},
         "train": {"steps": 1}, "optimizer": {"lr": 1e-3}, "checkpoint": {"every": 1},
         "data": {"task_block": 2, "sources": [{"name": "generation", "shards": "none"}]},
     }  # fmt: skip

@@ -175,7 +175,7 @@ PROMPTS = {
     "a redd circle in colour": "unknown words: 'redd'; did you mean 'red'?, 'colour'; did you mean 'color'?; known",
     "a <img> circle": "unknown words: '<img>'",
     "": "the prompt is empty",
-    " ., ": "the prompt has no words",
+    " ., ": "the prompt is empty",
     "red " * 120: "the prompt has 124 tokens; at most 112 fit before the 16 that follow in the 128 positions",
 }
 

@@ -139,7 +139,7 @@ def test_routes_sum_to_one_and_are_those_that_draw(joint, pictured):
     del routing.weights
     routes = route(model, prompt, source)
     assert routes.layers == (2, 4, 6, 8)
-    assert routes.weights.shape == (len(prompt.tokens) + 16, 4)
+    assert routes.weights.shape == (len(prompt) + 16, 4)
     torch.testing.assert_close(routes.weights.sum(1), torch.ones(len(routes.weights)))
     torch.testing.assert_close(routes.weights, used[0][0])
     assert routes.weights.std(0).min() > 0.01  # tokens choose differently

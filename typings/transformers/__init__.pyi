@@ -17,4 +17,5 @@ from transformers.models.internvl.modeling_internvl import InternVLModel as Inte
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel as InternVLVisionModel
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config as Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model as Qwen2Model
+from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer as Qwen2Tokenizer
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast as PreTrainedTokenizerFast
