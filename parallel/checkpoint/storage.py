@@ -32,6 +32,14 @@ from parallel.errors import UserError
 
 METADATA_FILE = ".metadata"
 
+
+def _memory_format(kind: Any, name: str) -> Any:
+    """Replace `getattr`, by which some Pythons (3.11.2) pickle members of enumerations; for one enumeration only."""
+    if kind is not metadata._MEM_FORMAT_ENCODING or name not in kind.__members__:
+        raise UserError(f".metadata contains getattr of {kind}.{name}, which is not allowed in a checkpoint")
+    return kind[name]
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{
         (kind.__module__, kind.__name__): kind
@@ -45,6 +53,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
             filesystem._StorageInfo,
         )
     },
+    ("builtins", "getattr"): _memory_format,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     **{

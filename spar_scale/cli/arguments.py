@@ -194,8 +194,10 @@ def _group(parent: Commands, name: str, text: str) -> Commands:
 
 
 def _command(parent: Commands, name: str, run: Body, started_per_rank: bool = False) -> argparse.ArgumentParser:
-    said = run.__doc__ or ""
-    parser = parent.add_parser(name, help=said[:1].lower() + said[1:].rstrip("."), description=said)
+    description = run.__doc__ or ""
+    parser = parent.add_parser(
+        name, help=description[:1].lower() + description[1:].rstrip("."), description=description
+    )
     parser.set_defaults(run=run, started_per_rank=started_per_rank)
     return parser
 

@@ -1,4 +1,4 @@
-"""The parts of SPAR by the names of their parameters, for what is told part by part."""
+"""The parts of SPAR by the names of their parameters, for tables by part."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ BEFORE_FORKS = (
     "torch._inductor.compile_fx",
     "spar_scale.stages.align",
 )
-GRACE_S = 10.0  # for a step that is told to stop: the end of what it computes
+GRACE_S = 10.0  # for a step that is asked to stop, until its current computation ends
 LOOK_S = 0.5  # between two looks at the clock
 BELIEF_S = 30.0  # how many measured seconds weigh as much as what was estimated
 
@@ -240,22 +240,22 @@ class _Running:
         events.close()
         os.close(output)
 
-    def heard(self) -> list[tuple[int, int, str]]:
-        """What it has told of its progress since the last call; a refusal is kept."""
-        found = []
+    def new_progress(self) -> list[tuple[int, int, str]]:
+        """Return the progress events since the last call; a refusal is kept."""
+        received = []
         while self.events.poll():
             try:
                 event = self.events.recv()
             except EOFError:
                 break
             if isinstance(event, tuple):
-                found.append(event)
+                received.append(event)
             else:
                 self.refusal = event
-        return found
+        return received
 
-    def printed(self) -> list[str]:
-        """Whole lines that it has printed since the last call, as a terminal would leave them."""
+    def new_lines(self) -> list[str]:
+        """Return the complete lines printed since the last call, as a terminal would show them."""
         while wait([self.output], timeout=0) and (read := os.read(self.output, 1 << 16)):
             self._line += read
         *lines, self._line = self._line.split(b"\n")
@@ -280,16 +280,16 @@ class _Running:
 
 
 def _listen(running: Mapping[str, _Running], board: Board, forecast: Forecast) -> None:
-    """Wait a moment for what steps tell and print, and show it; with the end of a process all that it left is read."""
+    """Wait shortly for progress events and printed lines, and show them; after a process has ended, all of its rest."""
     board.tick(forecast.share(), forecast.seconds_left())
-    told = {file: one for one in running.values() for file in (one.events, one.output, one.process.sentinel)}
-    for file in wait(list(told), timeout=LOOK_S):
-        one = told[file]  # pyright: ignore[reportArgumentType]
+    sources = {file: one for one in running.values() for file in (one.events, one.output, one.process.sentinel)}
+    for file in wait(list(sources), timeout=LOOK_S):
+        one = sources[file]  # pyright: ignore[reportArgumentType]
         if file == one.process.sentinel:
             one.process.join()
-        for line in one.printed():
+        for line in one.new_lines():
             board.write_line(one.step.name, line)
-        for done, steps, note in one.heard():
+        for done, steps, note in one.new_progress():
             forecast.at(one.step.name, done, steps)
             board.tick(forecast.share(), forecast.seconds_left())
             board.show(one.step.name, done, steps, note)
@@ -322,7 +322,7 @@ def _work(step: Step, num_threads: int, parent: int, events: Connection, output:
         code = 2
     except KeyboardInterrupt:
         code = 130
-    except SystemExit:  # why has been said
+    except SystemExit:  # the reason has been printed
         pass
     except BaseException:
         traceback.print_exc()

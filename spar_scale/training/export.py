@@ -9,7 +9,6 @@ import torch
 
 from parallel import checkpoint
 from parallel.errors import UserError
-from spar_scale import stages
 from spar_scale.config.recipe import Recipe, load_recipe
 from spar_scale.data.loader import Loader, Source
 from spar_scale.data.spec import SampleSpec
@@ -48,12 +47,12 @@ def ema_stage(recipe: Recipe, path: Path) -> Stage:
 
 def export(recipe: Recipe, path: Path, run_dir: Path) -> None:
     """Write the checkpoint's EMA in the published layout as `run_dir/pretrained`, replacing an older one as a whole."""
-    stage = stages.build(recipe)
+    stage = ema_stage(recipe, path)
     assert stage.export is not None
     target, temporary = run_dir / "pretrained", run_dir / ".pretrained.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     images = calibration_images(recipe, stage.sample) if stage.export.calibrated else None
-    stage.export.write(ema_stage(recipe, path), temporary, images)
+    stage.export.write(stage, temporary, images)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 

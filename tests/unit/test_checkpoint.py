@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -233,7 +235,22 @@ def _foreign_file(path: Path, trap: Path) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-@pytest.mark.parametrize("attack", [_malicious_pickle, _malicious_bytes_entry, _malicious_tensor, _foreign_file])
+class _Attribute:
+    def __reduce__(self):
+        return (getattr, (torch.Size, "__subclasses__"))
+
+
+def _attribute_of_a_class(path: Path, trap: Path) -> None:
+    """`getattr` is allowed for members of one enumeration, and must give nothing else."""
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.planner_data = _Attribute()
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+ATTACKS = [_malicious_pickle, _malicious_bytes_entry, _malicious_tensor, _foreign_file, _attribute_of_a_class]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("way", ["load", "read"])
 def test_a_malicious_checkpoint_executes_nothing(root: Path, tmp_path: Path, attack, way: str) -> None:
     path, trap = _save(root, 1), tmp_path / "executed"
@@ -244,6 +261,24 @@ def test_a_malicious_checkpoint_executes_nothing(root: Path, tmp_path: Path, att
         _load(path) if way == "load" else checkpoint.read(path, "model")
     assert attack is _malicious_tensor or isinstance(caught.value, UserError)
     assert not trap.exists()
+
+
+class _EarlierPickler(pickle.Pickler):
+    """Python 3.11.2 pickles a member of an enumeration by its name."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
+
+
+def test_a_checkpoint_of_an_earlier_python_is_read(root: Path) -> None:
+    path = _save(root, 1)
+    with (path / ".metadata").open("rb") as stream:
+        metadata = pickle.load(stream)
+    with (path / ".metadata").open("wb") as stream:
+        _EarlierPickler(stream).dump(metadata)
+    assert b"getattr" in (path / ".metadata").read_bytes()
+    _restate(path)
+    assert _load(path) == {"step": 1}
 
 
 # -- keeping and protecting -----------------------------------------------------------------------------
