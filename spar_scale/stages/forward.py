@@ -1,4 +1,4 @@
-"""Uses of a stage's forward without its loss: each runs those layers of the list that lead to what is asked for.
+"""Uses of a forward without its loss: each runs those layers of the list that its outputs depend on.
 
 Legend: B samples, P prompt tokens, N captions (tokens and queries), D and C widths, latents (B, Z, g, g), V vocabulary.
 Everything runs without gradient, in the mode that the model is in.
@@ -23,7 +23,7 @@ REFERENCES = "reference_features"
 class Forward:
     """The forward of a stage of a preset, from any of its slots to any other.
 
-    What a stage cannot do raises UserError: a slot that it does not have.
+    Raises UserError for an output whose slots the stage does not have.
     """
 
     def __init__(self, stage: Stage, preset: Preset):
