@@ -39,6 +39,9 @@ def build(recipe: Recipe) -> Stage:
     parts = pretrained_parts(recipe)
     preset = preset_of(recipe)
     pixels, spar = preset.autoencoder, preset.conditioning
+    sample = align.conditioned_sample(
+        recipe, preset, task="generation"
+    )  # refuses a wrong tokenizer before weights load
     tokenizer, scale = pixels.load(parts["pixel_autoencoder"])
     model = align.build_spar(recipe, preset, parts, tokenizer, aligned=False)
     encoder, decoder = (tokenizer.get_submodule(name) for name in ("encoder", "decoder"))
@@ -55,7 +58,7 @@ def build(recipe: Recipe) -> Stage:
         inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
         terms={"flow_matching": 1.0},
         groups={"main": align.CONDITIONING},
-        sample=align.conditioned_sample(recipe, preset, task="generation"),
+        sample=sample,
         references={name: part.directory for name, part in parts.items()},
         encoding=align.stored_slots(preset, scale, pictures=("latent",)),
         uses=pixels.reconstruction_layers(decoder, preset.image_size),

@@ -51,6 +51,9 @@ def build(recipe: Recipe) -> Stage:
     preset, objective = preset_of(recipe), recipe.objective
     spar, language = preset.conditioning, preset.language
     aligned = align.is_aligned(recipe, preset)
+    sample = align.conditioned_sample(
+        recipe, preset, task="conditioned"
+    )  # refuses a wrong tokenizer before weights load
     tokenizer, scale = preset.tokenizer.load(parts["tokenizer"], preset.vision, preset.autoencoder)
     model = align.build_spar(recipe, preset, parts, tokenizer, aligned)
     teacher, teacher_layers = align.alignment_teacher(model, parts, preset) if aligned else ("", [])
@@ -68,7 +71,7 @@ def build(recipe: Recipe) -> Stage:
         inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
         terms={"flow_matching": 1.0} | ({"alignment": objective.align_weight} if aligned else {}),
         groups={"main": align.CONDITIONING, "diffusion": ("diffusion", "alignment_head")},
-        sample=align.conditioned_sample(recipe, preset, task="conditioned"),
+        sample=sample,
         references={name: part.directory for name, part in parts.items()},
         encoding=align.stored_slots(preset, scale, pictures=("latent", *([teacher] if aligned else []))),
         uses=[

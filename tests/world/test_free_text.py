@@ -21,14 +21,16 @@ from published_text import write_published
 from tiny_parts import make_parts
 from tiny_runs import metrics, phase_values, train_all
 
+from parallel.errors import UserError
 from spar_scale.config.recipe import Recipe
+from spar_scale.data.prompts import build_tokenizer
 from spar_scale.data.tar_index import index_shard, write_index
 from spar_scale.inference.ask import answer
 from spar_scale.inference.drawing import edit, generate, padded
 from spar_scale.inference.sampler import seeded_noise
 from spar_scale.models.presets import PRESETS, resized
 from spar_scale.runs.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
-from spar_scale.stages import build
+from spar_scale.stages import build, meta_stage
 from spar_scale.stages.forward import Forward
 from spar_scale.training.export import trained_forward
 
@@ -142,3 +144,17 @@ def test_a_run_draws_edits_and_answers_with_free_text(joint: Forward):
     edited = edit(joint, source, ["Make it night.", "Add <IMG_CONTEXT>"], noise, sampling)
     assert drawn.shape == edited.shape == (2, 3, 32, 32) and drawn.isfinite().all() and edited.isfinite().all()
     assert isinstance(answer(joint, Image.new("RGB", (50, 40), "red"), "What's in the picture?"), str)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused_before_weights_are_read(runs: Path, tmp_path: Path):
+    """By all that build a stage: train, plan and the checks of doctor and submit."""
+    values_of_other = values(runs, "other", "align/joint")
+    mllm = tmp_path / "mllm"
+    mllm.mkdir()
+    build_tokenizer().save_pretrained(str(mllm))
+    (mllm / "config.json").write_text("{}")
+    values_of_other["model"]["pretrained"]["mllm"] = str(mllm)
+    recipe = Recipe.model_validate_json(json.dumps(values_of_other))
+    for make in (build, meta_stage):
+        with pytest.raises(UserError, match=r"has <IMG_CONTEXT> = 65, preset 'nano_text' needs 151667"):
+            make(recipe)
