@@ -89,8 +89,9 @@ def run_job(recipe_file: Path, overrides: Sequence[str]) -> int:
     _announce(f"job {job.id}, attempt {job.restarts + 1} on {job.nodes} node(s), from step {attempts.step()}")
     words = [str(recipe_file), *overrides]
     code, unfit = _preflight(recipe, job, words, signals)
-    if code == DONE and not signals.warned:
-        code = _step(job, ["train", *words], signals, recipe.guards.timeout_s + MARGIN_S)
+    if code == DONE:  # of the check; a warning that came during it leaves no time to train, and nothing is done then
+        train = lambda: _step(job, ["train", *words], signals, recipe.guards.timeout_s + MARGIN_S)  # noqa: E731
+        code = STOPPED if signals.warned else train()
     if code != REFUSED:  # a refused job did not train; the run directory may belong to another job that is training
         attempts.add(job, code)
     return _conclude(job, attempts, signals, code, unfit)

@@ -258,3 +258,40 @@ def test_a_full_or_foreign_disk_is_bad(recipe: Recipe, monkeypatch: pytest.Monke
     assert preflight(recipe) == DEFECT
     found = json.loads((recipe.run_dir / FOLDER / "rank-0.json").read_text())["findings"]
     assert "bad" in {finding["state"] for finding in found if finding["subject"] == "disk"}
+
+
+# -- a warning during the check of the nodes ---------------------------------------------------------------
+
+SRUN = """#!/bin/sh
+trap '' USR1
+echo "$@" >> "$CALLS"
+kill -USR1 $PPID
+sleep 0.2
+"""
+SCONTROL = """#!/bin/sh
+echo "scontrol $@" >> "$CALLS"
+case "$1" in requeue) kill -TERM $PPID;; *) echo "JobState=RUNNING ExcNodeList=(null)";; esac
+"""
+
+
+def test_a_job_that_is_warned_before_it_trains_is_requeued_and_not_done(tmp_path: Path) -> None:
+    """A check that passes is no training: a chain must not go on behind it."""
+    make_data(tmp_path / "data", scenes=8)
+    values = phase_values(tmp_path / "run", "bootstrap/autoencoder", tmp_path / "data", {}, "tiny")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(values))
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "1",
+    }  # fmt: skip
+    line = [sys.executable, "-m", "spar_scale.cli", "cluster", "job", str(recipe)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert done.returncode == STOPPED and "done" not in done.stdout, done
+    assert [call for call in calls if " doctor " in call] and not [call for call in calls if " train " in call]
+    assert calls[-1] == "scontrol requeue 7"
+    (attempt,) = json.loads((tmp_path / "run" / "attempts.json").read_text())
+    assert attempt["exit_code"] == STOPPED
