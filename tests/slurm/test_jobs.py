@@ -127,7 +127,10 @@ def test_a_time_limit_saves_requeues_and_goes_on(jobs: Jobs, timed: str, alone: 
 
 def test_the_second_job_in_a_run_directory_is_refused(jobs: Jobs, timed: str) -> None:
     second = jobs.submit("timed", "--nodes=1", "--exclude=node4", changes=("train.steps=1000000",))
-    assert jobs.slurm.wait(second, "FAILED")["ExitCode"] == f"{REFUSED}:0"
+    try:
+        assert jobs.slurm.wait(second, "FAILED")["ExitCode"] == f"{REFUSED}:0"
+    finally:
+        jobs.slurm.run("scancel", second)  # one that is not refused would keep its node from the next tests
     assert "in use by process" in jobs.said("timed")
     before = jobs.steps("timed")
     jobs.until_step("timed", before + 1)  # the first has not noticed

@@ -32,7 +32,7 @@ def test_a_damaged_line_is_refused_and_a_torn_last_one_left_out(tmp_path: Path) 
         file.write('{"step": 3, "lo')
     assert len(curve(tmp_path)) == 2
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="found line 1 damaged"):
+    with pytest.raises(UserError, match="line 1 is damaged"):
         curve(tmp_path)
 
 

@@ -274,7 +274,7 @@ def test_another_rotary_scaling_is_refused():
         ("language.key_value_heads", 4, "language.key_value_heads = 4 must divide language.heads = 14"),
         ("language.image_token_id", 151674, "language.image_token_id = 151674 must be below language.vocab_size"),
         ("language.max_positions", 1281, "longest_sequence = 1282 must be at most language.max_positions = 1281"),
-        ("conditioning.num_queries", 64, "conditioning.num_queries = 64 must equal vision.tokens = 256"),
+        ("conditioning.num_queries", 64, "conditioning.num_queries = 64 must equal latent_positions = 256"),
         ("conditioning.sampled_states", 25, "conditioning.sampled_states = 25 must be at most language.layers = 24"),
         ("conditioning.connector_layers", 25, "conditioning.connector_layers = 25 must be at most language.layers"),
         ("autoencoder.latent_channels", 16, "diffusion.latent_channels = 32 must equal autoencoder.latent_channels"),
