@@ -88,3 +88,8 @@ class TransformerLayer(nn.Module):
         """Map (B, N, D) to (B, N, D); only tokens where `keep` (B, N), if given, is nonzero are read."""
         x = x + self.attention(self.attention_norm(x), keep)
         return x + self.linear_2(F.gelu(self.linear_1(self.feed_forward_norm(x))))
+
+
+def positions(keep: Tensor) -> Tensor:
+    """Return position ids (B, T) that count the real tokens of a padding mask (B, T) from 0."""
+    return (keep.bool().cumsum(dim=1) - 1).clamp_min(0)

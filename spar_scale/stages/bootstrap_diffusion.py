@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from parallel.program import Layer
-from spar_scale.models.blocks import Composition, TransformerLayer
+from spar_scale.models.blocks import Composition, TransformerLayer, positions
 from spar_scale.models.dual_stream import DualStream
 from spar_scale.models.presets import Preset
 
@@ -37,7 +37,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
         """Encode tokens (B, P), real where `keep` (B, P) is nonzero."""
-        return self.layer(self.words(tokens) + self.places(_positions(keep)), keep)
+        return self.layer(self.words(tokens) + self.places(positions(keep)), keep)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
@@ -69,8 +69,3 @@ class EncodeText(Layer):
     def forward(self, tokens: Tensor, keep: Tensor) -> dict[str, Tensor]:
         """Encode."""
         return {"captions": self.encoder(tokens, keep), "caption_keep": keep}
-
-
-def _positions(keep: Tensor) -> Tensor:
-    """Count the real tokens of a padding mask (B, P) from 0."""
-    return (keep.bool().cumsum(dim=1) - 1).clamp_min(0)

@@ -11,8 +11,9 @@ from transformers import Qwen2Config, Qwen2Model
 
 import spar_scale.models.internvl.vision  # noqa: F401  registers the attention that is named "spar"
 from parallel.program import Layer, Subprogram, run_layer
+from spar_scale.models.blocks import positions
 from spar_scale.models.initialise import initialise
-from spar_scale.models.internvl.language import Rotary, causal_masks, extend_padding_mask, positions
+from spar_scale.models.internvl.language import Rotary, causal_masks, extend_padding_mask
 from spar_scale.models.internvl.layers import QueryPositions, decoding_layers, prompt_layers, query_layers
 from spar_scale.models.spar.model import QueryEmbeddings
 

@@ -56,11 +56,6 @@ def extend_padding_mask(keep: Tensor, num_queries: int) -> Tensor:
     return torch.cat([keep, keep.new_ones(keep.shape[0], num_queries)], dim=1)
 
 
-def positions(keep: Tensor) -> Tensor:
-    """Return position ids (B, T) that count the real tokens of a padding mask (B, T) from 0."""
-    return (keep.bool().cumsum(dim=1) - 1).clamp_min(0)
-
-
 def causal_masks(keep: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
     """Return boolean masks of the prompt (B, 1, P, P) and of the queries (B, 1, Q, P + Q), True where attended.
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from parallel.program import Apply, Layer
+from spar_scale.models.blocks import positions
 from spar_scale.models.internvl import vision
 from spar_scale.models.internvl.language import (
     Rotary,
@@ -30,7 +31,6 @@ from spar_scale.models.internvl.language import (
     decoder_layer,
     extend_padding_mask,
     merge,
-    positions,
     query_layer,
 )
 
