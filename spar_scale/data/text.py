@@ -157,9 +157,7 @@ class TextTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens without marks; a number behind the vocabulary (models pad it) is shown."""
         if self.has_words_only:
-            names = {token: word for word, token in self.vocabulary.items()}
-            padding = self.vocabulary["<pad>"]
-            return " ".join(names.get(token, f"<{token}>") for token in tokens if token != padding)
+            return " ".join(self.name(token) for token in tokens if token != self.marks["<pad>"])
         return self._backend.decode(list(tokens), skip_special_tokens=True).strip()
 
     def name(self, token: int) -> str:
@@ -188,8 +186,6 @@ class TextTokenizer:
 
     def tokens_of(self, template: str, text: str = "", image_tokens: int = 0) -> list[int]:
         """Return the tokens of a template: its marks by their ids, all between two marks as one text."""
-        if self.has_words_only:
-            self._check_words(text)
         picture = [self.marks[IMAGE_START], *[self.marks[IMAGE]] * image_tokens, self.marks[IMAGE_END]]
         tokens: list[int] = []
         for piece in self._split(template):
@@ -221,8 +217,8 @@ class TextTokenizer:
         return " ".join(words)
 
     def _check_words(self, text: str) -> None:
-        known = self.vocabulary.keys() - self.marks.keys()
-        if unknown := list(dict.fromkeys(word for word in text.split() if word not in known)):
+        known, marks = self.vocabulary, self.marks
+        if unknown := list(dict.fromkeys(word for word in text.split() if word not in known or word in marks)):
             named = ", ".join(f"'{word}'{nearest(word, self.words)}" for word in unknown)
             raise UserError(f"unknown words: {named}; known are {' '.join(self.words)}")
 

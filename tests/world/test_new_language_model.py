@@ -19,10 +19,12 @@ from parallel.errors import UserError
 from spar_scale.cli import main
 from spar_scale.cluster.submit import submit
 from spar_scale.config.recipe import Recipe
+from spar_scale.inference.drawing import padded
 from spar_scale.models.presets import Preset
 from spar_scale.planning.plan import plan
 from spar_scale.runs.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 from spar_scale.stages import build, meta_stage
+from spar_scale.stages.forward import Forward
 from spar_scale.training.admission import refusals
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,11 +73,18 @@ def test_it_trains_one_curve_under_every_layout(runs: Path, name: str):
 
 
 def test_its_words_and_its_layers_are_what_trains_the_queries(runs: Path):
-    """Another language model of the family gives another loss; its own weights stay as they were read."""
+    """Its weights stay frozen, and other words of it give other captions for the same prompt."""
     stage = build(recipe_of(runs))
     language: Any = stage.model.get_submodule("language_model")
     assert not any(parameter.requires_grad for parameter in language.parameters())
-    assert torch.equal(language.words.weight, build(recipe_of(runs)).model.get_parameter("language_model.words.weight"))
+    forward = Forward(stage, TOY)
+    prompt = padded([forward.text.generation_prompt("a red circle")])
+    before = forward.condition(*prompt)[0]
+    with torch.no_grad():
+        language.words.weight[forward.text.vocabulary["blue"]] += 1.0  # of a word that the prompt does not have
+        assert torch.equal(forward.condition(*prompt)[0], before)
+        language.words.weight[forward.text.vocabulary["red"]] += 1.0
+    assert (forward.condition(*prompt)[0] - before).abs().amax(-1).min() > 0, "every token and query heard of the word"
     assert {type(layer).__name__ for layer in stage.layers} >= {"PromptBlock", "QueryBlock", "BothWays"}
 
 
