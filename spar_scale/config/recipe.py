@@ -29,6 +29,7 @@ RESUME_MAY_CHANGE = (
     "parallel",
     "data.workers",
     "data.encoded",
+    "data.plan_tokens",
     "checkpoint",
     "tracking",
     "train.log_every",
@@ -199,6 +200,9 @@ class DataConfig(Section):
     """Consecutive samples of a global batch that share one task."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Loader worker processes per rank; 0 loads in the training process."""
+    plan_tokens: Count | None = None
+    """Mean tokens of a prompt without its picture, by which a pipeline is cut and `spar-scale plan` counts; null takes
+    the longest prompt that is read."""
     encoded: PathText | None = None
     """Directory of the stored values of `spar-scale data encode`, relative to the run directory; null computes them."""
 

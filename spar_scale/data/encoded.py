@@ -58,14 +58,17 @@ class Encoded:
         opened = {name: [self.shard(name, number) for number in range(len(shards))] for name, shards in sources.items()}
         self._first = {name: shards[0] for name, shards in opened.items()}
 
-    def empty(self, source: str, batch: int, length: int) -> dict[str, Tensor]:
-        """Return zeros for every slot: pictures (B, ...), states (B, P, D) of prompts of up to `length` tokens."""
-        samples, prompts = self._first[source].samples, self._first[source].prompts
-        pictures = {
+    def empty(self, source: str, batch: int) -> dict[str, Tensor]:
+        """Return zeros for every slot of pictures (B, ...)."""
+        samples = self._first[source].samples
+        return {
             name: samples.tensors[name].new_zeros(batch, *samples.tensors[name].shape[1:]) for name in samples.pictures
         }
-        states = prompts.tensors["states"]
-        return pictures | {name: states.new_zeros(batch, length, states.shape[2]) for name in prompts.states}
+
+    def token_states(self, source: str) -> dict[str, Tensor]:
+        """Return zeros for every slot of a prompt's states, (1, D) of one token."""
+        prompts = self._first[source].prompts
+        return {name: torch.zeros_like(prompts.tensors["states"][:1, 0]) for name in prompts.states}
 
     def shard(self, source: str, number: int) -> EncodedShard:
         """Open the stored values of a source's shard; each worker process opens its own."""
@@ -104,18 +107,17 @@ class EncodedShard:
         self.samples, self.prompts, self.command = samples, prompts, command
         self._prompt_numbers: dict[bytes, int] | None = None
 
-    def fill(self, slots: Mapping[str, Tensor], row: int, member: int, tokens: np.ndarray) -> None:
-        """Write the values of sample `member` into row `row` of the slots; `tokens` (n,) is its prompt without padding.
+    def fill(self, slots: Mapping[str, Tensor], row: int, member: int, tokens: np.ndarray) -> dict[str, Tensor]:
+        """Write the values of sample `member`'s pictures into row `row` of the slots; return the states of its prompt.
 
-        Raises BadSample if `data encode` could not read the sample's pictures.
+        `tokens` (n,) is the prompt; a slot of states is (n, D). Raises BadSample if `data encode` could not read the sample's pictures.
         """
         if str(member) in self.samples.bad:
             raise BadSample(self.samples.bad[str(member)])
         for name in self.samples.pictures:
             slots[name][row] = self.samples.tensors[name][member]
         states = self.prompts.tensors["states"][self._state_rows(member, tokens)]
-        for name, values in zip(self.prompts.states, states.unbind(1), strict=True):
-            slots[name][row, : len(tokens)] = values
+        return dict(zip(self.prompts.states, states.unbind(1), strict=True))
 
     def _state_rows(self, member: int, tokens: np.ndarray) -> Tensor:
         """Return the row of `states` for each token of a prompt, (n,) int64."""
@@ -141,20 +143,24 @@ class PromptStates:
         self._rows: list[list[int]] = []
 
     def add(
-        self, states: Mapping[str, Tensor], prompts: Mapping[int, np.ndarray], members: Sequence[int] | None
+        self, states: Mapping[str, Tensor], rows: Sequence[np.ndarray | None], members: Sequence[int] | None
     ) -> None:
-        """Add a batch: `states` maps a slot to (B, P, D), `prompts` a row of the batch to its tokens (n,).
+        """Add the prompts of a micro-batch: `states` maps a slot to (T, D), the tokens of all rows.
 
-        `members` are the sample numbers of the rows if the prompts have pictures, else None.
+        `rows` are the tokens (n,) of each; a row without a prompt has one token. `members` are the sample numbers of
+        the rows if the prompts have pictures, else None.
         """
-        stacked = torch.stack([states[name] for name in self.slots], dim=2).cpu()
-        self._states.append(stacked[0, :0])  # gives `states` its shape and dtype even if no prompt is added
-        for row, tokens in prompts.items():
+        stacked = torch.stack([states[name] for name in self.slots], dim=1).cpu()
+        self._states.append(stacked[:0])  # gives `states` its shape and dtype even if no prompt is added
+        of_rows = stacked.split([1 if tokens is None else len(tokens) for tokens in rows])
+        for row, (tokens, of_row) in enumerate(zip(rows, of_rows, strict=True)):
+            if tokens is None:
+                continue
             member = None if members is None else members[row]
             prefixes = [(member, tokens[: end + 1].tobytes()) for end in range(len(tokens))]
             new_ends = [end for end, prefix in enumerate(prefixes) if prefix not in self._row_of]
             self._row_of |= {prefixes[end]: len(self._row_of) + n for n, end in enumerate(new_ends)}
-            self._states.append(stacked[row, new_ends])
+            self._states.append(of_row[new_ends])
             self._keys.append(prompt_key(tokens, member))
             self._rows.append([self._row_of[prefix] for prefix in prefixes])
 

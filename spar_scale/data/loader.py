@@ -267,9 +267,12 @@ class _MicroBatchDataset(Dataset):
         slots, stored = self.tasks[source].slots(self.spec), {}
         if self.encoded is not None:
             del slots["images"]
-            (length,), _ = slots["tokens"]
-            stored = self.encoded.empty(self.order.sources[source].name, len(numbers), length)
-        arrays = {name: np.zeros((len(numbers), *shape), dtype) for name, (shape, dtype) in slots.items()}
+            stored = self.encoded.empty(self.order.sources[source].name, len(numbers))
+        packed = {name: [_one_token(t)] * len(numbers) for name, (shape, t) in slots.items() if None in shape}
+        if self.encoded is not None:
+            states = self.encoded.token_states(self.order.sources[source].name)
+            packed |= {name: [state] * len(numbers) for name, state in states.items()}
+        arrays = {name: np.zeros((len(numbers), *shape), t) for name, (shape, t) in slots.items() if name not in packed}
         arrays |= {name: np.zeros((len(numbers), *d.shape), np.float32) for name, d in self.spec.draws.items()}
         weight = np.zeros(len(numbers), np.float32)
         errors = []
@@ -279,16 +282,24 @@ class _MicroBatchDataset(Dataset):
             # Before `_fill`: a bad sample has draws too.
             for name, draw in self.spec.draws.items():
                 arrays[name][row] = _draw(draw_generator(self.seed, f"draw/{name}", number), draw)
-            error = self._fill(arrays, stored, row, number)
+            error = self._fill(arrays, packed, stored, row, number)
             if error is None:
                 weight[row] = 1
             else:
                 errors.append(error)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()} | stored
+        tensors |= {name: torch.cat(rows) for name, rows in packed.items()}
+        if packed:
+            tensors["lengths"] = torch.tensor([len(row) for row in packed["tokens"]])
         return {**tensors, "weight": torch.from_numpy(weight), "sample": torch.from_numpy(numbers), "errors": errors}
 
     def _fill(
-        self, arrays: dict[str, np.ndarray], stored: dict[str, torch.Tensor], row: int, number: int
+        self,
+        arrays: dict[str, np.ndarray],
+        packed: dict[str, list[torch.Tensor]],
+        stored: dict[str, torch.Tensor],
+        row: int,
+        number: int,
     ) -> dict[str, Any] | None:
         """Write a sample into its row of the batch; return the error to report if it is a bad sample."""
         place = self.order.locate(number)
@@ -305,13 +316,18 @@ class _MicroBatchDataset(Dataset):
                 values = task.fill(members, self.spec, draws)
             else:
                 assert isinstance(task, Conditioned)
-                values = task.prompt_slots(members, self.spec, draws)
-                opened.encoded.fill(stored, row, place.member, values["tokens"][values["keep"] > 0])
+                tokens = task.tokens(members, self.spec, draws)
+                for name, states in opened.encoded.fill(stored, row, place.member, tokens).items():
+                    packed[name][row] = states
+                values = {"tokens": tokens}
         except BadSample as error:
             source, key = self.order.sources[place.source].name, opened.index.keys[place.member]
             return {"sample": number, "source": source, "shard": shard, "key": key, "reason": str(error)}
         for name, value in values.items():
-            arrays[name][row] = value
+            if name in packed:
+                packed[name][row] = torch.from_numpy(value)
+            else:
+                arrays[name][row] = value
         return None
 
     def _open(self, source: int, number: int) -> _OpenShard:
@@ -359,6 +375,11 @@ def _share(batch: Batch) -> None:
             f"{shared_memory()}; a worker process could not pass a batch of {size:.2f} MB through it "
             f"({str(error).rpartition(': ')[2]}): {remedy} or set data.workers=0"
         ) from None
+
+
+def _one_token(dtype: type) -> torch.Tensor:
+    """The prompt of a padding row and of a bad sample: a pipeline sends no empty tensor."""
+    return torch.from_numpy(np.zeros(1, dtype))
 
 
 def _identity(batch: Any) -> Any:

@@ -2,8 +2,7 @@
 
 A task declares the tensors of one sample and fills them from the members of the tar. Its random draws come from
 `draws(purpose)`, keyed by (seed, purpose, sample number), never from a worker's state. A mixture is a set of tasks that
-fill the same tensors; each source is decoded by the task of its name. The lengths may differ between tasks, because all
-samples of a micro-batch come from one source.
+fill the same tensors; each source is decoded by the task of its name.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ Draws = Callable[[str], np.random.Generator]
 Value = TypeVar("Value")
 READ_EXTENSIONS = ("txt", "json", *(f"{side}{name}" for side in ("", "input.", "output.") for name in EXTENSIONS))
 """Extensions of the members that a task may read."""
-Slots = dict[str, tuple[tuple[int, ...], type]]  # name -> shape without batch, numpy type
+Slots = dict[str, tuple[tuple[int | None, ...], type]]
+"""Name -> shape without batch, numpy type. The tokens of a prompt are (None,): each sample has its own number of them."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,14 @@ class Members:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: `slots(spec)` returns the tensors of one sample, `fill(members, spec, draws)` their values."""
+    """A task: `slots(spec)` returns the tensors of one sample, `fill(members, spec, draws)` their values.
+
+    `length(spec)` is the number of tokens of the longest prompt.
+    """
 
     slots: Callable[[SampleSpec], Slots]
     fill: Callable[[Members, SampleSpec, Draws], Mapping[str, np.ndarray]]
+    length: Callable[[SampleSpec], int] = lambda spec: 0
 
 
 def find_task(name: str) -> Task | Conditioned:
@@ -80,6 +84,11 @@ def source_task(name: str, source: str) -> Task | Conditioned:
     return TASKS[source]
 
 
+def packed_slots(spec: SampleSpec) -> frozenset[str]:
+    """Return the slots in which the samples of a batch stand one after another."""
+    return frozenset(name for name, (shape, _) in find_task(spec.task).slots(spec).items() if None in shape)
+
+
 def _image_slots(spec: SampleSpec) -> Slots:
     return {"images": ((3, spec.image_size, spec.image_size), np.float32)}
 
@@ -92,13 +101,13 @@ def _image(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.nda
     return {"images": square(picture, spec.image_size, along, mirrored)}
 
 
-def _language_slots(spec: SampleSpec, length: int) -> Slots:
+def _language_slots(spec: SampleSpec) -> Slots:
     """Return the slots of a language task.
 
-    `tokens` is padded on the right with 0; `counts` is 1 for tokens that the model must predict; `patches` (N, 2) are
-    the labels (shape, colour) of the picture's N tokens.
+    `counts` is 1 for tokens that the model must predict; `patches` (N, 2) are the labels (shape, colour) of the
+    picture's N tokens.
     """
-    text: Slots = {"tokens": ((length,), np.int64), "counts": ((length,), np.uint8)}
+    text: Slots = {"tokens": ((None,), np.int64), "counts": ((None,), np.uint8)}
     return {**_image_slots(spec), **text, "patches": ((spec.image_tokens, 2), np.uint8)}
 
 
@@ -119,13 +128,14 @@ def _language(
     def fill(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
         record = _json_record(members)
         prompt = _as_bad_sample(lambda: make(spec.tokenizer, record, draws("words"), spec.image_tokens))
-        length, limit = len(prompt.tokens), longest(spec)
-        if length > limit:
-            raise BadSample(f"{length} tokens; the maximum is {limit}")
-        slots = _language_slots(spec, limit)
-        arrays = {slot: np.zeros(shape, dtype) for slot, (shape, dtype) in slots.items()}
-        arrays["tokens"][:length], arrays["counts"][:length] = prompt.tokens, prompt.counts
-        arrays["patches"][:] = UNKNOWN
+        if len(prompt.tokens) > longest(spec):
+            raise BadSample(f"{len(prompt.tokens)} tokens; the maximum is {longest(spec)}")
+        arrays = {
+            "tokens": np.array(prompt.tokens, np.int64),
+            "counts": np.array(prompt.counts, np.uint8),
+            "patches": np.full((spec.image_tokens, 2), UNKNOWN, np.uint8),
+            "images": np.zeros((3, spec.image_size, spec.image_size), np.float32),
+        }
         if picture is not None:
             scene = record.get(f"{picture.replace('.', '_')}scene")
             arrays["patches"] = _as_bad_sample(lambda: shown_patches(scene, spec.image_size, spec.image_tokens))
@@ -133,7 +143,7 @@ def _language(
             arrays["images"] = square(image, spec.image_size, along=0.5, mirrored=False)
         return arrays
 
-    return Task(lambda spec: _language_slots(spec, longest(spec)), fill)
+    return Task(_language_slots, fill, longest)
 
 
 def _as_bad_sample(make: Callable[[], Value]) -> Value:
@@ -176,14 +186,10 @@ class Conditioned:
         return len(self.sides) > 1
 
     def slots(self, spec: SampleSpec) -> Slots:
-        """Return the slots: `images` (M, 3, S, S), the target first; `tokens` padded on the right; `keep` their mask.
-
-        `keep` is the padding mask: 1 for tokens, 0 for padding.
-        """
+        """Return the slots: `images` (M, 3, S, S), the target first, and `tokens`."""
         return {
             "images": ((len(self.sides), 3, spec.image_size, spec.image_size), np.float32),
-            "tokens": ((self.length(spec),), np.int64),
-            "keep": ((self.length(spec),), np.uint8),
+            "tokens": ((None,), np.int64),
         }
 
     def length(self, spec: SampleSpec) -> int:
@@ -192,13 +198,13 @@ class Conditioned:
 
     def fill(self, members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
         """Return the prompt and the pictures of a sample."""
-        return {**self.prompt_slots(members, spec, draws), "images": self.pictures(members, spec)}
+        return {"tokens": self.tokens(members, spec, draws), "images": self.pictures(members, spec)}
 
-    def prompt_slots(self, members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.ndarray]:
-        """Return `tokens` and `keep` of a prompt with a drawn text; caption dropout makes it unconditional."""
+    def tokens(self, members: Members, spec: SampleSpec, draws: Draws) -> np.ndarray:
+        """Return the tokens (n,) of a prompt with a drawn text; caption dropout makes it unconditional."""
         texts, draw = self.texts(members), draws("words").random()
         dropped = draws("caption_drop").random() < spec.caption_dropout
-        return self.padded(self._tokens("" if dropped else texts[int(draw * len(texts))], spec), spec)
+        return self._tokens("" if dropped else texts[int(draw * len(texts))], spec)
 
     def prompts(self, members: Members, spec: SampleSpec) -> list[np.ndarray]:
         """Return the tokens of every prompt that can be drawn, the unconditional one last; skip bad texts."""
@@ -207,11 +213,6 @@ class Conditioned:
             with contextlib.suppress(BadSample):
                 prompts.append(self._tokens(text, spec))
         return prompts
-
-    def padded(self, tokens: np.ndarray, spec: SampleSpec) -> dict[str, np.ndarray]:
-        """Return tokens (n,) as the padded slots `tokens` and `keep`."""
-        padding = (0, self.length(spec) - len(tokens))
-        return {"tokens": np.pad(tokens, padding), "keep": np.pad(np.ones(len(tokens), np.uint8), padding)}
 
     def pictures(self, members: Members, spec: SampleSpec) -> np.ndarray:
         """Return the middle squares (M, 3, S, S), never mirrored, because the words name their sides."""

@@ -19,11 +19,12 @@ from parallel import checkpoint
 from parallel.errors import UserError
 from parallel.program import Program
 from spar_scale.data.loader import Loader, Source
+from spar_scale.data.tasks import packed_slots
 from spar_scale.stages import Stage
 from spar_scale.training.export import recipe_of
 from spar_scale.training.parent import overwrite, started_stage
 
-PROMPT_SLOTS = ("tokens", "keep")
+PROMPT_SLOTS = ("tokens", "lengths")
 
 
 def held_out_terms(
@@ -72,14 +73,22 @@ def stage_terms(
     values = []
     for batch_slots in loader:
         good = batch_slots["weight"] > 0
-        slots = {name: batch_slots[name][good] for name in stage.inputs}
+        slots = _select(stage, batch_slots, good)
         if shuffled:
-            slots |= {name: slots[name].roll(1, 0) for name in PROMPT_SLOTS}
+            last = int(slots["lengths"][-1])  # the neighbour's prompt: those of all samples, moved by the last one
+            slots |= {"tokens": slots["tokens"].roll(last), "lengths": slots["lengths"].roll(1)}
         if mirrored:
             slots["images"] = torch.cat([slots["images"][:, :1], slots["images"][:, 1:].flip(-1)], dim=1)
         values.append(program(slots)[batch_slots["sample"][good] < distinct])
     stacked = torch.cat(values)
     return {name: stacked[:, index] for index, name in enumerate(stage.terms)}
+
+
+def _select(stage: Stage, batch: Mapping[str, Tensor], good: Tensor) -> dict[str, Tensor]:
+    """Return the input slots of the good samples of a batch."""
+    packed = packed_slots(stage.sample)
+    good_tokens = torch.repeat_interleave(good, batch["lengths"]) if packed else good
+    return {name: batch[name][good_tokens if name in packed else good] for name in stage.inputs}
 
 
 def difference(first: Tensor, second: Tensor) -> tuple[float, float]:

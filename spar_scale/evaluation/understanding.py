@@ -16,7 +16,6 @@ from torch import Tensor
 from spar_scale.data.images import decode, square
 from spar_scale.data.order import draw_generator
 from spar_scale.evaluation.scenes import first_samples
-from spar_scale.inference.drawing import padded
 from spar_scale.stages.forward import Forward
 
 
@@ -77,8 +76,7 @@ def predict_answers(
         features = None if encode is None else encode(torch.stack([question.image for question in part]))
         image_tokens = 0 if features is None else features.shape[1]
         prompts = [model.text.question_prompt(question.question, image_tokens) for question in part]
-        tokens, padding_mask = padded(prompts)
-        best = model.next_token(tokens, padding_mask, features).argmax(-1)
+        best = model.next_token(prompts, features).argmax(-1)
         predicted += [model.text.decode([token]) for token in best.tolist()]
     return predicted
 

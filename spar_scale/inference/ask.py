@@ -20,7 +20,8 @@ def ask(run_dir: Path, image: Path, question: str) -> str:
     recipe = fit_recipe(run_dir, "ask")
     preset, text = preset_of(recipe), text_of_run(recipe)
     words, picture = text.normalize(question, "question"), open_image(image)
-    check_length(len(text.question_prompt(words, preset.image_tokens)), text.templates.answer_tokens, preset)
+    prompt = text.question_prompt(words, preset.image_tokens)
+    check_length(len(prompt), preset, answer=text.templates.answer_tokens)
     run = load_run(run_dir, "ask")
     reply = answer(run.forward, picture, words)
     return f"{reply}\n({run}; {image} at {preset.image_size} pixels)"

@@ -101,7 +101,7 @@ def _prompt(recipe: Recipe, typed: str, edits: bool = False) -> tuple[str, list[
     preset, text = preset_of(recipe), text_of_run(recipe)
     words = text.normalize(typed, "prompt")
     tokens = text.editing_prompt(words, preset.image_tokens) if edits else text.generation_prompt(words)
-    check_length(len(tokens), preset.conditioning.num_queries, preset)
+    check_length(len(tokens), preset, queries=preset.conditioning.num_queries)
     return words, tokens
 
 

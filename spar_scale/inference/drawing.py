@@ -1,7 +1,7 @@
 """From prompts to pictures: conditioning, sampling, decoding.
 
 The bare instruction, which guidance departs from, is the prompt without its words; of an edit it keeps
-the picture. Prompts and their bare ones are conditioned in one pass, padded to the longest.
+the picture. Prompts and their bare ones are conditioned in one pass.
 """
 
 from __future__ import annotations
@@ -43,22 +43,9 @@ def draw(
     `pictures` (B, 3, S, S) are those whose tokens the prompts hold.
     """
     bare, *given = prompts
-    tokens, keep = padded([*given, *[bare] * len(given)])
-    references = None if pictures is None else pictures.repeat(2, 1, 1, 1)
-    both, real = model.condition(tokens, keep, references)
-    captions, bare_captions = both.chunk(2)
-    keep, bare_keep = real.chunk(2)
-    steps, guidance, flow_shift = sampling.steps, sampling.guidance, sampling.flow_shift
-    latents = sample(model, captions, keep, bare_captions, bare_keep, noise, steps, guidance, flow_shift)
+    guided = sampling.guidance != 1
+    if pictures is not None and guided:
+        pictures = pictures.repeat(2, 1, 1, 1)
+    captions, bounds = model.condition([*given, *([bare] * len(given) if guided else ())], pictures)
+    latents = sample(model, captions, bounds, noise, sampling.steps, sampling.guidance, sampling.flow_shift)
     return model.draw(latents)
-
-
-def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Tokens (B, P) int64, padded on the right, and `keep` (B, P) uint8, 1 where they are real."""
-    length = max(map(len, prompts))
-    tokens = torch.zeros(len(prompts), length, dtype=torch.int64)
-    keep = torch.zeros(tokens.shape, dtype=torch.uint8)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
-        keep[row, : len(prompt)] = 1
-    return tokens, keep

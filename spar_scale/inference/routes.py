@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from spar_scale.data.text import IMAGE
-from spar_scale.inference.drawing import padded
 from spar_scale.stages.forward import Forward
 
 _LINE, _CELL, _WORD, _MARGIN, _SIDE = 18, 64, 130, 12, 112  # pixels
@@ -57,7 +56,7 @@ class Routes:
 @torch.no_grad()
 def route(model: Forward, prompt: Sequence[int], picture: Tensor | None = None) -> Routes:
     """Return the routes of one prompt, given as tokens, with the picture (1, 3, S, S) that it is about."""
-    weights = model.routing_weights(*padded([prompt]), picture)[0]
+    weights = model.routing_weights([prompt], picture)
     return Routes(model.sampled_layers, tuple(model.text.name(token) for token in prompt), weights)
 
 

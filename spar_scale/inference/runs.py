@@ -64,13 +64,13 @@ def text_of_run(recipe: Recipe) -> TextTokenizer:
     return text
 
 
-def check_length(num_tokens: int, following: int, preset: Preset) -> None:
-    """Refuse a prompt that, with the tokens `following` it, needs more positions than the language model has."""
-    limit = preset.language.max_positions - following
+def check_length(num_tokens: int, preset: Preset, queries: int = 0, answer: int = 0) -> None:
+    """Refuse a prompt that is too long for a preset with the queries, or with the answer, that follow it."""
+    limit = min(preset.language.max_positions - answer, preset.longest_sequence - queries)
     if num_tokens > limit:
         raise UserError(
-            f"the prompt has {num_tokens} tokens; at most {limit} fit before the {following} that follow"
-            f" in the {preset.language.max_positions} positions of preset '{preset.name}'"
+            f"the prompt has {num_tokens} tokens; preset '{preset.name}' takes up to {limit} before the"
+            f" {queries + answer} that follow"
         )
 
 

@@ -6,7 +6,7 @@ timestep 1000 sigma as it was trained; the published pipelines round that down t
 Guided velocity = bare + g (prompted - bare), both from one batch of twice the size; g = 1 asks for the
 prompted one alone. Everything outside the model is fp32.
 
-Legend: B pictures, M captions, C their width, latents (B, Z, g, g).
+Legend: B pictures, N captions of all of them one after another, C their width, latents (B, Z, g, g).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from spar_scale.objectives.flow_matching import NUM_TIMESTEPS
 class PredictsVelocity(Protocol):
     """A model of the flow."""
 
-    def velocity(self, latents: Tensor, timestep: Tensor, captions: Tensor, keep: Tensor) -> Tensor:
+    def velocity(self, latents: Tensor, timestep: Tensor, captions: Tensor, bounds: Tensor) -> Tensor:
         """Predict the velocity eps - z (B, Z, g, g) at timestep (B,) = 1000 sigma."""
         ...
 
@@ -42,9 +41,7 @@ def seeded_noise(shape: tuple[int, ...], seeds: Sequence[int]) -> Tensor:
 def sample(
     model: PredictsVelocity,
     captions: Tensor,
-    keep: Tensor,
-    bare_captions: Tensor,
-    bare_keep: Tensor,
+    bounds: Tensor,
     noise: Tensor,
     steps: int,
     guidance: float,
@@ -52,8 +49,8 @@ def sample(
 ) -> Tensor:
     """Draw latents (B, Z, g, g), fp32, from noise of the same shape.
 
-    captions (B, M, C), real where `keep` (B, M) is nonzero; those of the bare instruction may have
-    another M. Raises ValueError unless 1 <= steps <= 1000.
+    captions (N, C) with bounds (B + 1,) are those of the prompts; unless guidance is 1, those of the bare instructions
+    follow, and there are 2 B + 1 bounds. Raises ValueError unless 1 <= steps <= 1000.
     """
     if not 1 <= steps <= NUM_TIMESTEPS:
         raise ValueError(f"{steps} steps; 1 to {NUM_TIMESTEPS} can be taken")
@@ -62,22 +59,13 @@ def sample(
     )
     scheduler.set_timesteps(steps)
     scheduler.set_begin_index(0)  # else it looks for its place among timesteps that, rounded, need not differ
-    if guidance != 1:
-        captions, keep = _both(captions, bare_captions), _both(keep, bare_keep)
     latents = noise.float()
     for sigma in scheduler.sigmas[:-1].to(noise.device):
-        timestep = (NUM_TIMESTEPS * sigma).expand(len(captions))
-        given = latents.repeat(len(captions) // len(latents), 1, 1, 1)
-        velocity = model.velocity(given, timestep, captions, keep).float()
+        timestep = (NUM_TIMESTEPS * sigma).expand(len(bounds) - 1)
+        given = latents if guidance == 1 else latents.repeat(2, 1, 1, 1)
+        velocity = model.velocity(given, timestep, captions, bounds).float()
         if guidance != 1:
             prompted, bare = velocity.chunk(2)
             velocity = bare + guidance * (prompted - bare)
         latents = scheduler.step(velocity, sigma, latents).prev_sample
     return latents
-
-
-def _both(one: Tensor, other: Tensor) -> Tensor:
-    """Stack (B, M, ...) on (B, M', ...), the shorter padded with zeros on the right."""
-    length = max(one.shape[1], other.shape[1])
-    widths = [(0, 0) * (tensor.ndim - 2) + (0, length - tensor.shape[1]) for tensor in (one, other)]
-    return torch.cat([F.pad(tensor, width) for tensor, width in zip((one, other), widths, strict=True)])

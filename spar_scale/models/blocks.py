@@ -1,6 +1,6 @@
 """The small modules that SPAR's streams are made of, and the base of the models that hold frozen parts.
 
-Shapes: B images, N tokens, D width. Projections of the attention are separate nn.Linear modules and
+Shapes: B images, N tokens, T tokens of all samples one after another, D width. Projections of the attention are separate nn.Linear modules and
 the head width (not their number) is stored, so that a column-parallel cut needs no change here.
 """
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spar_scale.ops.attention import attention
+from spar_scale.ops.packing import Packing
 
 
 class Composition(nn.Module):
@@ -64,13 +65,12 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Map (B, N, D) to (B, N, D); only tokens where `keep` (B, N), if given, is nonzero are read."""
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """Map (B, N, D) to (B, N, D), or, with the packing of samples, (T, D) to (T, D)."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_width)) for projection in (self.query, self.key, self.value)
         )
-        mask = None if keep is None else keep.bool()[:, None, None, :].expand(-1, 1, keep.shape[1], -1)
-        return self.output(attention(q, k, v, mask=mask).flatten(2))
+        return self.output(attention(q, k, v, packing=packing).flatten(-2))
 
 
 class TransformerLayer(nn.Module):
@@ -84,12 +84,7 @@ class TransformerLayer(nn.Module):
         self.linear_1 = nn.Linear(width, 4 * width)
         self.linear_2 = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Map (B, N, D) to (B, N, D); only tokens where `keep` (B, N), if given, is nonzero are read."""
-        x = x + self.attention(self.attention_norm(x), keep)
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """Map (B, N, D) to (B, N, D), or, with the packing of samples, (T, D) to (T, D)."""
+        x = x + self.attention(self.attention_norm(x), packing)
         return x + self.linear_2(F.gelu(self.linear_1(self.feed_forward_norm(x))))
-
-
-def positions(keep: Tensor) -> Tensor:
-    """Return position ids (B, T) that count the real tokens of a padding mask (B, T) from 0."""
-    return (keep.bool().cumsum(dim=1) - 1).clamp_min(0)

@@ -119,17 +119,18 @@ class LanguageModel(Member, Protocol):
         ...
 
     def position_layer(self, trunk: nn.Module, num_queries: int) -> Layer:
-        """Return the derived layer from `keep` to `caption_keep` and to what its other layers read of positions."""
+        """Return the derived layer from `tokens`, `lengths` and `caption_order` to what its other layers read."""
         ...
 
-    def prompt_layers(self, trunk: nn.Module, features: str | None) -> list[Layer]:
+    def prompt_layers(self, trunk: nn.Module, features: str | None, longest: int) -> list[Layer]:
         """Return the way from `tokens`, and a slot of features, to every `prefix_state_k`, without gradient.
 
-        The first layer embeds; one for each layer of the model follows.
+        The first layer embeds; one for each layer of the model follows. No sample with its queries has more than
+        `longest` tokens.
         """
         ...
 
-    def query_layers(self, trunk: nn.Module, sampled: Iterable[int]) -> list[Layer]:
+    def query_layers(self, trunk: nn.Module, sampled: Iterable[int], longest: int) -> list[Layer]:
         """Return one layer for each layer of the model: `queries` one further, on `prefix_state_k`.
 
         The hidden states in `sampled` are written as `query_state_k`.
@@ -148,8 +149,8 @@ class LanguageModel(Member, Protocol):
         """Return the last layers of the model and its final norm."""
         ...
 
-    def bidirectional_layer(self, layer: nn.Module) -> Layer:
-        """Return a layer of the model on `captions`, in which every token attends to every real one."""
+    def bidirectional_layer(self, layer: nn.Module, longest: int) -> Layer:
+        """Return a layer of the model on `captions`, in which every token attends to all of its sample."""
         ...
 
 
@@ -253,10 +254,10 @@ class DiffusionModel(Member, Protocol):
         """Write the published layout."""
         ...
 
-    def velocity_layers(self, diffusion: nn.Module, tap: tuple[int, Layer] | None = None) -> list[Layer]:
-        """Return the way from `noisy_latent`, `timestep`, `captions` and `caption_keep` to `velocity`.
+    def velocity_layers(self, diffusion: nn.Module, longest: int, tap: tuple[int, Layer] | None = None) -> list[Layer]:
+        """Return the way from `noisy_latent`, `timestep`, `captions` and `caption_bounds` to `velocity`.
 
-        A tap (number from 1, layer) stands behind that block, where it reads `image_tokens`.
+        No sample has more than `longest` captions. A tap (number from 1, layer) stands behind that block, where it reads `image_tokens`.
         """
         ...
 

@@ -90,9 +90,7 @@ def resolve(
         backend, reason = "sdpa", f"torch selects one of its kernels on {device}"
         reason += f"; flash {refusal[0]}" if device == "cuda" and refusal else ""
     if packed and not _takes_packed(backend, device):
-        reason += (
-            f"; packed input is padded to a masked dense batch, because {backend} has no packed kernel on {device}"
-        )
+        reason += f"; packed samples one by one, because {backend} has no packed kernel on {device}"
     kind = ", masked" * masked + ", packed" * packed
     _log_once(f"attention on {device} in {str(dtype).removeprefix('torch.')}{kind}: {backend} ({reason})")
     return backend, reason
@@ -151,10 +149,11 @@ def attention(
         raise ValueError("packed attention takes no mask: the lengths of the packing define the keys")
     packing.check(q, k, v)
     backend, _ = resolve(q.device.type, q.dtype, packed=True, requested=_requested)
+    if q.device.type == "meta":  # lengths are unknown there: what is counted are samples of equal length
+        return _dense_samples(backend, q, k, v, causal, scale, len(packing.cu_seqlens_q) - 1)
     if _takes_packed(backend, q.device.type):
         return _varlen(backend, q, k, v, causal, scale, packing)
-    q, k, v, mask = packing.pad(q, k, v, causal)
-    return packing.unpad(_dense(backend, q, k, v, False, mask, scale))
+    return _sample_by_sample(backend, q, k, v, causal, scale, packing)
 
 
 def _dense(
@@ -179,6 +178,23 @@ def _dense(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     return out.transpose(1, 2)
+
+
+def _sample_by_sample(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, packing: Packing
+) -> Tensor:
+    """Compute each sample by itself: no padding, no mask over it. On CUDA this waits for the lengths."""
+    num_q, num_k = (bounds.diff().tolist() for bounds in (packing.cu_seqlens_q, packing.cu_seqlens_k))
+    samples = zip(q.split(num_q), k.split(num_k), v.split(num_k), strict=True)
+    return torch.cat([_dense(backend, a[None], b[None], c[None], causal, None, scale)[0] for a, b, c in samples])
+
+
+def _dense_samples(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, batch: int
+) -> Tensor:
+    """Compute packed attention of `batch` samples of equal length."""
+    q, k, v = (part.unflatten(0, (batch, -1)) for part in (q, k, v))
+    return _dense(backend, q, k, v, causal, None, scale).flatten(0, 1)
 
 
 def _varlen(

@@ -1,33 +1,65 @@
-"""Pack samples of different lengths one after another, for attention without padding.
+"""Samples of different lengths one after another, without padding: their bounds, and what follows from these.
 
-Legend: B samples, T tokens of all samples, N tokens of the longest sample, H heads, D head width. Queries and keys have
-separate lengths, so that for example the queries of a sample can attend to its prefix and to themselves. The lengths
-are known on the host, so nothing here synchronises with the device. A packing is created once per batch and used by
-every layer.
+Legend: B samples, T tokens of all samples, Q query embeddings of each sample, N = T + B Q.
+
+Everything follows from the lengths (B,) and from shapes, on the device, so nothing here waits for the device. The
+kernels also want the length of the longest sample on the host, as a bound of their grid: `longest` is the maximum that
+a preset allows, not the maximum of a batch.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+
+
+def cumulative(lengths: Tensor) -> Tensor:
+    """Return the bounds (B + 1,) int32 of samples of these lengths (B,): 0, then the end of each."""
+    ends = lengths.cumsum(0, dtype=torch.int32)
+    return torch.cat([ends.new_zeros(1), ends])
+
+
+def sample_of(lengths: Tensor, total: int) -> Tensor:
+    """Return the number of each token's sample (T,) int64; `total` is T, the sum of the lengths (B,)."""
+    numbers = torch.arange(len(lengths), device=lengths.device)
+    return torch.repeat_interleave(numbers, lengths.long(), output_size=total)
+
+
+def position_ids(lengths: Tensor, total: int) -> Tensor:
+    """Return the position of each token in its sample (T,) int64, from 0."""
+    starts = cumulative(lengths)[:-1].long()
+    return torch.arange(total, device=lengths.device) - starts[sample_of(lengths, total)]
+
+
+def order_behind(lengths: Tensor, total: int, num_queries: int) -> Tensor:
+    """Return the order (N,) int64 of all tokens and queries, in which the queries of a sample follow its tokens.
+
+    An entry is the number in the tokens of all samples (T), followed by the queries of all samples (B Q).
+    """
+    batch, device = len(lengths), lengths.device
+    before = torch.arange(batch, device=device) * num_queries  # queries of the samples before
+    tokens = torch.arange(total, device=device) + before[sample_of(lengths, total)]
+    starts = cumulative(lengths)[1:].long() + before
+    queries = (starts[:, None] + torch.arange(num_queries, device=device)).flatten()
+    places = torch.cat([tokens, queries])
+    return torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=device))
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The bounds of each sample's queries and keys; create it with `of`.
+    """The bounds of each sample's queries and keys for packed attention.
 
-    `cu_seqlens_q` and `cu_seqlens_k` (B + 1,), int32 on the device, are the cumulative lengths, from 0.
+    `cu_seqlens_q` and `cu_seqlens_k` (B + 1,), int32 on the device, are the cumulative lengths, from 0. No sample has
+    more than `max_q` queries or `max_k` keys.
     """
 
-    lengths_q: tuple[int, ...]
-    lengths_k: tuple[int, ...]
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
+    max_q: int
+    max_k: int
 
     @classmethod
     def of(cls, lengths_q: Sequence[int], lengths_k: Sequence[int], device: torch.device | str) -> Packing:
@@ -38,52 +70,32 @@ class Packing:
             raise ValueError(
                 f"found {list(lengths_q)} queries and {list(lengths_k)} keys, must not be negative or all zero"
             )
-        cumulative = (
-            torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-            for lengths in (lengths_q, lengths_k)
-        )
-        return cls(tuple(lengths_q), tuple(lengths_k), *cumulative)
+        bounds_q, bounds_k = (cumulative(torch.tensor(lengths, device=device)) for lengths in (lengths_q, lengths_k))
+        return cls(bounds_q, bounds_k, max(lengths_q), max(lengths_k))
 
     @classmethod
     def even(cls, batch: int, num_q: int, num_k: int, device: torch.device) -> Packing:
-        """Return the packing of a dense batch; created on the device without a copy from the host."""
-        cumulative = (
-            torch.arange(0, (batch + 1) * num, num, dtype=torch.int32, device=device) for num in (num_q, num_k)
-        )
-        return cls((num_q,) * batch, (num_k,) * batch, *cumulative)
+        """Return the packing of a dense batch."""
+        return cls(even_bounds(batch, num_q, device), even_bounds(batch, num_k, device), num_q, num_k)
 
-    @property
-    def max_q(self) -> int:
-        """Queries of the longest sample."""
-        return max(self.lengths_q)
-
-    @property
-    def max_k(self) -> int:
-        """Keys of the longest sample."""
-        return max(self.lengths_k)
+    @classmethod
+    def same(cls, bounds: Tensor, longest: int) -> Packing:
+        """Return the packing of self-attention within samples of these bounds (B + 1,)."""
+        return cls(bounds, bounds, longest, longest)
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Raise ValueError unless q is (T_q, H, D) and k and v (T_k, H_kv, D) of this packing."""
-        for name, tensor, lengths in (("q", q, self.lengths_q), ("k", k, self.lengths_k), ("v", v, self.lengths_k)):
-            if tensor.ndim != 3 or len(tensor) != sum(lengths):
-                raise ValueError(f"packed {name} is {tuple(tensor.shape)}, must be ({sum(lengths)}, heads, width)")
+        """Raise ValueError unless q is (T_q, H, D), and k and v (T_k, H_kv, D) have the same tokens."""
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            if tensor.ndim != 3:
+                raise ValueError(f"packed {name} is {tuple(tensor.shape)}, must be (tokens, heads, width)")
+        if len(k) != len(v):
+            raise ValueError(f"found {len(k)} packed keys and {len(v)} values, must be equal")
+        if len(self.cu_seqlens_q) != len(self.cu_seqlens_k):
+            raise ValueError(
+                f"found queries of {len(self.cu_seqlens_q) - 1} samples and keys of {len(self.cu_seqlens_k) - 1}"
+            )
 
-    def pad(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pad q, k, v to (B, N, H, D); also return the mask (B, 1, N_q, N_k) of real keys, optionally causal.
 
-        The causal mask is aligned bottom-right.
-        """
-        q, k, v = (
-            pad_sequence(list(tensor.split(lengths)), batch_first=True)
-            for tensor, lengths in ((q, self.lengths_q), (k, self.lengths_k), (v, self.lengths_k))
-        )
-        num_q, num_k = (cumulative.diff()[:, None, None, None] for cumulative in (self.cu_seqlens_q, self.cu_seqlens_k))
-        row = torch.arange(self.max_q, device=q.device)[:, None]
-        column = torch.arange(self.max_k, device=q.device)
-        mask = column < num_k
-        mask = mask & (column <= row + num_k - num_q) if causal else mask.expand(-1, -1, self.max_q, -1)
-        return q, k, v, mask
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """Return the real queries of (B, N_q, H, D) as (T_q, H, D)."""
-        return torch.cat([sample[:length] for sample, length in zip(padded, self.lengths_q, strict=True)])
+def even_bounds(batch: int, length: int, device: torch.device) -> Tensor:
+    """Return the bounds (B + 1,) of samples of equal length; created on the device without a copy from the host."""
+    return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)

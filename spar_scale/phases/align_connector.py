@@ -49,13 +49,13 @@ def build(recipe: Recipe) -> Stage:
     return Stage(
         model=model,
         layers=[
-            *spar.conditioning_layers(model, preset.language, illustrated=False),
+            *spar.conditioning_layers(model, preset.language, illustrated=False, longest=preset.longest_sequence),
             select_target(),
             pixels.encoding_layer(encoder, frozen=True, side=side, reads="target_image"),
             scale_latent(scale),
             *align.drawing_layers(model, preset, recipe.objective.timestep_shift),
         ],
-        inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
+        inputs=("images", "tokens", "lengths", "latent_noise", "timestep_draw"),
         terms={"flow_matching": 1.0},
         groups={"main": align.CONDITIONING},
         sample=sample,

@@ -56,7 +56,7 @@ def build(recipe: Recipe) -> Stage:
             scale_latent(scale),
             *drawing_layers(model, preset, recipe.objective.timestep_shift),
         ],
-        inputs=("images", "tokens", "keep", "latent_noise", "timestep_draw"),
+        inputs=("images", "tokens", "lengths", "latent_noise", "timestep_draw"),
         terms={"flow_matching": 1.0},
         groups={"main": ("diffusion", "text_encoder")},
         sample=conditioned_sample(recipe, preset, task="generation"),

@@ -54,7 +54,7 @@ def build(recipe: Recipe) -> Stage:
     return Stage(
         model=model,
         layers=[*seeing, NamePatches(head), *reading, next_token_term()],
-        inputs=("images", "tokens", "counts", "patches"),
+        inputs=("images", "tokens", "lengths", "counts", "patches"),
         terms={"next_token": 1.0, "patch_naming": 1.0},
         groups={"main": ("model", "lm_head", "naming_head")},
         sample=SampleSpec(

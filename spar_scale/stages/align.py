@@ -110,7 +110,7 @@ def alignment_teacher(model: nn.Module, parts: dict[str, PretrainedPart], preset
 
 def drawing_layers(model: nn.Module, preset: Preset, shift: float, tap: tuple[int, Layer] | None = None) -> list[Layer]:
     """Return the way from `captions` and `latent` to `velocity` and the term `flow_matching`."""
-    velocity = preset.diffusion.velocity_layers(model.get_submodule("diffusion"), tap)
+    velocity = preset.diffusion.velocity_layers(model.get_submodule("diffusion"), preset.longest_sequence, tap)
     return [mix_noise(shift), *velocity, flow_matching_term()]
 
 

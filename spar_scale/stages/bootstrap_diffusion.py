@@ -17,13 +17,14 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from parallel.program import Layer
-from spar_scale.models.blocks import Composition, TransformerLayer, positions
+from spar_scale.models.blocks import Composition, TransformerLayer
 from spar_scale.models.dual_stream import DualStream
 from spar_scale.models.presets import Preset
+from spar_scale.ops.packing import Packing, cumulative, position_ids
 
 
 class TextEncoder(nn.Module):
-    """Words and their places, and one bidirectional layer: tokens (B, P) to captions (B, P, C).
+    """Words and their places, and one bidirectional layer: tokens (T,) of all samples to captions (T, C).
 
     Words start far apart, so that those of one kind (left, right) stay apart in what the transformer reads.
     """
@@ -34,10 +35,12 @@ class TextEncoder(nn.Module):
         self.words = nn.Embedding(preset.language.vocab_size, channels)
         self.places = nn.Embedding(preset.language.max_positions, channels)
         self.layer = TransformerLayer(channels, cast(DualStream, preset.tokenizer).pixel_heads)
+        self.longest = preset.longest_sequence
 
-    def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
-        """Encode tokens (B, P), real where `keep` (B, P) is nonzero."""
-        return self.layer(self.words(tokens) + self.places(positions(keep)), keep)
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Encode tokens (T,) of samples of these lengths (B,)."""
+        packing = Packing.same(cumulative(lengths), self.longest)
+        return self.layer(self.words(tokens) + self.places(position_ids(lengths, len(tokens))), packing)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
@@ -57,15 +60,15 @@ class CaptionedDiffusion(Composition):
 
 
 class EncodeText(Layer):
-    """`tokens` (B, P) to `captions` (B, P, C), and `keep` to `caption_keep`."""
+    """`tokens` (T,) to `captions` (T, C), and `lengths` (B,) to `caption_bounds` (B + 1,)."""
 
-    reads = ("tokens", "keep")
-    writes = ("captions", "caption_keep")
+    reads = ("tokens", "lengths")
+    writes = ("captions", "caption_bounds")
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, tokens: Tensor, keep: Tensor) -> dict[str, Tensor]:
+    def forward(self, tokens: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         """Encode."""
-        return {"captions": self.encoder(tokens, keep), "caption_keep": keep}
+        return {"captions": self.encoder(tokens, lengths), "caption_bounds": cumulative(lengths)}

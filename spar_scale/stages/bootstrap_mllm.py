@@ -4,8 +4,9 @@ The loss is the cross-entropy of the next token where a token is predicted (`dat
 descriptions of the result of an edit. Besides, a linear head, which is not published, names the shape and the colour
 that each image token shows. It gives the vision tower more information on an image than a few words do.
 
-Slots (B samples, T tokens, N image tokens, D width, V vocabulary):
-    features (B, N, D)   tokens (B, T) int64   logits (B, T, V)   counts (B, T) uint8, 1 where a token is predicted
+Slots (B samples, T tokens of all of them, N image tokens, D width, V vocabulary):
+    features (B, N, D)   tokens (T,) int64   lengths (B,) int64, tokens of each sample   logits (T, V)
+    counts (T,) uint8, 1 where a token is predicted
     patches (B, N, 2) uint8, what each image token shows    next_token (B,), patch_naming (B,): the terms
 """
 
@@ -56,7 +57,7 @@ class NamePatches(Layer):
 
 def next_token_term() -> Layer:
     """Return the layer with the term `next_token`."""
-    return Apply(next_token_loss, ("logits", "tokens", "counts"), "next_token")
+    return Apply(next_token_loss, ("logits", "tokens", "counts", "lengths"), "next_token")
 
 
 def published_forward(part: PretrainedPart, preset: Preset) -> Forward:
@@ -65,7 +66,7 @@ def published_forward(part: PretrainedPart, preset: Preset) -> Forward:
     seeing, reading = internvl.training_layers(model, preset.vision, preset.language)
     text = read_tokenizer(part)
     sample = SampleSpec(task="language", image_size=preset.image_size, image_tokens=preset.image_tokens, text=text)
-    return Forward(Stage(model, [*seeing, *reading], ("images", "tokens"), {}, {}, sample), preset)
+    return Forward(Stage(model, [*seeing, *reading], ("images", "tokens", "lengths"), {}, {}, sample), preset)
 
 
 def save_mllm(stage: Stage, directory: Path, images: Tensor | None = None) -> None:

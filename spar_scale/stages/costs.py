@@ -1,7 +1,7 @@
 """What the layers of a stage cost on a micro-batch of its recipe: shapes from the sample's description, no data.
 
-Texts are as long as the longest that is read, and of several tasks the one with the largest sample is taken: what a
-stage of a pipeline must be fit for.
+Prompts are as long as `data.plan_tokens` says, else as the longest that is read, and of several tasks the one with the
+largest sample is taken: what a stage of a pipeline must be fit for.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from parallel.costs import layer_costs, shapes_after
 from spar_scale.config.recipe import Recipe
-from spar_scale.data.tasks import Slots, source_task
+from spar_scale.data.tasks import Conditioned, packed_slots, source_task
 from spar_scale.stages import Stage
+
+Sized = dict[str, tuple[tuple[int, ...], type]]  # name -> shape without batch, numpy type
 
 
 def pipeline_costs(recipe: Recipe, stage: Stage) -> list[float]:
@@ -30,16 +32,35 @@ def micro_batch(recipe: Recipe, stage: Stage) -> dict[str, Tensor]:
 
     Where they are stored values, their shapes are those that the layers give which computed them.
     """
-    tasks = [source_task(stage.sample.task, source.name).slots(stage.sample) for source in recipe.data.sources]
-    draws: Slots = {name: (draw.shape, np.float32) for name, draw in stage.sample.draws.items()}
-    slots: Slots = {**max(tasks, key=_size), **draws, "weight": ((), np.float32)}
-    batch = {name: _empty(recipe.parallel.micro_batch, *slot) for name, slot in slots.items()}
+    size = recipe.parallel.micro_batch
+    sources = [source.name for source in recipe.data.sources]
+    slots = max((sample_slots(stage, source, recipe.data.plan_tokens) for source in sources), key=_size)
+    draws: Sized = {name: (draw.shape, np.float32) for name, draw in stage.sample.draws.items()}
+    slots |= draws | {"weight": ((), np.float32), "lengths": ((), np.int64)}
+    batch = {name: _empty(size, *slot) for name, slot in slots.items()}
+    for name in packed_slots(stage.sample):
+        batch[name] = batch[name].flatten(0, 1)
     if stage.storing:
         batch = shapes_after(stage.storing, batch)
     return {name: batch[name] for name in stage.inputs}
 
 
-def _size(slots: Slots) -> int:
+def sample_slots(stage: Stage, source: str, text_tokens: int | None = None) -> Sized:
+    """Return the slots of one sample of a source, its prompt with so many tokens beside those of its picture.
+
+    With None the prompt is the longest that is read.
+    """
+    spec, task = stage.sample, source_task(stage.sample.task, source)
+    length = task.length(spec)
+    if text_tokens is not None and isinstance(task, Conditioned):
+        length = min(length, length - spec.num_tokens + text_tokens)
+    return {
+        name: (tuple(length if size is None else size for size in shape), kind)
+        for name, (shape, kind) in task.slots(spec).items()
+    }
+
+
+def _size(slots: Sized) -> int:
     return sum(math.prod(shape) for shape, _ in slots.values())
 
 

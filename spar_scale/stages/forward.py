@@ -1,6 +1,7 @@
 """Uses of a forward without its loss: each runs those layers of the list that its outputs depend on.
 
-Legend: B samples, P prompt tokens, N captions (tokens and queries), D and C widths, latents (B, Z, g, g), V vocabulary.
+Legend: B samples, N captions of all samples one after another (tokens and queries), D and C widths,
+latents (B, Z, g, g), V vocabulary. Prompts are lists of tokens.
 Everything runs without gradient, in the mode that the model is in.
 """
 
@@ -12,12 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from parallel.errors import UserError
 from parallel.program import Subprogram
 from spar_scale.data.text import TextTokenizer
 from spar_scale.models.presets import Preset
 from spar_scale.stages import Stage
 
 REFERENCES = "reference_features"
+Prompts = Sequence[Sequence[int]]
 
 
 class Forward:
@@ -70,17 +73,17 @@ class Forward:
         assert self.stage.latent_scale is not None
         return self.decode(latents / self.stage.latent_scale).clamp(0, 1)
 
-    def condition(self, tokens: Tensor, keep: Tensor, references: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return captions (B, N, C), and which of them are real (B, N), for `velocity`.
+    def condition(self, prompts: Prompts, references: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return captions (N, C) of prompts, and the bounds of each prompt's (B + 1,), for `velocity`.
 
-        tokens (B, P), real where `keep` (B, P) is nonzero; references (B, 3, S, S) in [0, 1] are pictures to edit.
+        references (B, 3, S, S) in [0, 1] are pictures to edit.
         """
-        slots = self.run("captions", "caption_keep", **self._prompt(tokens, keep, references))
-        return slots["captions"], slots["caption_keep"]
+        slots = self.run("captions", "caption_bounds", **self._prompt(prompts, references))
+        return slots["captions"], slots["caption_bounds"]
 
-    def velocity(self, latents: Tensor, timestep: Tensor, captions: Tensor, keep: Tensor) -> Tensor:
+    def velocity(self, latents: Tensor, timestep: Tensor, captions: Tensor, bounds: Tensor) -> Tensor:
         """Predict the velocity (B, Z, g, g) of scaled noisy latents at timestep (B,) = 1000 sigma."""
-        return self.run("velocity", noisy_latent=latents, timestep=timestep, captions=captions, caption_keep=keep)[
+        return self.run("velocity", noisy_latent=latents, timestep=timestep, captions=captions, caption_bounds=bounds)[
             "velocity"
         ]
 
@@ -90,19 +93,18 @@ class Forward:
         states = {slot for layer in self._layers for slot in layer.writes if slot.startswith("query_state_")}
         return tuple(sorted(int(slot.rpartition("_")[2]) for slot in states))
 
-    def routing_weights(self, tokens: Tensor, keep: Tensor, references: Tensor | None = None) -> Tensor:
-        """Return the routing weights (B, N, K) of prompts; arguments as for `condition`."""
-        return self.run("routing_weights", **self._prompt(tokens, keep, references))["routing_weights"]
+    def routing_weights(self, prompts: Prompts, references: Tensor | None = None) -> Tensor:
+        """Return the routing weights (N, K) of the captions of prompts; arguments as for `condition`."""
+        return self.run("routing_weights", **self._prompt(prompts, references))["routing_weights"]
 
-    def next_token(self, tokens: Tensor, keep: Tensor, features: Tensor | None = None) -> Tensor:
-        """Return the logits (B, V) of the token that follows each prompt, padded on the right.
+    def next_token(self, prompts: Prompts, features: Tensor | None = None) -> Tensor:
+        """Return the logits (B, V) of the token that follows each prompt.
 
         `features` (B, tokens, D) are of the picture that the prompt shows.
         """
-        state = f"prefix_state_{self.preset.language.layers}"
-        states = self.run(state, **self._seen(tokens, keep, features))[state]
-        ends = keep.sum(1).long() - 1
-        return self.run("logits", **{state: states[torch.arange(len(tokens)), ends][:, None]})["logits"][:, 0]
+        state, given = f"prefix_state_{self.preset.language.layers}", self._seen(prompts, features)
+        last = given["lengths"].cumsum(0) - 1
+        return self.run("logits", **{state: self.run(state, **given)[state][last]})["logits"]
 
     @torch.no_grad()
     def continue_prompt(self, tokens: Sequence[int], features: Tensor, stop: frozenset[int], limit: int) -> list[int]:
@@ -111,30 +113,35 @@ class Forward:
         Ends before a token of `stop`, or after `limit` tokens. Keys and values are kept, so that each further token
         runs alone.
         """
-        prompt, layers = torch.tensor([list(tokens)]), range(1, self.preset.language.layers + 1)
+        layers = range(1, self.preset.language.layers + 1)
         kept = [f"prefix_{kind}_{index}" for index in layers for kind in ("keys", "values")]
-        slots = self.run("logits", *kept, **self._seen(prompt, torch.ones_like(prompt), features))
+        slots = self.run("logits", *kept, **self._seen([tokens], features))
         step = Subprogram(self.stage.decoding, ("logits", *kept))
         new: list[int] = []
         while len(new) < limit:
-            best = slots["logits"][:, -1].argmax(-1)
+            best = slots["logits"][-1:].argmax(-1)
             if int(best) in stop:
                 break
             new.append(int(best))
-            position = torch.tensor([prompt.shape[1] + len(new) - 1])
-            slots = step({**slots, "token": best[:, None], "position": position})
+            position = torch.tensor([len(tokens) + len(new) - 1])
+            slots = step({**slots, "token": best, "position": position})
         return new
 
-    def _prompt(self, tokens: Tensor, keep: Tensor, references: Tensor | None) -> dict[str, Tensor]:
+    def _prompt(self, prompts: Prompts, references: Tensor | None) -> dict[str, Tensor]:
         """The slots of prompts and of the pictures that they edit."""
-        return self._seen(tokens, keep, None if references is None else self.features(references))
+        features = None if references is None else self.features(references)
+        return self._seen(prompts, features, queries=self.preset.conditioning.num_queries)
 
-    def _seen(self, tokens: Tensor, keep: Tensor, features: Tensor | None) -> dict[str, Tensor]:
+    def _seen(self, prompts: Prompts, features: Tensor | None, queries: int = 0) -> dict[str, Tensor]:
         """The slots of prompts and of the features that they show; none stands for zeros, which no token takes."""
+        longest, limit = max(map(len, prompts)), self.preset.longest_sequence - queries
+        if longest > limit:  # the bound of the attention kernels
+            raise UserError(f"a prompt has {longest} tokens; preset '{self.preset.name}' takes up to {limit}")
         slot = REFERENCES if self._has_references else "features"
         if features is None:
-            features = torch.zeros(len(tokens), 1, self.preset.language.width)
-        return {"tokens": tokens, "keep": keep, slot: features}
+            features = torch.zeros(len(prompts), 1, self.preset.language.width)
+        tokens = torch.tensor([token for prompt in prompts for token in prompt])
+        return {"tokens": tokens, "lengths": torch.tensor([len(prompt) for prompt in prompts]), slot: features}
 
 
 def _program(layers: Sequence, wanted: tuple[str, ...], given: tuple[str, ...]) -> Subprogram:

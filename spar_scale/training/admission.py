@@ -82,7 +82,8 @@ def stored_bytes(recipe: Recipe, source: str, num_tokens: int) -> int:
         return 0
     shards = {one.name: expand_shards(one.shards) for one in recipe.data.sources if one.name == source}
     stored = encoded.Encoded(directory, manifest["made_of"], shards, "spar-scale data encode RECIPE")
-    return sum(tensor.nbytes for tensor in stored.empty(source, 1, num_tokens).values())
+    of_a_token = sum(state.nbytes for state in stored.token_states(source).values())
+    return sum(tensor.nbytes for tensor in stored.empty(source, 1).values()) + num_tokens * of_a_token
 
 
 def _messages(checks: list[Callable[[], object]]) -> Iterator[str]:

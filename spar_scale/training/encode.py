@@ -1,9 +1,9 @@
 """`spar-scale data encode RECIPE`: run the frozen parts of a training stage once over all samples, store the results.
 
-The frozen layers run on the recipe's micro-batches, source by source. So every matrix multiplication has the same shape
-as in training, and a run that reads the results is bit-equal to one that computes them (on the same machine with the
-same number of threads). Pictures are encoded once per sample; prompts without pictures once per distinct prompt;
-prompts with pictures per sample, with each text and without text.
+The frozen layers run on micro-batches of the recipe's size, source by source. Pictures are encoded once per sample;
+prompts without pictures once per distinct prompt; prompts with pictures per sample, with each text and without text. A
+run that reads the results has the losses of one that computes them within rounding: the prompts of a micro-batch are
+packed, and they are others here than in training.
 
 Each shard has one file, which is written under a temporary name and renamed; the manifest is written last. An
 interrupted command can be started again and skips the complete files.
@@ -176,7 +176,6 @@ class _Writer:
     ):
         self.directory, self.source, self.shards, self.key = directory, source, shards, key
         self.layers, self.encoding, self.task, self.sample = stage.layers, _encoding(stage), task, stage.sample
-        self.slots = task.slots(stage.sample)
 
     def write(self, micro_batch: int) -> None:
         """Write the files that do not exist yet."""
@@ -198,17 +197,17 @@ class _Writer:
         bad: dict[str, str] = {}
         for batch in _batches(shard, micro_batch):
             numbers = [number for number, _ in batch]
-            slots, prompts = self._empty(micro_batch), [[] for _ in batch]
+            images, prompts = self._no_images(micro_batch), [[] for _ in range(micro_batch)]
             for row, (number, members) in enumerate(batch):
                 try:
-                    slots["images"][row] = torch.from_numpy(self.task.pictures(members, self.sample))
+                    images[row] = torch.from_numpy(self.task.pictures(members, self.sample))
                     prompts[row] = self.task.prompts(members, self.sample) if illustrated else []
                 except BadSample as error:
                     bad[str(number)] = str(error)
             # A micro-batch holds one prompt per sample, as in training, so the k-th pass runs the k-th prompt of each.
             for k in range(max(1, *map(len, prompts))):
-                rows = {row: of_sample[k] for row, of_sample in enumerate(prompts) if len(of_sample) > k}
-                outputs = (first_pass if k == 0 else states_pass)(self._with_prompts(slots, rows))
+                rows = [of_sample[k] if len(of_sample) > k else None for of_sample in prompts]
+                outputs = (first_pass if k == 0 else states_pass)(self._slots(rows, images=images))
                 if states is not None:
                     states.add(outputs, rows, numbers)
                 for name in pictures if k == 0 else ():
@@ -227,22 +226,21 @@ class _Writer:
         states = PromptStates(self.encoding.states)
         prompts = list(distinct.values())
         for first in range(0, len(prompts), micro_batch):
-            rows = dict(enumerate(prompts[first : first + micro_batch]))
-            states.add(run(self._with_prompts(self._empty(micro_batch), rows)), rows, None)
+            rows = prompts[first : first + micro_batch]
+            blank = {name: torch.zeros(len(rows), *shape) for name, shape in self.encoding.without_pictures.items()}
+            states.add(run(self._slots(rows, **blank)), rows, None)
         save(path, self.key, digest(self.shards), {}, states, {})
         _log.info("%s: %d prompts", path, len(prompts))
 
-    def _empty(self, batch: int) -> dict[str, Tensor]:
-        arrays = {name: np.zeros((batch, *shape), kind) for name, (shape, kind) in self.slots.items()}
-        blank = {name: torch.zeros(batch, *shape) for name, shape in self.encoding.without_pictures.items()}
-        return {**{name: torch.from_numpy(array) for name, array in arrays.items()}, **blank}
+    def _no_images(self, batch: int) -> Tensor:
+        shape, _ = self.task.slots(self.sample)["images"]
+        return torch.zeros(batch, *(size for size in shape if size is not None))
 
-    def _with_prompts(self, slots: dict[str, Tensor], prompts: Mapping[int, np.ndarray]) -> dict[str, Tensor]:
-        """Return the slots on the device, with the prompts (row -> tokens) in their rows and padding in the others."""
-        slots = {**slots, **{name: torch.zeros_like(slots[name]) for name in ("tokens", "keep")}}
-        for row, tokens in prompts.items():
-            for name, value in self.task.padded(tokens, self.sample).items():
-                slots[name][row] = torch.from_numpy(value)
+    def _slots(self, rows: Sequence[np.ndarray | None], **pictures: Tensor) -> dict[str, Tensor]:
+        """Return the slots of prompts and pictures on the device; a row without a prompt has one token."""
+        tokens = [np.zeros(1, np.int64) if row is None else row for row in rows]
+        prompts = {"tokens": np.concatenate(tokens), "lengths": np.array([len(row) for row in tokens])}
+        slots = {**{name: torch.from_numpy(array) for name, array in prompts.items()}, **pictures}
         return {name: value.to(device_type()) for name, value in slots.items()}
 
 

@@ -77,16 +77,16 @@ class Language(LanguageShape):
         return found.model.language_model, found.lm_head
 
     def position_layer(self, trunk: nn.Module, num_queries: int) -> Layer:
-        """Return the layer from `keep` to what the layers of prompt, queries and connector read of positions."""
+        """Return the layer from `tokens`, `lengths`, `caption_order` to what its other layers read of positions."""
         return layers.QueryPositions(Rotary(cast(Any, trunk).config), num_queries)
 
-    def prompt_layers(self, trunk: nn.Module, features: str | None) -> list[Layer]:
+    def prompt_layers(self, trunk: nn.Module, features: str | None, longest: int) -> list[Layer]:
         """Return the way from `tokens`, and a slot of features, to every `prefix_state_k`, without gradient."""
-        return layers.prompt_layers(trunk, self.image_token_id, features, frozen=True)
+        return layers.prompt_layers(trunk, self.image_token_id, features, longest, frozen=True)
 
-    def query_layers(self, trunk: nn.Module, sampled: Iterable[int]) -> list[Layer]:
+    def query_layers(self, trunk: nn.Module, sampled: Iterable[int], longest: int) -> list[Layer]:
         """Return the way of `queries` through the frozen model; `sampled` states become `query_state_k`."""
-        return layers.query_layers(trunk, sampled)
+        return layers.query_layers(trunk, sampled, longest)
 
     def decoding_layers(self, trunk: nn.Module, head: nn.Module) -> list[Layer]:
         """Return the way of one further `token` at `position` to its `logits`."""
@@ -102,9 +102,9 @@ class Language(LanguageShape):
         """Return the last decoder layers of the model and its final norm."""
         return list(trunk.get_submodule("layers").children())[-number:], trunk.get_submodule("norm")
 
-    def bidirectional_layer(self, layer: nn.Module) -> Layer:
-        """Return a decoder layer as a layer on `captions` in which every token attends to every real one."""
-        return layers.BidirectionalLayer(layer)
+    def bidirectional_layer(self, layer: nn.Module, longest: int) -> Layer:
+        """Return a decoder layer as a layer on `captions` in which every token attends to all of its sample."""
+        return layers.BidirectionalLayer(layer, longest)
 
 
 def build_mllm(vision: VisionEncoder, language: LanguageModel) -> nn.Module:
@@ -125,7 +125,7 @@ def training_layers(mllm: nn.Module, vision: VisionEncoder, language: LanguageMo
     tower, projector, trunk = found.model.vision_tower, found.model.multi_modal_projector, found.model.language_model
     return layers.vision_layers(tower, projector, seen.downsample_ratio, frozen=False), [
         layers.PromptPositions(Rotary(trunk.config)),
-        *layers.prompt_layers(trunk, read.image_token_id, "features", frozen=False),
+        *layers.prompt_layers(trunk, read.image_token_id, "features", read.max_positions, frozen=False),
         layers.logits_layer(found.lm_head, read.layers),
     ]
 

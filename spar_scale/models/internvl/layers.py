@@ -1,17 +1,21 @@
-"""InternVL's forward as layers: pictures to features, a prompt to hidden states, and one further token.
+"""InternVL's forward as layers: pictures to features, prompts to hidden states, and one further token.
 
-Slots (B samples, T = P prompt tokens, Q queries, N = P + Q, M picture tokens of a prompt, D and W widths, E head width,
-V vocabulary):
+Prompts of different lengths stand one after another, without padding. Slots (B samples, T prompt tokens of all samples,
+Q queries, N = T + B Q, M picture tokens of a prompt, D and W widths, E head width, V vocabulary):
     images (..., 3, S, S) in [0, 1]      features_hidden (B', 1 + P', W)    features (B', M, D), B' = all leading dims
-    tokens (B, T) int64                  keep (B, P) uint8, 1 where a token is real
-    prefix_state_k (B, T, D)             hidden state k of the prompt: 0 is the embedding, the last is after the norm
-    prefix_keys_k, prefix_values_k       (B, T, H_kv, E), of layer k, counted from 1
+    tokens (T,) int64                    lengths (B,) int64, tokens of each prompt
+    prefix_state_k (T, D)                hidden state k of the prompts: 0 is the embedding, the last is after the norm
+    prefix_keys_k, prefix_values_k       (T, H_kv, E), of layer k, counted from 1
     queries (B, Q, D)                    query_state_k (B, Q, D)
-    rotary_cos, rotary_sin (B, N, E)     prefix_mask (B, 1, P, P)           query_mask (B, 1, Q, N)
-    caption_keep (B, N) uint8            which tokens of prompt and queries are real
-    position (B,)                        token (B, 1): the one that is read next; logits (B, T, V)
+    prompt_bounds (B + 1,) int32         where the prompts begin and end
+    rotary_cos, rotary_sin (N, E)        of the prompts, then of the queries
+    captions (N, D)                      the queries of a sample stand behind its prompt; so in what follows:
+    caption_order (N,) int64             which of prompts, then queries, stands there
+    caption_bounds (B + 1,) int32        caption_cos, caption_sin (N, E)
+    position (1,)                        token (1,): the one that is read next; logits (T, V)
 
-The vision tower names its slots after the features that it writes, so that a list can hold two of them.
+The vision tower names its slots after the features that it writes, so that a list can hold two of them. `longest` is a
+number of tokens that no prompt with its queries exceeds.
 """
 
 from __future__ import annotations
@@ -23,16 +27,9 @@ from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from parallel.program import Apply, Layer
-from spar_scale.models.blocks import positions
 from spar_scale.models.internvl import vision
-from spar_scale.models.internvl.language import (
-    Rotary,
-    causal_masks,
-    decoder_layer,
-    extend_padding_mask,
-    merge,
-    query_layer,
-)
+from spar_scale.models.internvl.language import Rotary, decoder_layer, merge, query_layer
+from spar_scale.ops.packing import Packing, cumulative, even_bounds, position_ids
 
 
 class EmbedImages(Layer):
@@ -70,107 +67,116 @@ class EmbedPrompt(Layer):
     def __init__(self, embedding: nn.Module, image_token_id: int, features: str | None, frozen: bool):
         super().__init__()
         self.embedding, self.image_token_id, self.features = embedding, image_token_id, features
-        self.reads = ("tokens",) if features is None else ("tokens", features)
+        self.reads = ("tokens",) if features is None else ("tokens", "lengths", features)
         self.detached = frozenset(self.writes if frozen else ())
 
-    def forward(self, tokens: Tensor, **pictures: Tensor) -> dict[str, Tensor]:
+    def forward(self, tokens: Tensor, **slots: Tensor) -> dict[str, Tensor]:
         """Embed the tokens and place the features."""
         embedded = self.embedding(tokens)
-        for features in pictures.values():
-            embedded = merge(embedded, features, tokens == self.image_token_id)
+        if self.features is not None:
+            is_image = tokens == self.image_token_id
+            embedded = merge(embedded, slots[self.features], is_image, slots["lengths"])
         return {"prefix_state_0": embedded}
 
 
 class QueryPositions(Layer):
-    """`keep` to rotary angles and masks of a prompt and `num_queries` queries behind it, once for all layers."""
+    """Bounds of prompts, and rotary angles of prompts with `num_queries` queries behind each, once for all layers."""
 
-    reads = ("keep",)
-    writes = ("caption_keep", "rotary_cos", "rotary_sin", "prefix_mask", "query_mask")
+    reads = ("tokens", "lengths", "caption_order")
+    writes = ("prompt_bounds", "rotary_cos", "rotary_sin", "caption_cos", "caption_sin")
     derived = True
 
     def __init__(self, rotary: Rotary, num_queries: int):
         super().__init__()
         self.rotary, self.num_queries = rotary, num_queries
 
-    def forward(self, keep: Tensor) -> dict[str, Tensor]:
+    def forward(self, tokens: Tensor, lengths: Tensor, caption_order: Tensor) -> dict[str, Tensor]:
         """Compute them."""
-        whole = extend_padding_mask(keep, self.num_queries)
-        values = (whole, *self.rotary(positions(whole)), *causal_masks(keep, self.num_queries))
+        behind = lengths[:, None] + torch.arange(self.num_queries, device=lengths.device)
+        cos, sin = self.rotary(torch.cat([position_ids(lengths, len(tokens)), behind.flatten()]))
+        values = (cumulative(lengths), cos, sin, cos[caption_order], sin[caption_order])
         return dict(zip(self.writes, values, strict=True))
 
 
 class PromptPositions(Layer):
-    """Rotary angles and the causal mask of `tokens` that are padded on the right: no real token reads the padding."""
+    """Bounds and rotary angles of prompts alone."""
 
-    reads = ("tokens",)
-    writes = ("rotary_cos", "rotary_sin", "prefix_mask")
+    reads = ("tokens", "lengths")
+    writes = ("prompt_bounds", "rotary_cos", "rotary_sin")
     derived = True
 
     def __init__(self, rotary: Rotary):
         super().__init__()
         self.rotary = rotary
 
-    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+    def forward(self, tokens: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         """Compute them."""
-        batch, length = tokens.shape
-        cos, sin = self.rotary(torch.arange(length, device=tokens.device)[None])
-        mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-        values = (cos.expand(batch, -1, -1), sin.expand(batch, -1, -1), mask.expand(batch, 1, -1, -1))
+        values = (cumulative(lengths), *self.rotary(position_ids(lengths, len(tokens))))
         return dict(zip(self.writes, values, strict=True))
 
 
 class PrefixLayer(Layer):
-    """Layer `index` (from 1) of the language model on the prompt; the last one's state is that after the final norm."""
+    """Layer `index` (from 1) of the language model on prompts; the last one's state is that after the final norm."""
 
-    def __init__(self, layer: nn.Module, index: int, norm: nn.Module | None, frozen: bool):
+    def __init__(self, layer: nn.Module, index: int, norm: nn.Module | None, longest: int, frozen: bool):
         super().__init__()
-        self.layer, self.norm = layer, norm
+        self.layer, self.norm, self.longest = layer, norm, longest
         self.before = f"prefix_state_{index - 1}"
-        self.reads = (self.before, "rotary_cos", "rotary_sin", "prefix_mask")
+        self.reads = (self.before, "rotary_cos", "rotary_sin", "prompt_bounds")
         self.writes = (f"prefix_state_{index}", f"prefix_keys_{index}", f"prefix_values_{index}")
         self.detached = frozenset(self.writes if frozen else ())
 
-    def forward(self, rotary_cos: Tensor, rotary_sin: Tensor, prefix_mask: Tensor, **state: Tensor):
+    def forward(self, rotary_cos: Tensor, rotary_sin: Tensor, prompt_bounds: Tensor, **state: Tensor):
         """Run the layer."""
-        hidden = state[self.before]
-        length = hidden.shape[1]
-        angles = rotary_cos[:, :length], rotary_sin[:, :length]
-        hidden, kept = decoder_layer(self.layer, hidden, *angles, prefix_mask)
+        hidden, packing = state[self.before], Packing.same(prompt_bounds, self.longest)
+        angles = rotary_cos[: len(hidden)], rotary_sin[: len(hidden)]
+        hidden, kept = decoder_layer(self.layer, hidden, *angles, packing)
         hidden = hidden if self.norm is None else self.norm(hidden)
         return dict(zip(self.writes, (hidden, *kept), strict=True))
 
 
 class QueryLayer(Layer):
-    """Layer `index` (from 1) of the frozen language model on the queries, on what the layer reads of the prompt."""
+    """Layer `index` (from 1) of the frozen language model on the queries, on what the layer reads of the prompts."""
 
-    def __init__(self, layer: nn.Module, index: int, sampled: bool, norm: nn.Module | None):
+    def __init__(self, layer: nn.Module, index: int, sampled: bool, norm: nn.Module | None, longest: int):
         super().__init__()
-        self.layer, self.norm = layer, norm
+        self.layer, self.norm, self.longest = layer, norm, longest
         self.prompt = f"prefix_state_{index - 1}"
-        self.reads = (self.prompt, "queries", "rotary_cos", "rotary_sin", "query_mask")
+        self.reads = (self.prompt, "queries", "rotary_cos", "rotary_sin", "caption_order", "caption_bounds")
         self.writes = ("queries", f"query_state_{index}") if sampled else ("queries",)
 
-    def forward(self, queries: Tensor, rotary_cos: Tensor, rotary_sin: Tensor, query_mask: Tensor, **state: Tensor):
+    def forward(
+        self,
+        queries: Tensor,
+        rotary_cos: Tensor,
+        rotary_sin: Tensor,
+        caption_order: Tensor,
+        caption_bounds: Tensor,
+        **state: Tensor,
+    ):
         """Run the layer; the last one's state is that after the final norm."""
-        queries = query_layer(self.layer, state[self.prompt], queries, rotary_cos, rotary_sin, query_mask)
+        batch, number, _ = queries.shape
+        packing = Packing(even_bounds(batch, number, queries.device), caption_bounds, number, self.longest)
+        angles = rotary_cos, rotary_sin
+        queries = query_layer(self.layer, state[self.prompt], queries, *angles, caption_order, packing)
         after = queries if self.norm is None else self.norm(queries)
         return dict(zip(self.writes, (queries, after), strict=False))
 
 
 class BidirectionalLayer(Layer):
-    """A decoder layer on `captions` (B, N, D) in which every token attends to every real one."""
+    """A decoder layer on `captions` (N, D) in which every token attends to all of its sample."""
 
-    reads = ("captions", "caption_keep", "rotary_cos", "rotary_sin")
+    reads = ("captions", "caption_bounds", "caption_cos", "caption_sin")
     writes = ("captions",)
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, longest: int):
         super().__init__()
-        self.layer = layer
+        self.layer, self.longest = layer, longest
 
-    def forward(self, captions: Tensor, caption_keep: Tensor, rotary_cos: Tensor, rotary_sin: Tensor):
+    def forward(self, captions: Tensor, caption_bounds: Tensor, caption_cos: Tensor, caption_sin: Tensor):
         """Run the layer."""
-        mask = caption_keep.bool()[:, None, None, :].expand(-1, 1, caption_keep.shape[1], -1)
-        return {"captions": decoder_layer(self.layer, captions, rotary_cos, rotary_sin, mask)[0]}
+        packing = Packing.same(caption_bounds, self.longest)
+        return {"captions": decoder_layer(self.layer, captions, caption_cos, caption_sin, packing, causal=False)[0]}
 
 
 class TokenPosition(Layer):
@@ -185,7 +191,7 @@ class TokenPosition(Layer):
 
     def forward(self, position: Tensor) -> dict[str, Tensor]:
         """Compute them."""
-        return dict(zip(self.writes, self.rotary(position[:, None]), strict=True))
+        return dict(zip(self.writes, self.rotary(position), strict=True))
 
 
 class DecodingLayer(Layer):
@@ -198,9 +204,10 @@ class DecodingLayer(Layer):
         self.writes = ("token_state", *self.kept)
 
     def forward(self, token_state: Tensor, rotary_cos: Tensor, rotary_sin: Tensor, **kept: Tensor):
-        """Run the layer. The token reads all tokens before it, so it needs no mask."""
+        """Run the layer."""
         keys, values = (kept[name] for name in self.kept)
-        state, longer = decoder_layer(self.layer, token_state, rotary_cos, rotary_sin, None, (keys, values))
+        packing = Packing.even(1, 1, len(keys) + 1, keys.device)
+        state, longer = decoder_layer(self.layer, token_state, rotary_cos, rotary_sin, packing, earlier=(keys, values))
         return dict(zip(self.writes, (state, *longer), strict=True))
 
 
@@ -216,17 +223,19 @@ def vision_layers(
     ]
 
 
-def prompt_layers(trunk: nn.Module, image_token_id: int, features: str | None, frozen: bool) -> list[Layer]:
+def prompt_layers(
+    trunk: nn.Module, image_token_id: int, features: str | None, longest: int, frozen: bool
+) -> list[Layer]:
     """Return the way from `tokens`, and the slot `features`, if any, to every `prefix_state_k`."""
     return [
         EmbedPrompt(trunk.get_submodule("embed_tokens"), image_token_id, features, frozen),
-        *(PrefixLayer(layer, index, norm, frozen) for index, layer, norm in _numbered(trunk)),
+        *(PrefixLayer(layer, index, norm, longest, frozen) for index, layer, norm in _numbered(trunk)),
     ]
 
 
-def query_layers(trunk: nn.Module, sampled: Iterable[int]) -> list[Layer]:
+def query_layers(trunk: nn.Module, sampled: Iterable[int], longest: int) -> list[Layer]:
     """Return the way of `queries` through the model, on every `prefix_state_k`; `sampled` states are written."""
-    return [QueryLayer(layer, index, index in set(sampled), norm) for index, layer, norm in _numbered(trunk)]
+    return [QueryLayer(layer, index, index in set(sampled), norm, longest) for index, layer, norm in _numbered(trunk)]
 
 
 def decoding_layers(trunk: nn.Module, head: nn.Module, rotary: Rotary) -> list[Layer]:

@@ -39,9 +39,9 @@ class Sana(DiffusionShape):
         """Write the published layout."""
         weights.save_diffusion(diffusion, directory)
 
-    def velocity_layers(self, diffusion: nn.Module, tap: tuple[int, Layer] | None = None) -> list[Layer]:
+    def velocity_layers(self, diffusion: nn.Module, longest: int, tap: tuple[int, Layer] | None = None) -> list[Layer]:
         """Return the way from `noisy_latent`, `timestep`, `captions` to `velocity`; a tap stands behind its block."""
-        return layers.velocity_layers(cast(model.Diffusion, diffusion), tap)
+        return layers.velocity_layers(cast(model.Diffusion, diffusion), longest, tap)
 
     def alignment_head(self, teacher_width: int) -> nn.Module:
         """Return the head from the `image_tokens` of a block to features of a teacher, weights uninitialised."""

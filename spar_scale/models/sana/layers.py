@@ -1,8 +1,9 @@
 """SANA's forward as layers, from a noisy latent and captions to the velocity.
 
-Slots (B samples, N latent positions / patch^2, W and D widths, M captions, C caption channels, Z latent channels):
-    noisy_latent (B, Z, g, g)   timestep (B,) = 1000 sigma   captions (B, M, C)   caption_keep (B, M), 1 where real
-    image_tokens (B, N, W)   context (B, M, W)   modulation (B, 6 W)   time (B, W)   velocity (B, Z, g, g)
+Slots (B samples, N latent positions / patch^2, W and D widths, M captions of all samples one after another, C caption
+channels, Z latent channels):
+    noisy_latent (B, Z, g, g)   timestep (B,) = 1000 sigma   captions (M, C)   caption_bounds (B + 1,) int32
+    image_tokens (B, N, W)   context (M, W)   modulation (B, 6 W)   time (B, W)   velocity (B, Z, g, g)
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from parallel.program import Layer
 from spar_scale.models.sana.model import Diffusion, DiffusionInput, DiffusionOutput, run_block
+from spar_scale.ops.packing import Packing, even_bounds
 
 
 class EmbedLatent(Layer):
@@ -31,16 +33,18 @@ class EmbedLatent(Layer):
 class DiffusionBlock(Layer):
     """One block on `image_tokens`."""
 
-    reads = ("image_tokens", "context", "caption_keep", "modulation")
+    reads = ("image_tokens", "context", "caption_bounds", "modulation")
     writes = ("image_tokens",)
 
-    def __init__(self, block: nn.Module, grid: int):
+    def __init__(self, block: nn.Module, grid: int, longest: int):
         super().__init__()
-        self.block, self.grid = block, (grid, grid)
+        self.block, self.grid, self.longest = block, (grid, grid), longest
 
-    def forward(self, image_tokens: Tensor, context: Tensor, caption_keep: Tensor, modulation: Tensor):
+    def forward(self, image_tokens: Tensor, context: Tensor, caption_bounds: Tensor, modulation: Tensor):
         """Run the block."""
-        return {"image_tokens": run_block(self.block, image_tokens, context, caption_keep, modulation, self.grid)}
+        batch, tokens, _ = image_tokens.shape
+        packing = Packing(even_bounds(batch, tokens, context.device), caption_bounds, tokens, self.longest)
+        return {"image_tokens": run_block(self.block, image_tokens, context, packing, modulation, self.grid)}
 
 
 class PredictVelocity(Layer):
@@ -58,8 +62,8 @@ class PredictVelocity(Layer):
         return {"velocity": self.end(image_tokens, time, self.grid)}
 
 
-def velocity_layers(diffusion: Diffusion, tap: tuple[int, Layer] | None = None) -> list[Layer]:
-    """Return the way from `noisy_latent` and `captions` to `velocity`.
+def velocity_layers(diffusion: Diffusion, longest: int, tap: tuple[int, Layer] | None = None) -> list[Layer]:
+    """Return the way from `noisy_latent` and `captions` to `velocity`; no sample has more than `longest` captions.
 
     `tap` is a layer with the number, from 1, of the block behind which it stands. Raises ValueError for a number that
     is no block's.
@@ -69,7 +73,7 @@ def velocity_layers(diffusion: Diffusion, tap: tuple[int, Layer] | None = None) 
     grid = diffusion.shape.sample_size // diffusion.shape.patch_size
     layers: list[Layer] = [EmbedLatent(diffusion)]
     for number, block in enumerate(diffusion.transformer.transformer_blocks, start=1):
-        layers.append(DiffusionBlock(block, grid))
+        layers.append(DiffusionBlock(block, grid, longest))
         if tap is not None and number == tap[0]:
             layers.append(tap[1])
     return [*layers, PredictVelocity(diffusion, grid)]

@@ -1,7 +1,7 @@
 """SANA's diffusion transformer: diffusers' class, cut into pieces that a list of layers can hold.
 
 Legend: B batch, C latent channels, H x W latent positions, N = H W / patch^2 tokens, W_t width, M caption
-tokens. The model is `SanaTransformer2DModel`, so published weights fit by name and
+tokens of all samples one after another. The model is `SanaTransformer2DModel`, so published weights fit by name and
 `Diffusion.transformer.save_pretrained` writes the published layout. The list of layers (`layers.py`) composes
 `DiffusionInput`, the blocks (`run_block`) and `DiffusionOutput`, bit-equal to the class's own forward
 (tested). The pieces own their parameters' references and are called as modules, because ZeRO-3 gathers
@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel, SanaTransformerBlock
 from torch import Tensor, nn
 
 from spar_scale.models.sana.shapes import DiffusionShape
 from spar_scale.ops.attention import attention
+from spar_scale.ops.packing import Packing
 
 _GATES = (2, 5)  # rows of a block's scale_shift_table: gate of self-attention, gate of the feed-forward
 
@@ -28,16 +28,16 @@ class CrossAttention:
     """SANA's cross-attention through `attention`; a diffusers attention processor."""
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Packing
     ) -> Tensor:
-        """Tokens (B, N, W) attend to captions (B, M, W); mask (B, 1, M), boolean or an additive bias."""
+        """Tokens (B, N, W) attend to the captions (M, W) of their sample.
+
+        The packing has the bounds of both. The classes of diffusers (0.38) hand it on unread, in the place of a mask.
+        """
         q, k, v = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         q, k, v = (tensor.unflatten(-1, (attn.heads, -1)) for tensor in (q, k, v))
-        if attention_mask is not None:
-            if attention_mask.dtype != torch.bool:
-                attention_mask = attention_mask == 0  # the class's own forward discards by a bias of -10000
-            attention_mask = attention_mask[:, None]
-        return attn.to_out[0](attention(q, k, v, mask=attention_mask).flatten(2))
+        mixed = attention(q.flatten(0, 1), k, v, packing=attention_mask)
+        return attn.to_out[0](mixed.flatten(1)).view_as(hidden_states)
 
 
 class Diffusion(nn.Module):
@@ -75,7 +75,7 @@ class DiffusionInput(nn.Module):
         self.caption_projection, self.caption_norm = transformer.caption_projection, transformer.caption_norm
 
     def forward(self, latents: Tensor, timestep: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return tokens (B, N, W_t), context (B, M, W_t), modulation (B, 6 W_t) and embedded time (B, W_t).
+        """Return tokens (B, N, W_t), context (M, W_t), modulation (B, 6 W_t) and embedded time (B, W_t).
 
         latents (B, C, H, W) are taken in the dtype of the captions; timestep (B,) stays in fp32.
         """
@@ -114,10 +114,10 @@ class AlignmentHead(nn.Sequential):
 
 
 def run_block(
-    block: nn.Module, tokens: Tensor, context: Tensor, keep: Tensor, modulation: Tensor, grid: tuple[int, int]
+    block: nn.Module, tokens: Tensor, context: Tensor, packing: Packing, modulation: Tensor, grid: tuple[int, int]
 ) -> Tensor:
     """One block: tokens (B, N, W_t) on a grid of (rows, columns), one block further.
 
-    context (B, M, W_t) is read where `keep` (B, M) is nonzero; modulation (B, 6 W_t).
+    `packing` has the bounds of tokens and context (M, W_t); modulation (B, 6 W_t).
     """
-    return block(tokens, None, context, keep.bool()[:, None], modulation, *grid)
+    return block(tokens, None, context, packing, modulation, *grid)

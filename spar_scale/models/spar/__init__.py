@@ -45,9 +45,14 @@ class Conditioning(ConditioningShape):
         """Return SPAR around a loaded tokenizer: pretrained parts out of `parts`, new ones from the seed."""
         return weights.assemble(self, language, vision, diffusion, parts, tokenizer, seed, routing, aligned)
 
-    def conditioning_layers(self, spar: nn.Module, language: LanguageModel, illustrated: bool) -> list[Layer]:
-        """Return the way from `tokens` and `keep` (and `features`, where `illustrated`) to `captions`."""
-        return layers.conditioning_layers(cast(model.SPAR, spar), language, illustrated)
+    def conditioning_layers(
+        self, spar: nn.Module, language: LanguageModel, illustrated: bool, longest: int
+    ) -> list[Layer]:
+        """Return the way from `tokens` and `lengths` (and `features`, where `illustrated`) to `captions`.
+
+        No prompt with its queries has more than `longest` tokens.
+        """
+        return layers.conditioning_layers(cast(model.SPAR, spar), language, illustrated, longest)
 
     def answering_layers(self, spar: nn.Module, language: LanguageModel) -> list[Layer]:
         """Return the way from the prompt's last state to `logits`."""

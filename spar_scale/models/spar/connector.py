@@ -1,11 +1,10 @@
 """The bidirectional connector between the language model and the diffusion transformer.
 
-Legend: B batch, N tokens (prompt and queries), D width of the language model, C caption channels.
+Legend: D width of the language model, C caption channels.
 Decoder layers of the language model's own class, as published started from its last layers and final norm,
-but without the causal order: every token attends to every real token. Position ids are those of the language
-model (a count of the real tokens). The conditional projection then leads to the caption channels of the
-diffusion transformer. The mask is boolean rather than an additive -1e5: the same softmax in fp32, and
-every backend of `ops/attention.py` reads it. The list of layers (`layers.py`) is the forward.
+but without the causal order: every token attends to all tokens of its sample. Position ids are those of the language
+model. The conditional projection then leads to the caption channels of the diffusion transformer. Published code pads
+and masks; packed samples need neither. The list of layers (`layers.py`) is the forward.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Parts only; the list of layers (`layers.py`) is the forward, in training and in use.
 
-Legend: B batch, P prompt tokens, Q queries, D width.
+Legend: B batch, T prompt tokens of all samples, Q queries, D width.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class SPAR(Composition):
 
 
 def keep_references(routed: Tensor, embedded: Tensor, is_image: Tensor) -> Tensor:
-    """Put the embeddings (B, P, D) back over the routed tokens (B, P + Q, D) where `is_image` (B, P) is true.
+    """Put the embeddings (T, D) back over the routed tokens (T + B Q, D) where `is_image` (T,) is true.
 
     The reference picture conditions twice: through the language model, and as its features are.
     """
-    queries = routed[:, is_image.shape[1] :]
-    return torch.cat([torch.where(is_image[..., None], embedded, routed[:, : is_image.shape[1]]), queries], dim=1)
+    prompt, queries = routed[: len(embedded)], routed[len(embedded) :]
+    return torch.cat([torch.where(is_image[:, None], embedded, prompt), queries])

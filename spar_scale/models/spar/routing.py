@@ -1,6 +1,6 @@
 """Dynamic Token Routing: every token chooses among the language model's layers (SPAR, section on conditioning).
 
-Legend: B batch, K sampled hidden states, N tokens, D width of the language model, L its layers.
+Legend: K sampled hidden states, N tokens, D width of the language model, L its layers.
 Routed token = W_p LN(sum_k w_k alpha_k H_k) with w = softmax(g(H_K) / tau), where H_K is the last
 sampled state and g is Linear(D, D/2) -> SiLU -> Linear(D/2, K). Hidden state 0 is the embedding and L
 the output of the final norm; the ones between are the raw residual stream, so their scales differ,
@@ -33,7 +33,7 @@ def sampled_states(num_layers: int, num_states: int) -> tuple[int, ...]:
 
 
 class TokenRouting(nn.Module):
-    """Routes stacked hidden states (B, K, N, D) to tokens (B, N, D).
+    """Routes stacked hidden states (K, N, D) to tokens (N, D).
 
     `sampled` holds the indices of the hidden states to stack; it follows from `num_layers` (L),
     `num_states` (K) and `kind`. Raises ValueError for an unknown kind.
@@ -53,17 +53,17 @@ class TokenRouting(nn.Module):
         self.projection = nn.Linear(width, width)
 
     def weights(self, states: Tensor) -> Tensor:
-        """Return the routing weights (B, N, K) of states (B, K, N, D), fp32; they sum to 1 for each token."""
+        """Return the routing weights (N, K) of states (K, N, D), fp32; they sum to 1 for each token."""
         if self.gate is None:
-            batch, num_states, num_tokens, _ = states.shape
-            return states.new_full((batch, num_tokens, num_states), 1 / num_states, dtype=torch.float32)
-        return (self.gate(states[:, -1]).float() / self.temperature).softmax(dim=-1)
+            num_states, num_tokens, _ = states.shape
+            return states.new_full((num_tokens, num_states), 1 / num_states, dtype=torch.float32)
+        return (self.gate(states[-1]).float() / self.temperature).softmax(dim=-1)
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Map hidden states (B, K, N, D), in the order of `sampled`, to routed tokens (B, N, D) and their weights."""
+        """Map hidden states (K, N, D), in the order of `sampled`, to routed tokens (N, D) and their weights."""
         weights = self.weights(states)
         scaled = (weights * self.scales).to(states.dtype)
-        return self.projection(self.norm(torch.einsum("bnk,bknd->bnd", scaled, states))), weights
+        return self.projection(self.norm(torch.einsum("nk,knd->nd", scaled, states))), weights
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, TokenRouting):
