@@ -1,7 +1,8 @@
 """A language-model family that is not Qwen2, reads no pictures and has no attention, for a test of the roles.
 
-A token reads the mean of the real tokens up to it: h + MLP(norm(h) + norm(mean)). Importing this module makes the
-preset `toy` known, in this process: SPAR's connector around this language model, without vision encoder and tokenizer.
+A token reads the mean of the tokens of its sample up to it: h + MLP(norm(h) + norm(mean)). Importing this module makes
+the preset `toy` known, in this process: SPAR's connector around this language model, without vision encoder and
+tokenizer.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import PRESETS, Preset
 from spar_scale.models.published import PretrainedPart, shapes_only
 from spar_scale.models.roles import VisionEncoder
+from spar_scale.ops.packing import position_ids, sample_of
 
 
 class Block(nn.Module):
@@ -48,34 +50,40 @@ class Model(nn.Module):
         self.trunk, self.head = Trunk(width, layers, words), nn.Linear(width, words)
 
 
-class Lengths(Layer):
-    """How many real tokens stand before each, itself among them."""
+class Places(Layer):
+    """The sample and the place of each token, with its queries behind each prompt: prompts first, then queries."""
 
-    reads, writes = ("keep",), ("caption_keep", "real", "counts")
+    reads, writes = ("tokens", "lengths", "caption_order"), ("sample", "place", "caption_sample")
     derived = True
 
     def __init__(self, num_queries: int):
         super().__init__()
         self.num_queries = num_queries
 
-    def forward(self, keep: Tensor) -> dict[str, Tensor]:
-        whole = torch.cat([keep, keep.new_ones(len(keep), self.num_queries)], 1)
-        real = whole.float()[..., None]
-        return {"caption_keep": whole, "real": real, "counts": real.cumsum(1).clamp_min(1)}
+    def forward(self, tokens: Tensor, lengths: Tensor, caption_order: Tensor) -> dict[str, Tensor]:
+        queries = torch.arange(len(lengths)).repeat_interleave(self.num_queries)
+        behind = lengths[:, None] + torch.arange(self.num_queries)
+        sample = torch.cat([sample_of(lengths, len(tokens)), queries])
+        place = torch.cat([position_ids(lengths, len(tokens)), behind.flatten()])
+        return {"sample": sample, "place": place, "caption_sample": sample[caption_order]}
+
+
+def mean_up_to(hidden: Tensor, sample: Tensor, place: Tensor, whole: bool = False) -> Tensor:
+    """The mean of the tokens (T, D) of its sample up to each, or of the whole sample."""
+    reads = (sample[:, None] == sample) & (whole | (place <= place[:, None]))
+    return (reads.to(hidden.dtype) / reads.sum(1, keepdim=True)) @ hidden
 
 
 class PromptBlock(Layer):
     def __init__(self, block: nn.Module, index: int, norm: nn.Module | None):
         super().__init__()
         self.block, self.norm, self.before = block, norm, f"prefix_state_{index - 1}"
-        self.reads, self.writes = (self.before, "real", "counts"), (f"prefix_state_{index}",)
+        self.reads, self.writes = (self.before, "sample", "place"), (f"prefix_state_{index}",)
         self.detached = frozenset(self.writes)
 
-    def forward(self, real: Tensor, counts: Tensor, **state: Tensor) -> dict[str, Tensor]:
+    def forward(self, sample: Tensor, place: Tensor, **state: Tensor) -> dict[str, Tensor]:
         hidden = state[self.before]
-        length = hidden.shape[1]
-        mean = (hidden * real[:, :length]).cumsum(1) / counts[:, :length]
-        hidden = self.block(hidden, mean.to(hidden.dtype))
+        hidden = self.block(hidden, mean_up_to(hidden, sample[: len(hidden)], place[: len(hidden)]))
         return {self.writes[0]: hidden if self.norm is None else self.norm(hidden)}
 
 
@@ -83,28 +91,26 @@ class QueryBlock(Layer):
     def __init__(self, block: nn.Module, index: int, sampled: bool, norm: nn.Module | None):
         super().__init__()
         self.block, self.norm, self.before = block, norm, f"prefix_state_{index - 1}"
-        self.reads = (self.before, "queries", "real", "counts")
+        self.reads = (self.before, "queries", "sample", "place")
         self.writes = ("queries", f"query_state_{index}") if sampled else ("queries",)
 
-    def forward(self, queries: Tensor, real: Tensor, counts: Tensor, **state: Tensor) -> dict[str, Tensor]:
-        prompt = state[self.before]
-        length = prompt.shape[1]
-        total = (prompt * real[:, :length]).sum(1, keepdim=True) + queries.cumsum(1)
-        queries = self.block(queries, (total / counts[:, length:]).to(queries.dtype))
+    def forward(self, queries: Tensor, sample: Tensor, place: Tensor, **state: Tensor) -> dict[str, Tensor]:
+        whole = torch.cat([state[self.before], queries.flatten(0, 1)])
+        mean = mean_up_to(whole, sample, place)[len(state[self.before]) :]
+        queries = self.block(queries, mean.view_as(queries))
         after = queries if self.norm is None else self.norm(queries)
         return dict(zip(self.writes, (queries, after), strict=False))
 
 
 class BothWays(Layer):
-    reads, writes = ("captions", "real"), ("captions",)
+    reads, writes = ("captions", "caption_sample"), ("captions",)
 
     def __init__(self, block: nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, captions: Tensor, real: Tensor) -> dict[str, Tensor]:
-        mean = (captions * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
-        return {"captions": self.block(captions, mean.to(captions.dtype).expand_as(captions))}
+    def forward(self, captions: Tensor, caption_sample: Tensor) -> dict[str, Tensor]:
+        return {"captions": self.block(captions, mean_up_to(captions, caption_sample, caption_sample, whole=True))}
 
 
 @dataclass(frozen=True)
@@ -144,13 +150,13 @@ class ToyLanguage:
         return mllm.get_submodule("trunk"), mllm.get_submodule("head")
 
     def position_layer(self, trunk: nn.Module, num_queries: int) -> Layer:
-        return Lengths(num_queries)
+        return Places(num_queries)
 
-    def prompt_layers(self, trunk: nn.Module, features: str | None) -> list[Layer]:
+    def prompt_layers(self, trunk: nn.Module, features: str | None, longest: int) -> list[Layer]:
         embed = Apply(trunk.get_submodule("words"), ("tokens",), "prefix_state_0", frozen=True)
         return [embed, *(PromptBlock(block, index, norm) for index, block, norm in self._numbered(trunk))]
 
-    def query_layers(self, trunk: nn.Module, sampled: Iterable[int]) -> list[Layer]:
+    def query_layers(self, trunk: nn.Module, sampled: Iterable[int], longest: int) -> list[Layer]:
         return [QueryBlock(block, index, index in set(sampled), norm) for index, block, norm in self._numbered(trunk)]
 
     def decoding_layers(self, trunk: nn.Module, head: nn.Module) -> list[Layer]:
@@ -162,7 +168,7 @@ class ToyLanguage:
     def last_layers(self, trunk: nn.Module, number: int) -> tuple[list[nn.Module], nn.Module]:
         return list(trunk.get_submodule("blocks").children())[-number:], trunk.get_submodule("norm")
 
-    def bidirectional_layer(self, layer: nn.Module) -> Layer:
+    def bidirectional_layer(self, layer: nn.Module, longest: int) -> Layer:
         return BothWays(layer)
 
     def _numbered(self, trunk: nn.Module) -> list[tuple[int, nn.Module, nn.Module | None]]:

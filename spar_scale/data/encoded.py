@@ -110,7 +110,8 @@ class EncodedShard:
     def fill(self, slots: Mapping[str, Tensor], row: int, member: int, tokens: np.ndarray) -> dict[str, Tensor]:
         """Write the values of sample `member`'s pictures into row `row` of the slots; return the states of its prompt.
 
-        `tokens` (n,) is the prompt; a slot of states is (n, D). Raises BadSample if `data encode` could not read the sample's pictures.
+        `tokens` (n,) is the prompt; a slot of states is (n, D). Raises BadSample if `data encode` could not read the
+        sample's pictures.
         """
         if str(member) in self.samples.bad:
             raise BadSample(self.samples.bad[str(member)])

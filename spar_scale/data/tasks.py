@@ -28,7 +28,7 @@ Value = TypeVar("Value")
 READ_EXTENSIONS = ("txt", "json", *(f"{side}{name}" for side in ("", "input.", "output.") for name in EXTENSIONS))
 """Extensions of the members that a task may read."""
 Slots = dict[str, tuple[tuple[int | None, ...], type]]
-"""Name -> shape without batch, numpy type. The tokens of a prompt are (None,): each sample has its own number of them."""
+"""Name -> shape without batch, numpy type. The tokens of a prompt are (None,): each sample has its own number."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The small modules that SPAR's streams are made of, and the base of the models that hold frozen parts.
 
-Shapes: B images, N tokens, T tokens of all samples one after another, D width. Projections of the attention are separate nn.Linear modules and
-the head width (not their number) is stored, so that a column-parallel cut needs no change here.
+Shapes: B images, N tokens, T tokens of all samples one after another, D width. Projections of the attention are
+separate nn.Linear modules and the head width (not their number) is stored, so that a column-parallel cut needs no
+change here.
 """
 
 from __future__ import annotations

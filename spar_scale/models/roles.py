@@ -257,7 +257,8 @@ class DiffusionModel(Member, Protocol):
     def velocity_layers(self, diffusion: nn.Module, longest: int, tap: tuple[int, Layer] | None = None) -> list[Layer]:
         """Return the way from `noisy_latent`, `timestep`, `captions` and `caption_bounds` to `velocity`.
 
-        No sample has more than `longest` captions. A tap (number from 1, layer) stands behind that block, where it reads `image_tokens`.
+        No sample has more than `longest` captions. A tap (number from 1, layer) stands behind that block, where it
+        reads `image_tokens`.
         """
         ...
 

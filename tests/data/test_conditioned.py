@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import packed
 import pytest
 import torch
 from PIL import Image
@@ -55,28 +56,24 @@ MEMBERS = {"generation": GENERATION, "editing": EDITING}
 
 
 def read(shard: str, source: str, samples: int = 1, micro_batch: int = 0, seed: int = 0, **changes: Any) -> dict:
-    """`samples` sample numbers, all of the one sample of a shard; padded slots are left out."""
+    """`samples` sample numbers, all of the one sample of a shard; padding rows are left out."""
     spec = dataclasses.replace(SPEC, **changes)
     loader = Loader([Source(source, shard)], spec, seed, samples, samples, micro_batch or samples, 0, 1, 0, 0, 1)
     batches = list(loader)
-    tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0] if name != "errors"}
-    real = tensors["sample"] >= 0
+    rows = [row for batch in batches for row in packed.samples(batch) if row["sample"] >= 0]
     errors = [error for batch in batches for error in batch["errors"]]
-    return {**{name: value[real] for name, value in tensors.items()}, "errors": errors}
+    return {**packed.batch_of(rows), "prompts": [row["tokens"] for row in rows], "errors": errors}
 
 
 def prompts(batch: dict) -> list[str]:
-    """Each sample's kept tokens as words; what is not kept is padding behind them."""
-    for tokens, keep in zip(batch["tokens"], batch["keep"], strict=True):
-        assert torch.equal(keep, (tokens != TOKENS["<pad>"]).to(torch.uint8))
-        assert (keep.diff() != 1).all(), "padding stands before a word"  # unsigned: a rise is 1, a fall 255
-    return [decode(tokens.tolist()) for tokens in batch["tokens"]]
+    """Each sample's tokens as words."""
+    assert not (batch["tokens"] == TOKENS["<pad>"]).any()
+    return [decode(tokens.tolist()) for tokens in batch["prompts"]]
 
 
 def test_a_generation_sample_is_its_prompt_and_the_middle_of_its_picture(make_shard):
     batch = read(make_shard({"a": {"png": columns(0), "txt": b" a red circle\n"}}), "generation", flip=True)
-    assert batch["tokens"].tolist() == [[1, *encode("draw : a red circle <img>"), 0, 0, 0]]
-    assert batch["keep"].tolist() == [[1] * 7 + [0] * 3] and batch["keep"].dtype == torch.uint8
+    assert batch["tokens"].tolist() == [1, *encode("draw : a red circle <img>")] and batch["lengths"].tolist() == [7]
     assert batch["images"].shape == (1, 1, 3, 8, 8) and torch.equal(batch["images"][0, 0], middle(0))
     assert batch["weight"].tolist() == [1] and batch["errors"] == []
 
@@ -84,8 +81,7 @@ def test_a_generation_sample_is_its_prompt_and_the_middle_of_its_picture(make_sh
 def test_an_editing_sample_shows_the_target_first_and_the_picture_to_edit_second(make_shard):
     batch = read(make_shard({"a": EDITING}), "editing", flip=True)
     words = "<img> <IMG_CONTEXT> <IMG_CONTEXT> </img> edit : make the circle blue <img>"
-    assert batch["tokens"].tolist() == [[1, *encode(words), 0, 0]]
-    assert batch["keep"].tolist() == [[1] * 12 + [0] * 2]
+    assert batch["tokens"].tolist() == [1, *encode(words)] and batch["lengths"].tolist() == [12]
     assert batch["images"].shape == (1, 2, 3, 8, 8)
     assert torch.equal(batch["images"][0, 0], middle(7)) and torch.equal(batch["images"][0, 1], middle(50))
 
@@ -232,7 +228,7 @@ def test_a_bad_sample_weighs_nothing_and_says_why(make_shard, case):
     source, members, reason = BAD[case]
     batch = read(make_shard({"a": members}), source)
     assert batch["weight"].tolist() == [0] and batch["sample"].tolist() == [0]
-    assert not batch["tokens"].any() and not batch["keep"].any() and not batch["images"].any()
+    assert batch["tokens"].tolist() == [0] and not batch["images"].any()
     assert [error["key"] for error in batch["errors"]] == ["a"] and reason in batch["errors"][0]["reason"]
 
 
@@ -240,7 +236,7 @@ def test_a_bad_sample_weighs_nothing_and_says_why(make_shard, case):
 def test_the_longest_prompt_is_read_whole(make_shard, source):
     members = {**without(MEMBERS[source], "json"), "txt": LONGEST.encode()}
     batch = read(make_shard({"a": members}), source)
-    assert batch["keep"].all() and batch["tokens"].shape[1] == (10 if source == "generation" else EDITING_TOKENS)
+    assert batch["lengths"].tolist() == [10 if source == "generation" else EDITING_TOKENS]
 
 
 def test_a_source_that_neither_draws_nor_edits_is_refused(make_shard):
@@ -255,7 +251,7 @@ def test_one_task_alone_takes_a_source_of_any_name(make_shard):
 
 STEPS, GLOBAL_BATCH, TASK_BLOCK = 4, 22, 5  # blocks of 5, 5, 5, 5 and 2
 WORLD = dataclasses.replace(SPEC, num_tokens=14, image_tokens=4, caption_dropout=0.2)
-SHAPES = {"generation": ((1, 3, 8, 8), 14), "editing": ((2, 3, 8, 8), 20)}
+SHAPES = {"generation": (1, 3, 8, 8), "editing": (2, 3, 8, 8)}
 
 
 def stream(world: Path, micro_batch=TASK_BLOCK, size=1, workers=0, first_step=0) -> dict[int, dict[str, torch.Tensor]]:
@@ -270,14 +266,13 @@ def stream(world: Path, micro_batch=TASK_BLOCK, size=1, workers=0, first_step=0)
         loader = Loader(sources, WORLD, 0, *batches, rank, size, workers, first_step, STEPS - first_step)
         for batch in loader:
             assert batch["errors"] == []
-            for slot, number in enumerate(batch["sample"].tolist()):
-                values = {name: value[slot] for name, value in batch.items() if name not in ("sample", "errors")}
+            for values in packed.samples(batch):
+                number = int(values.pop("sample"))
                 if number < 0:
-                    assert not any(value.any() for value in values.values())
+                    assert values.pop("lengths") == 1 and not any(value.any() for value in values.values())
                     continue
                 task = loader.order.sources[loader.order.locate(number).source].name
-                assert (values["images"].shape, len(values["tokens"])) == SHAPES[task]
-                assert len(values["keep"]) == len(values["tokens"])
+                assert values["images"].shape == SHAPES[task] and len(values["tokens"]) == values["lengths"]
                 assert number not in found and values["weight"] == 1
                 found[number] = values
     return found

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from packed import samples
 
 from parallel.errors import UserError
 from spar_scale.data.loader import Loader, Source
@@ -128,11 +129,11 @@ def test_each_source_is_decoded_by_the_task_of_its_name(tiny_world):
     for batch in read(tiny_world):
         assert batch["errors"] == [] and batch["tokens"].dtype == torch.int64 and batch["counts"].dtype == torch.uint8
         tasks = set()
-        for tokens, counts, image in zip(batch["tokens"], batch["counts"], batch["images"], strict=True):
-            words = decode(tokens.tolist()).split()
+        for sample in samples(batch):
+            words = decode(sample["tokens"].tolist()).split()
             pictured = words.count("<IMG_CONTEXT>")
             tasks.add(marks[words[19 if pictured else 1]])
-            assert pictured == (16 if image.any() else 0) and counts.any() and not counts[tokens == 0].any()
+            assert pictured == (16 if sample["images"].any() else 0) and sample["counts"].any()
         assert len(tasks) == 1  # a block is of one task, so every micro-batch runs one branch
         seen |= tasks
     assert seen == set(marks.values())
@@ -144,7 +145,7 @@ def test_an_edit_shows_the_picture_before_and_describes_the_one_after(make_shard
     shard = make_shard({"a": {"input.png": png, "output.png": other, "json": said}})
     (batch,) = Loader([Source("edits", shard)], SPEC, 0, 1, 1, 1, 0, 1, 0, 0, 1)
     assert not batch["images"].any()
-    assert decode(batch["tokens"][0][batch["counts"][0] == 1].tolist()) == "a blue circle on the left <eos>"
+    assert decode(batch["tokens"][batch["counts"] == 1].tolist()) == "a blue circle on the left <eos>"
 
 
 def test_the_words_are_the_same_under_every_layout(tiny_world):
@@ -152,11 +153,11 @@ def test_the_words_are_the_same_under_every_layout(tiny_world):
         found = {}
         for rank in range(size):
             for batch in read(tiny_world, micro_batch, rank, size):
-                for slot, number in enumerate(batch["sample"].tolist()):
-                    if number >= 0:
-                        found[number] = (batch["tokens"][slot].tolist(), batch["counts"][slot].tolist())
+                for sample in samples(batch):
+                    if sample["sample"] >= 0:
+                        found[int(sample["sample"])] = (sample["tokens"].tolist(), sample["counts"].tolist())
                     else:
-                        assert not batch["tokens"][slot].any() and not batch["counts"][slot].any()
+                        assert sample["tokens"].tolist() == sample["counts"].tolist() == [0]
         return found
 
     golden = stream(10, 1)
@@ -170,9 +171,9 @@ def test_no_sentence_of_the_world_is_too_long_or_says_an_unknown_word(tiny_world
         given = [Source(name, str(tiny_world / f"{MEMBERS[name]}-*.tar"))]
         for batch in Loader(given, SPEC, 0, 40, 40, 40, 0, 1, 0, 0, 6):
             assert batch["errors"] == []
-            longest = max(longest, int((batch["tokens"] > 0).sum(1).max()))
+            longest = max(longest, int(batch["lengths"].max()))
         most = NUM_TOKENS[name] + (0 if name == "texts" else SPEC.image_tokens)
-        assert most - 2 <= longest <= most  # not much of a batch is padding for nothing
+        assert most - 2 <= longest <= most
 
 
 BAD = {

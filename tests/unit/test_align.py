@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
+from packed import batch_of as together
+from packed import packed, samples
 from tiny_parts import TINY, encode, make_parts
 from tiny_runs import phase_values
 from torch import Tensor
@@ -78,23 +81,27 @@ def shared(fresh, built):
     return stage
 
 
-def batch_of(task: str, size: int = 3, seed: int = 0) -> dict[str, Tensor]:
-    """Prompts of different lengths, pictures and draws, as the loader gives them."""
+def prompts_of(task: str, size: int = 3) -> list[list[int]]:
+    words = miniature_text()
+    write = words.generation_prompt if task == "generation" else lambda text: words.editing_prompt(text, 16)
+    return [write(text) for text in WORDS[task][:size]]
+
+
+def rows_of(task: str, size: int = 3, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Samples with prompts of different lengths, pictures and draws."""
     generator = torch.Generator().manual_seed(seed)
-    editing = task == "editing"
-    length = TINY.conditioning.max_words + (18 if editing else 0)
-    tokens = torch.zeros(size, length, dtype=torch.int64)
-    for row, text in enumerate(WORDS[task][:size]):
-        words = miniature_text()
-        prompt = words.editing_prompt(text, 16) if editing else words.generation_prompt(text)
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
-    return {
-        "tokens": tokens,
-        "keep": (tokens != 0).to(torch.uint8),
-        "images": torch.rand(size, 2 if editing else 1, 3, 32, 32, generator=generator),
+    draws = {
+        "images": torch.rand(size, 2 if task == "editing" else 1, 3, 32, 32, generator=generator),
         "latent_noise": torch.randn(size, 32, 4, 4, generator=generator),
         "timestep_draw": torch.randn(size, generator=generator),
     }
+    prompts = packed(prompts_of(task, size))
+    return samples({**prompts, **draws})
+
+
+def batch_of(task: str, size: int = 3, seed: int = 0) -> dict[str, Tensor]:
+    """The same, as the loader gives them."""
+    return together(rows_of(task, size, seed))
 
 
 def terms_of(stage: Stage, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,15 +152,18 @@ def by_hand(stage: Stage, batch: dict[str, Tensor], latent: Tensor, block: int |
     """Both terms from captions, the library's own diffusion transformer and plain formulas; `latent` is scaled."""
     model, images, noise = model_of(stage), batch["images"], batch["latent_noise"]
     references = images[:, 1] if images.shape[1] > 1 else None
-    captions, real = Forward(stage, TINY).condition(batch["tokens"], batch["keep"], references)
+    prompts = [tokens.tolist() for tokens in batch["tokens"].split(batch["lengths"].tolist())]
+    captions, bounds = Forward(stage, TINY).condition(prompts, references)
+    of_samples = captions.split(bounds.diff().tolist())
     timestep = 1000 - (1000 / (1 + torch.exp(-batch["timestep_draw"]))).floor()
     sigma = (timestep / 1000).view(-1, 1, 1, 1)
-    transformer, seen = model.diffusion.transformer, []
-    hook = transformer.transformer_blocks[(block or 1) - 1].register_forward_hook(lambda *call: seen.append(call[-1]))
-    noisy, mask = (1 - sigma) * latent + sigma * noise, real.float()
-    velocity = transformer(noisy, captions, timestep, encoder_attention_mask=mask, return_dict=False)[0]
-    hook.remove()
-    (tapped,) = seen
+    transformer, seen = SanaTransformer2DModel(**TINY.diffusion.config()), []
+    transformer.load_state_dict(model.diffusion.transformer.state_dict(), strict=True)
+    transformer.transformer_blocks[(block or 1) - 1].register_forward_hook(lambda *call: seen.append(call[-1]))
+    noisy = (1 - sigma) * latent + sigma * noise
+    each = zip(noisy.split(1), of_samples, timestep.split(1), strict=True)
+    velocity = torch.cat([transformer(z, c[None], t, return_dict=False)[0] for z, c, t in each])
+    tapped = torch.cat(seen)
     terms = {"flow_matching": (velocity - (noise - latent)).square().sum((1, 2, 3)) / latent[0].numel()}
     if teacher is not None:
         student = model.alignment_head(tapped)
@@ -216,7 +226,7 @@ def test_the_kind_of_routing_decides_which_weights_exist_and_which_states_are_re
     assert {name for name, _ in model.routing.named_parameters()} == kept | gate
     assert model.routing.scales.shape == (len(sampled),)
     states = {f"{part}_state_{k}" for part in ("prefix", "query") for k in sampled}
-    assert set(layer_of(stage, RouteTokens).reads) == states | {"prefix_state_0", "tokens"}
+    assert set(layer_of(stage, RouteTokens).reads) == states | {"prefix_state_0", "tokens", "caption_order"}
     of_queries = {name for layer in stage.layers for name in layer.writes if name.startswith("query_state_")}
     assert of_queries == {name for name in states if name.startswith("query")}
     other = model_of(shared("align/joint"))
@@ -304,40 +314,27 @@ def test_an_external_teacher_is_the_one_that_is_followed(fresh, parts):
     assert not any(parameter.requires_grad for parameter in model.teacher.parameters())
 
 
+def values_and_gradients(stage: Stage, rows: list[dict[str, Tensor]], only: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The terms of one of the samples, and the gradients of their sum."""
+    stage.model.zero_grad()
+    values = Program(stage.layers, stage.inputs, list(stage.terms))(together(rows))
+    assert values.isfinite().all()
+    values[only].sum().backward()
+    return values[only], {n: p.grad.clone() for n, p in stage.model.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize(("phase", "task"), CASES[:3])
-def test_padding_of_the_prompt_changes_nothing(shared, phase, task):
-    stage, batch = shared(phase), batch_of(task)
-    padded = terms_of(stage, batch)
+def test_each_sample_between_others_is_the_sample_alone_in_values_and_gradients(fresh, phase, task):
+    stage, rows, others = fresh(phase), rows_of(task), rows_of(task, seed=1)
+    empty = {name: torch.zeros_like(value) for name, value in rows[0].items()}
+    empty |= {"tokens": torch.zeros(1, dtype=torch.int64), "lengths": torch.tensor(1)}  # as of a bad sample
     for row in range(3):
-        length = int(batch["keep"][row].sum())
-        alone = {name: value[row : row + 1] for name, value in batch.items()}
-        alone |= {name: alone[name][:, :length] for name in ("tokens", "keep")}
-        close(terms_of(stage, alone), padded, slice(row, row + 1))
-    rubbish = {**batch, "tokens": torch.where(batch["keep"] > 0, batch["tokens"], TOKENS["red"])}
-    close(terms_of(stage, rubbish), padded)
-
-
-@pytest.mark.parametrize(("phase", "task"), CASES[:3])
-def test_a_samples_terms_do_not_depend_on_its_neighbours(shared, phase, task):
-    stage, batch, others = shared(phase), batch_of(task), batch_of(task, seed=1)
-    mixed = {name: torch.cat([value[:1], others[name][1:]]) for name, value in batch.items()}
-    first = {name: value[:1] for name, value in terms_of(stage, mixed).items()}
-    close(first, terms_of(stage, batch), slice(0, 1))
-
-
-@pytest.mark.parametrize(("phase", "task"), CASES[:3])
-def test_an_empty_slot_is_finite_and_with_weight_0_moves_nothing(fresh, phase, task):
-    stage, batch = fresh(phase), batch_of(task)
-    empty = {name: torch.cat([value[:1], torch.zeros_like(value[:1])]) for name, value in batch.items()}
-    gradients = []
-    for slots in ({name: value[:1] for name, value in batch.items()}, empty):
-        stage.model.zero_grad()
-        values = Program(stage.layers, stage.inputs, list(stage.terms))(slots)
-        assert values.isfinite().all()
-        (values.sum(1) * torch.tensor([1.0, 0.0])[: len(values)]).sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in stage.model.named_parameters() if p.grad is not None})
-    for name, gradient in gradients[0].items():
-        assert (gradients[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
+        alone, gradients = values_and_gradients(stage, [rows[row]], 0)
+        for beside, place in ((rows, row), ([others[2], rows[row], others[0]], 1), ([rows[row], empty], 0)):
+            found, also = values_and_gradients(stage, beside, place)
+            torch.testing.assert_close(found, alone, rtol=1e-6, atol=1e-6)
+            for name, gradient in gradients.items():
+                assert (also[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
 
 
 def test_the_picture_to_edit_is_read_and_put_back_after_the_routing(shared):
@@ -352,10 +349,11 @@ def test_the_picture_to_edit_is_read_and_put_back_after_the_routing(shared):
         torch.testing.assert_close(before[name][1], after[name][1], **TIGHT)  # whose picture stayed
     with torch.no_grad():
         reference = features_of(model.tokenizer, batch["images"][:, 1])
-    words = batch["tokens"].shape[1]
-    for row in range(3):
-        place = batch["tokens"][row] == TOKENS["<IMG_CONTEXT>"]
+    tokens, lengths = batch["tokens"], batch["lengths"]
+    wholes = seen[0].split((lengths + TINY.conditioning.num_queries).tolist())
+    for row, (prompt, captions) in enumerate(zip(tokens.split(lengths.tolist()), wholes, strict=True)):
+        place, words = prompt == TOKENS["<IMG_CONTEXT>"], captions[: len(prompt)]
         assert place.sum() == 16
-        torch.testing.assert_close(seen[0][row, :words][place], reference[row], **TIGHT)
-        embedded = model.language_model.embed_tokens(batch["tokens"][row])
-        assert not torch.isclose(seen[0][row, :words][~place], embedded[~place]).all(1).any()
+        torch.testing.assert_close(words[place], reference[row], **TIGHT)
+        embedded = model.language_model.embed_tokens(prompt)
+        assert not torch.isclose(words[~place], embedded[~place]).all(1).any()

@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 from parallel.errors import UserError
 from spar_scale.config.recipe import Recipe, load_recipe, may_change_at_resume
 from spar_scale.ops.attention import BACKENDS, BackendRefused, _log_once, attention, resolve, use_backend
-from spar_scale.ops.packing import Packing
+from spar_scale.ops.packing import Packing, cumulative, order_behind, position_ids, sample_of
 from spar_scale.ops.transformers_attention import IMPLEMENTATION
 from spar_scale.training.attention_choice import attention_of
 from spar_scale.training.trainer import train
@@ -95,7 +95,7 @@ def test_each_choice_is_said_once_with_its_reason(caplog: pytest.LogCaptureFixtu
     assert [record.message for record in caplog.records] == [
         "attention on cpu in bfloat16: math (the backward pass of flash attention in bf16 is slow on CPU)",
         "attention on cpu in float32, packed: sdpa (torch selects one of its kernels on cpu; "
-        "packed input is padded to a masked dense batch, because sdpa has no packed kernel on cpu)",
+        "packed samples one by one, because sdpa has no packed kernel on cpu)",
     ]
 
 
@@ -113,7 +113,7 @@ def test_on_cuda_the_built_in_flash_is_taken_where_it_can(capability, dtype, mas
     for packed in (False, True):
         found, why = resolve("cuda", dtype, masked=masked, packed=packed)
         assert found == backend and reason in why
-        assert ("padded to a masked dense batch" in why) is (packed and backend == "sdpa")
+        assert ("packed samples one by one" in why) is (packed and backend == "sdpa")
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -263,7 +263,7 @@ def test_lengths_that_make_no_packing_are_refused(lengths: tuple[list[int], list
 
 def test_the_even_packing_is_that_of_its_lengths():
     even, of = Packing.even(3, 2, 5, torch.device("cpu")), Packing.of([2] * 3, [5] * 3, "cpu")
-    assert (even.lengths_q, even.lengths_k) == (of.lengths_q, of.lengths_k)
+    assert (even.max_q, even.max_k) == (of.max_q, of.max_k)
     assert torch.equal(even.cu_seqlens_q, of.cu_seqlens_q) and torch.equal(even.cu_seqlens_k, of.cu_seqlens_k)
     assert even.cu_seqlens_q.dtype == of.cu_seqlens_q.dtype == torch.int32
 
@@ -273,6 +273,23 @@ def test_what_a_model_of_transformers_asks_for_beyond_is_refused(given: dict):
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match="dropout and sliding window are not supported"):
         AttentionInterface()[IMPLEMENTATION](nn.Module(), q, q, q, None, **given)
+
+
+LENGTHS = ([3, 1, 4], [1, 1, 1], [5])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_what_follows_from_the_lengths_is_what_a_loop_over_the_samples_gives(lengths: list[int]):
+    queries, total, given = 2, sum(lengths), torch.tensor(lengths)
+    numbers = [(sample, place) for sample, length in enumerate(lengths) for place in range(length)]
+    assert sample_of(given, total).tolist() == [sample for sample, _ in numbers]
+    assert position_ids(given, total).tolist() == [place for _, place in numbers]
+    together = []
+    for sample, length in enumerate(lengths):
+        together += [numbers.index((sample, place)) for place in range(length)]
+        together += [total + sample * queries + query for query in range(queries)]
+    assert order_behind(given, total, queries).tolist() == together
+    assert cumulative(given).tolist() == [sum(lengths[:end]) for end in range(len(lengths) + 1)]
 
 
 def recipe_of(tmp_path: Path, *overrides: str) -> Recipe:

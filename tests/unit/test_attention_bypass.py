@@ -67,21 +67,22 @@ def tokenizer() -> tuple[nn.Module, Run, int]:
 
 def language() -> tuple[nn.Module, Run, int]:
     """The vision tower and the language model on a prompt with a picture, as they train."""
-    tokens = torch.full((1, TINY.vision.tokens + 4), TINY.language.image_token_id)
-    tokens[:, :4] = 5
+    tokens = torch.full((TINY.vision.tokens + 4,), TINY.language.image_token_id)
+    tokens[:4] = 5
+    prompt = {"tokens": tokens, "lengths": torch.tensor([len(tokens)])}
     model = made(build_mllm(TINY.vision, TINY.language))
     seeing, reading = training_layers(model, TINY.vision, TINY.language)
     number = TINY.vision.layers + TINY.language.layers
-    return model, lambda: run([*seeing, *reading], "logits", images=images(), tokens=tokens), number
+    return model, lambda: run([*seeing, *reading], "logits", images=images(), **prompt), number
 
 
 def decoding() -> tuple[nn.Module, Run, int]:
     """One further token of the language model, past two kept ones."""
     model = made(build_mllm(TINY.vision, TINY.language))
     layers = TINY.language.decoding_layers(*TINY.language.parts(model))
-    shape = (1, 2, TINY.language.key_value_heads, WIDTH // TINY.language.heads)
+    shape = (2, TINY.language.key_value_heads, WIDTH // TINY.language.heads)
     kept = {name: torch.randn(shape) for layer in layers for name in layer.reads if name.startswith("prefix_")}
-    token, position = torch.tensor([[5]]), torch.tensor([2])
+    token, position = torch.tensor([5]), torch.tensor([2])
     return model, lambda: run(layers, "logits", token=token, position=position, **kept), TINY.language.layers
 
 
@@ -90,10 +91,10 @@ def conditioning() -> tuple[nn.Module, Run, int]:
     mllm, shape = build_mllm(TINY.vision, TINY.language), TINY.conditioning
     spar = SPAR(shape, TINY.language, TINY.diffusion, mllm, nn.Identity(), nn.Identity(), routing="uniform")
     model = made(spar)  # the gate of the dynamic routing is a softmax too, and no attention
-    layers = shape.conditioning_layers(model, TINY.language, illustrated=False)
-    tokens, keep = torch.tensor([[5, 6, 0], [5, 6, 7]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    layers = shape.conditioning_layers(model, TINY.language, illustrated=False, longest=40)
+    tokens, lengths = torch.tensor([5, 6, 5, 6, 7]), torch.tensor([2, 3])
     number = 2 * TINY.language.layers + shape.connector_layers
-    return model, lambda: run(layers, "captions", tokens=tokens, keep=keep), number
+    return model, lambda: run(layers, "captions", tokens=tokens, lengths=lengths), number * len(lengths)
 
 
 def diffusion() -> tuple[nn.Module, Run, int]:
@@ -102,10 +103,10 @@ def diffusion() -> tuple[nn.Module, Run, int]:
     slots = {
         "noisy_latent": torch.randn(2, shape.latent_channels, shape.sample_size, shape.sample_size),
         "timestep": torch.tensor([9.0, 500.0]),
-        "captions": torch.randn(2, 3, shape.caption_channels),
-        "caption_keep": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "captions": torch.randn(5, shape.caption_channels),
+        "caption_bounds": torch.tensor([0, 2, 5], dtype=torch.int32),
     }
-    return model, lambda: run(shape.velocity_layers(model), "velocity", **slots), shape.layers
+    return model, lambda: run(shape.velocity_layers(model, 3), "velocity", **slots), shape.layers * 2
 
 
 MODELS = (tokenizer, language, decoding, conditioning, diffusion)
@@ -133,14 +134,20 @@ def by_plain_products(model: Any) -> None:
     model.model.vision_tower.set_attn_implementation("eager")
 
 
+class OfDiffusers:
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask):
+        context = encoder_hidden_states.expand(len(hidden_states), -1, -1)
+        return SanaAttnProcessor2_0()(attn, hidden_states, context)
+
+
 def by_diffusers(model: Any) -> None:
     for block in model.transformer.transformer_blocks:
-        block.attn2.set_processor(SanaAttnProcessor2_0())
+        block.attn2.set_processor(OfDiffusers())
 
 
 def by_a_module_of_torch(model: Any) -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, 4, batch_first=True).eval()
-    model.connector.norm.register_forward_hook(lambda module, args, output: layer(output))
+    model.connector.norm.register_forward_hook(lambda module, args, output: layer(output[None])[0])
 
 
 BYPASSES = [

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2Config, Qwen2Model
 
 from parallel.program import Subprogram
@@ -25,7 +26,8 @@ LANGUAGE = Language(
     width=WIDTH, layers=4, heads=4, key_value_heads=2, mlp_width=64, vocab_size=50, image_token_id=49, max_positions=64
 )
 SHAPE = Conditioning(num_queries=QUERIES, sampled_states=2, connector_layers=2, max_words=4)
-KEEP = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 1]])  # the queries are real
+LENGTHS = (4, 2, 1)  # of the prompts; queries follow each
+WHOLE = [length + QUERIES for length in LENGTHS]
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +57,17 @@ def connector(spar) -> Connector:
 
 @pytest.fixture(scope="module")
 def connect(spar):
-    """The last layers of the list: routed tokens (B, N, D) to captions (B, N, C)."""
-    positions, *rest = SHAPE.conditioning_layers(spar, LANGUAGE, illustrated=False)
-    program = Subprogram([positions, *rest[-SHAPE.connector_layers - 1 :]], ("captions",))
-    return lambda hidden: program({"captions": hidden, "keep": KEEP[:, :-QUERIES]})["captions"]
+    """The last layers of the list: routed tokens (N, D) to captions (N, C)."""
+    layers = SHAPE.conditioning_layers(spar, LANGUAGE, illustrated=False, longest=6)
+    program = Subprogram(
+        [*(layer for layer in layers if layer.derived), *layers[-SHAPE.connector_layers - 1 :]], ("captions",)
+    )
+    prompts = {"tokens": torch.zeros(sum(LENGTHS), dtype=torch.int64), "lengths": torch.tensor(LENGTHS)}
+    return lambda hidden: program({"captions": hidden, **prompts})["captions"]
 
 
 def tokens() -> Tensor:
-    return torch.randn(3, 6, WIDTH, generator=torch.Generator().manual_seed(2))
+    return torch.randn(sum(WHOLE), WIDTH, generator=torch.Generator().manual_seed(2))
 
 
 def test_it_starts_as_the_last_layers_and_the_final_norm(connector, language_model):
@@ -77,29 +82,30 @@ def test_it_starts_as_the_last_layers_and_the_final_norm(connector, language_mod
 
 
 def test_it_equals_the_library_with_the_published_additive_mask(connector, connect):
-    """Published: eager attention, a dense mask with -1e5 on padding, positions that count real tokens."""
+    """Published: eager attention, padding behind a dense mask with -1e5, positions that count real tokens."""
     eager = Qwen2Model(CONFIG).eval()
     eager.set_attn_implementation("eager")
-    hidden = tokens()
-    mask = ((1 - KEEP) * -1e5)[:, None, None, :].expand(-1, 1, 6, 6)
-    rotary = eager.rotary_emb(hidden, (KEEP.cumsum(1) - 1).clamp_min(0))
+    hidden = pad_sequence(list(tokens().split(WHOLE)), batch_first=True, padding_value=3.0)
+    real = torch.arange(max(WHOLE)) < torch.tensor(WHOLE)[:, None]
+    mask = ((1 - real.int()) * -1e5)[:, None, None, :].expand(-1, 1, max(WHOLE), -1)
+    rotary = eager.rotary_emb(hidden, (real.cumsum(1) - 1).clamp_min(0))
     for mine, its in zip(connector.layers, eager.layers[:2], strict=True):
         its.load_state_dict(mine.state_dict())
         hidden = its(hidden, attention_mask=mask, position_embeddings=rotary)
     eager.norm.load_state_dict(connector.norm.state_dict())
-    expected = connector.projection(eager.norm(hidden))
+    expected = connector.projection(eager.norm(hidden))[real]
     torch.testing.assert_close(connect(tokens()), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_every_token_reads_every_real_token_and_no_padding(connect):
+def test_every_token_reads_every_token_of_its_sample_and_no_other(connect):
     hidden = tokens().requires_grad_()
     out = connect(hidden)
-    assert out.shape == (3, 6, CAPTIONS)
-    for row, keep in enumerate(KEEP.bool()):
-        first = int(keep.nonzero()[0])
-        (gradient,) = torch.autograd.grad(out[row, first].square().sum(), hidden, retain_graph=True)
-        assert ((gradient[row].abs().sum(-1) > 0) == keep).all()  # also the later ones: both directions
-        assert gradient[[r for r in range(3) if r != row]].abs().sum() == 0
+    assert out.shape == (sum(WHOLE), CAPTIONS)
+    samples = torch.repeat_interleave(torch.arange(3), torch.tensor(WHOLE))
+    for sample in range(3):
+        first = int((samples == sample).nonzero()[0])
+        (gradient,) = torch.autograd.grad(out[first].square().sum(), hidden, retain_graph=True)
+        assert ((gradient.abs().sum(-1) > 0) == (samples == sample)).all()  # also the later ones: both directions
 
 
 def test_all_of_it_trains(connector, connect):

@@ -116,14 +116,14 @@ def test_the_loader_changes_nothing_but_the_slots_that_are_stored(folder, stored
             (e["key"], e["reason"][:20]) for e in plain["errors"]
         ]
         bad += len(batch["errors"])
-        padding = batch["keep"] == 0
-        assert not batch["prefix_state_2"][padding].any() and batch["prefix_state_2"][~padding].any(-1).all()
+        good = torch.repeat_interleave(batch["weight"] > 0, batch["lengths"])
+        assert not batch["prefix_state_2"][~good].any() and batch["prefix_state_2"][good].any(-1).all()
     assert bad
 
 
 def test_the_stage_without_its_frozen_part_reads_no_picture(folder):
     stage = build(recipe_of(folder)).encoded()
-    assert {*stage.inputs} == {"tokens", "keep", "latent_noise", "timestep_draw", "latent", "target_features"} | {
+    assert {*stage.inputs} == {"tokens", "lengths", "latent_noise", "timestep_draw", "latent", "target_features"} | {
         f"prefix_state_{k}" for k in range(5)
     }
     kept = {id(parameter) for layer in stage.layers for parameter in layer.parameters()}

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packed import packed
 from tiny_parts import TINY, make_parts, parts_of
 
 from parallel.program import Program
 from spar_scale.data.prompts import miniature_text
-from spar_scale.inference.drawing import edit, generate, padded
+from spar_scale.inference.drawing import edit, generate
 from spar_scale.inference.routes import route, routes_picture, routes_table
 from spar_scale.inference.sampler import seeded_noise
 from spar_scale.objectives.flow_matching import noisy_latents, timesteps, velocity_error
@@ -57,11 +58,9 @@ def images(*shape):
 
 
 def batch_of(prompts, pictures):
-    tokens, keep = padded(prompts)
     return {
         "images": images(2, pictures),
-        "tokens": tokens,
-        "keep": keep,
+        **packed(prompts),
         "latent_noise": seeded_noise(TINY.latent_shape, [5, 6]),
         "timestep_draw": torch.tensor([-1.0, 0.5]),
     }
@@ -86,13 +85,13 @@ def test_velocity_is_that_of_the_layers(parts, stage, phase, task, shift):
     latents = model.encode(batch["images"][:, 0]) * built.latent_scale
     timestep = timesteps(batch["timestep_draw"], shift)
     noisy = noisy_latents(latents, batch["latent_noise"], timestep)
-    captions, keep = model.condition(batch["tokens"], batch["keep"], batch["images"][:, 1] if edits else None)
-    velocity = model.velocity(noisy, timestep, captions, keep)
+    captions, bounds = model.condition(prompts, batch["images"][:, 1] if edits else None)
+    velocity = model.velocity(noisy, timestep, captions, bounds)
     expected = terms[:, list(built.terms).index("flow_matching")]
     torch.testing.assert_close(velocity_error(velocity, latents, batch["latent_noise"]), expected, rtol=1e-5, atol=1e-6)
     if edits:
-        captions, keep = model.condition(batch["tokens"], batch["keep"], batch["images"][:, 1].flip(3))
-        other = velocity_error(model.velocity(noisy, timestep, captions, keep), latents, batch["latent_noise"])
+        captions, bounds = model.condition(prompts, batch["images"][:, 1].flip(3))
+        other = velocity_error(model.velocity(noisy, timestep, captions, bounds), latents, batch["latent_noise"])
         assert not torch.allclose(other, expected, rtol=1e-5)
 
 
@@ -135,13 +134,13 @@ def test_routes_sum_to_one_and_are_those_that_draw(joint, pictured):
     used = []
     inner = routing.weights
     routing.weights = lambda states: used.append(inner(states)) or used[-1]
-    model.condition(*padded([prompt]), source)
+    model.condition([prompt], source)
     del routing.weights
     routes = route(model, prompt, source)
     assert routes.layers == (2, 4, 6, 8)
     assert routes.weights.shape == (len(prompt) + 16, 4)
     torch.testing.assert_close(routes.weights.sum(1), torch.ones(len(routes.weights)))
-    torch.testing.assert_close(routes.weights, used[0][0])
+    torch.testing.assert_close(routes.weights, used[0])
     assert routes.weights.std(0).min() > 0.01  # tokens choose differently
     assert int(routes.is_picture.sum()) == (16 if pictured else 0) and int(routes.is_query.sum()) == 16
 

@@ -1,12 +1,14 @@
 """The sampler on velocity fields whose answer is known, and guidance by hand."""
 
+import itertools
+
 import pytest
 import torch
 
 from spar_scale.inference.sampler import sample, seeded_noise
 
 SHAPE = (2, 3, 4)
-NOTHING = torch.zeros(2, 1, 1), torch.ones(2, 1)
+NOTHING = torch.zeros(2, 1), torch.tensor([0, 1, 2])
 
 
 class Point:
@@ -15,7 +17,7 @@ class Point:
     def __init__(self, point):
         self.point = point
 
-    def velocity(self, latents, timestep, captions, keep):
+    def velocity(self, latents, timestep, captions, bounds):
         return (latents - self.point) / (timestep / 1000).view(-1, 1, 1, 1)
 
 
@@ -24,7 +26,7 @@ class Gaussian:
 
     mean, deviation = 0.7, 0.4
 
-    def velocity(self, latents, timestep, captions, keep):
+    def velocity(self, latents, timestep, captions, bounds):
         s = (timestep / 1000).view(-1, 1, 1, 1)
         from_mean = latents - (1 - s) * self.mean
         variance = (1 - s) ** 2 * self.deviation**2 + s**2
@@ -40,20 +42,21 @@ class Gaussian:
 
 
 class Captioned:
-    """The velocity is the sum of the captions that are real."""
+    """The velocity is the sum of a sample's captions."""
 
     def __init__(self):
         self.batches = []
 
-    def velocity(self, latents, timestep, captions, keep):
+    def velocity(self, latents, timestep, captions, bounds):
         self.batches.append(len(latents))
-        assert len(timestep) == len(captions) == len(keep) == len(latents)
-        return (captions.sum(2) * keep).sum(1).view(-1, 1, 1, 1).expand_as(latents)
+        assert len(timestep) == len(bounds) - 1 == len(latents)
+        sums = [captions[first:end].sum() for first, end in itertools.pairwise(bounds.tolist())]
+        return torch.stack(sums).view(-1, 1, 1, 1).expand_as(latents)
 
 
 def drawn(model, steps=8, guidance=1.0, flow_shift=1.0, noise=None):
     noise = seeded_noise(SHAPE, [0, 1]) if noise is None else noise
-    return sample(model, *NOTHING, *NOTHING, noise, steps, guidance, flow_shift)
+    return sample(model, *NOTHING, noise, steps, guidance, flow_shift)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 20, 1000])
@@ -80,7 +83,7 @@ def test_the_model_is_asked_at_a_thousand_sigma_under_the_shift():
     asked = []
 
     class Asked:
-        def velocity(self, latents, timestep, captions, keep):
+        def velocity(self, latents, timestep, captions, bounds):
             asked.append(timestep[0].item())
             return latents
 
@@ -93,14 +96,13 @@ def test_the_model_is_asked_at_a_thousand_sigma_under_the_shift():
 
 def test_guidance_departs_from_the_bare_velocity():
     model, noise = Captioned(), torch.zeros(2, *SHAPE)
-    captions, keep = torch.tensor([[[2.0]], [[3.0]]]), torch.ones(2, 1, dtype=torch.uint8)
-    bare = torch.tensor([[[0.5], [0.25], [9.0]]]).expand(2, -1, -1)  # longer, and its last is padding
-    bare_keep = torch.tensor([[1, 1, 0]], dtype=torch.uint8).expand(2, -1)
-    guided = sample(model, captions, keep, bare, bare_keep, noise, 1, 2.5, 1.0)
+    captions, bounds = torch.tensor([[2.0], [3.0]]), torch.tensor([0, 1, 2])
+    bare = torch.tensor([[0.5], [0.25], [0.5], [0.25]])  # longer
+    guided = sample(model, torch.cat([captions, bare]), torch.tensor([0, 1, 2, 4, 6]), noise, 1, 2.5, 1.0)
     expected = [-0.999 * (0.75 + 2.5 * (given - 0.75)) for given in (2.0, 3.0)]  # one step: x - sigma v
     assert guided[:, 0, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
     assert model.batches == [4]
-    alone = sample(model, captions, keep, bare, bare_keep, noise, 1, 1.0, 1.0)
+    alone = sample(model, captions, bounds, noise, 1, 1.0, 1.0)
     assert alone[:, 0, 0, 0].tolist() == pytest.approx([-0.999 * 2, -0.999 * 3], rel=1e-5)
     assert model.batches == [4, 2]
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from packed import batch_of
 from PIL import Image
 from tiny_parts import make_parts
 from tiny_runs import phase_values
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, InternVLForConditionalGeneration, Qwen2Config
 
 from parallel.errors import UserError
@@ -29,7 +31,7 @@ from spar_scale.models.presets import PRESETS, resized
 from spar_scale.models.published import PretrainedPart
 from spar_scale.objectives.next_token import next_token_loss
 from spar_scale.stages import build
-from spar_scale.stages.bootstrap_mllm import NUM_TOKENS, NamePatches
+from spar_scale.stages.bootstrap_mllm import NamePatches
 from spar_scale.stages.forward import Forward
 
 TINY: Any = PRESETS["tiny"]
@@ -57,23 +59,31 @@ def stage():
     return built
 
 
-def batch_of(size=3, length=16 + NUM_TOKENS["questions"]):
-    """Prompts about pictures, each with an answer of another length, padded on the right."""
-    generator = torch.Generator().manual_seed(0)
-    tokens, counts = torch.zeros(size, length, dtype=torch.int64), torch.zeros(size, length, dtype=torch.uint8)
+def rows_of(size=3) -> list[dict[str, torch.Tensor]]:
+    """Prompts about pictures, of different lengths, each with an answer."""
+    generator, rows = torch.Generator().manual_seed(0), []
     for row in range(size):
-        start = opening().tokens
-        end = 30 + 9 * row
-        tokens[row, : len(start)] = torch.tensor(start)
-        tokens[row, len(start) : end] = torch.randint(3, 59, (end - len(start),), generator=generator)
-        counts[row, 25:end:2] = 1
-    patches = torch.stack([torch.randint(n, (size, 16), generator=generator) for n in NUM_LABELS], -1).byte()
-    pictures = torch.rand(size, 3, 32, 32, generator=generator)
-    return {"images": pictures, "tokens": tokens, "counts": counts, "patches": patches}
+        start, end = torch.tensor(opening().tokens), 30 + 9 * row
+        words = torch.randint(3, 59, (end - len(start),), generator=generator)
+        counts = torch.zeros(end, dtype=torch.uint8)
+        counts[25::2] = 1
+        rows.append({"tokens": torch.cat([start, words]), "counts": counts, "lengths": torch.tensor(end)})
+    for row in rows:
+        row["patches"] = torch.stack([torch.randint(n, (16,), generator=generator) for n in NUM_LABELS], -1).byte()
+        row["images"] = torch.rand(3, 32, 32, generator=generator)
+    return rows
 
 
-def terms_of(stage, batch):
-    return Program(stage.layers, stage.inputs, list(stage.terms))(batch)[:, 0]
+def terms_of(stage, rows):
+    return Program(stage.layers, stage.inputs, list(stage.terms))(batch_of(rows))[:, 0]
+
+
+def padded_tokens(rows) -> torch.Tensor:
+    return pad_sequence([row["tokens"] for row in rows], batch_first=True)
+
+
+def pictures_of(rows) -> torch.Tensor:
+    return torch.stack([row["images"] for row in rows])
 
 
 def published(stage):
@@ -97,17 +107,15 @@ def test_words_start_as_far_apart_as_the_preset_says_and_other_weights_as_near(m
 
 
 def test_the_layers_equal_the_classs_own_forward_in_loss_and_gradients(stage):
-    batch = batch_of()
-    terms = terms_of(stage, batch)
+    rows = rows_of()
+    terms = terms_of(stage, rows)
     terms.sum().backward()
-    own = published(stage)
-    logits = own(
-        input_ids=batch["tokens"],
-        attention_mask=(batch["tokens"] > 0).long(),
-        pixel_values=normalise(batch["images"]),
-    ).logits
-    labels = batch["tokens"].masked_fill(batch["counts"] == 0, -100)
-    losses = [F.cross_entropy(one[:-1], label[1:]) for one, label in zip(logits, labels, strict=True)]
+    own, tokens = published(stage), padded_tokens(rows)
+    logits = own(input_ids=tokens, attention_mask=(tokens > 0).long(), pixel_values=normalise(pictures_of(rows))).logits
+    losses = []
+    for row, of_row in zip(rows, logits, strict=True):
+        labels = row["tokens"].masked_fill(row["counts"] == 0, -100)
+        losses.append(F.cross_entropy(of_row[: len(labels) - 1], labels[1:]))
     torch.testing.assert_close(terms, torch.stack(losses), rtol=1e-5, atol=1e-6)
     torch.stack(losses).sum().backward()
     compared = 0
@@ -121,42 +129,37 @@ def test_the_layers_equal_the_classs_own_forward_in_loss_and_gradients(stage):
 
 
 def test_the_layers_logits_equal_the_classs_own(stage):
-    batch = batch_of()
-    found = Forward(stage, TINY).run("logits", images=batch["images"], tokens=batch["tokens"])["logits"]
-    own = published(stage)
-    expected = own(input_ids=batch["tokens"], pixel_values=normalise(batch["images"])).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-    ends = torch.tensor([17, 30, 5])
-    keep = (torch.arange(batch["tokens"].shape[1]) < ends[:, None]).to(torch.uint8)
-    forward = Forward(stage, TINY)
-    next_token = forward.next_token(batch["tokens"], keep, forward.features(batch["images"]))
+    rows = rows_of()
+    forward, own = Forward(stage, TINY), published(stage)
+    prompt = {name: value for name, value in batch_of(rows).items() if name in ("images", "tokens", "lengths")}
+    found = forward.run("logits", **prompt)["logits"].split([len(row["tokens"]) for row in rows])
+    expected = own(input_ids=padded_tokens(rows), pixel_values=normalise(pictures_of(rows))).logits
+    for mine, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, its[: len(mine)], rtol=1e-5, atol=1e-4)
+    prompts = [row["tokens"][:end].tolist() for row, end in zip(rows, (18, 30, 19), strict=True)]
+    next_token = forward.next_token(prompts, forward.features(pictures_of(rows)))
+    ends = torch.tensor([len(prompt) for prompt in prompts])
     torch.testing.assert_close(next_token, expected[torch.arange(3), ends - 1], rtol=1e-5, atol=1e-4)
 
 
 def test_a_samples_loss_depends_on_nothing_but_the_sample(stage):
-    batch = batch_of()
-    together = terms_of(stage, batch)
-    batch["tokens"][1] = 0  # a padded slot: no picture, nothing counts
-    batch["counts"][1] = 0
-    beside = terms_of(stage, batch)
-    alone = terms_of(stage, {name: value[2:] for name, value in batch_of().items()})
+    rows = rows_of()
+    together = terms_of(stage, rows)
+    empty = {name: torch.zeros_like(value) for name, value in rows[1].items()}
+    empty |= {"tokens": torch.zeros(1, dtype=torch.int64), "counts": torch.zeros(1, dtype=torch.uint8)}
+    beside = terms_of(stage, [rows[0], {**empty, "lengths": torch.tensor(1)}, rows[2]])  # no picture, nothing counts
     assert beside[1] == 0
     torch.testing.assert_close(beside[[0, 2]], together[[0, 2]], rtol=1e-6, atol=0)
-    torch.testing.assert_close(alone, together[2:], rtol=1e-6, atol=0)
-    longer = {
-        name: F.pad(value, (0, 7)) if name in ("tokens", "counts") else value for name, value in batch_of().items()
-    }
-    torch.testing.assert_close(terms_of(stage, longer), together, rtol=1e-6, atol=0)
+    torch.testing.assert_close(terms_of(stage, rows[2:]), together[2:], rtol=1e-6, atol=0)
 
 
 def test_the_picture_and_every_word_before_an_answer_matter(stage):
-    batch = batch_of(1)
-    before = terms_of(stage, batch)
-    changed = {**batch, "images": batch["images"].flip(3)}
-    assert not torch.allclose(terms_of(stage, changed), before, rtol=1e-6)
-    tokens = batch["tokens"].clone()
-    tokens[0, 20] = (tokens[0, 20] - 2) % 56 + 3
-    assert not torch.allclose(terms_of(stage, {**batch, "tokens": tokens}), before, rtol=1e-6)
+    (row,) = rows_of(1)
+    before = terms_of(stage, [row])
+    assert not torch.allclose(terms_of(stage, [{**row, "images": row["images"].flip(2)}]), before, rtol=1e-6)
+    tokens = row["tokens"].clone()
+    tokens[20] = (tokens[20] - 2) % 56 + 3
+    assert not torch.allclose(terms_of(stage, [{**row, "tokens": tokens}]), before, rtol=1e-6)
 
 
 def test_naming_patches_by_hand(stage):
@@ -174,40 +177,39 @@ def test_naming_patches_by_hand(stage):
 
 
 def test_next_token_loss_by_hand():
-    logits = torch.zeros(2, 3, 2, dtype=torch.bfloat16)
-    logits[0, 0, 1] = 1.0
-    logits[0, 1, 0] = 2.0
-    tokens = torch.tensor([[1, 1, 0], [0, 1, 1]])
-    counts = torch.tensor([[1, 1, 1], [1, 0, 0]], dtype=torch.uint8)  # the first token is never predicted
+    logits = torch.zeros(6, 2, dtype=torch.bfloat16)
+    logits[0, 1] = 1.0
+    logits[1, 0] = 2.0
+    logits[2, 1] = 9.0  # before the other sample's first token, which is never predicted
+    tokens = torch.tensor([1, 1, 0, 0, 1, 1])
+    counts = torch.tensor([1, 1, 1, 1, 0, 0], dtype=torch.uint8)
     expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-2))) / 2
-    loss = next_token_loss(logits, tokens, counts)
+    loss = next_token_loss(logits, tokens, counts, torch.tensor([3, 3]))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, torch.tensor([expected, 0.0]))
 
 
 def test_merge_puts_features_in_order_where_the_picture_stands():
-    embedded, features = torch.zeros(2, 4, 1), torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
-    is_image = torch.tensor([[False, True, True, False], [False] * 4])
-    assert merge(embedded, features, is_image)[..., 0].tolist() == [[0, 1, 2, 0], [0, 0, 0, 0]]
+    embedded, features = torch.zeros(9, 1), torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]], [[5.0], [6.0]]])
+    is_image = torch.tensor([False, True, True, False, False, False, True, False, True])
+    lengths = torch.tensor([4, 2, 3])
+    assert merge(embedded, features, is_image, lengths)[:, 0].tolist() == [0, 1, 2, 0, 0, 0, 5, 0, 6]
 
 
-def test_rotary_angles_and_mask_by_hand():
+def test_rotary_angles_by_hand():
     config = Qwen2Config(
         hidden_size=4, num_attention_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 100.0}
     )
-    slots = PromptPositions(Rotary(config))(torch.zeros(2, 3, dtype=torch.int64))
-    angles = [[p, p / 10, p, p / 10] for p in range(3)]
+    slots = PromptPositions(Rotary(config))(torch.zeros(5, dtype=torch.int64), torch.tensor([3, 2]))
+    angles = [[p, p / 10, p, p / 10] for p in (0, 1, 2, 0, 1)]
     for name, function in (("rotary_cos", math.cos), ("rotary_sin", math.sin)):
-        expected = torch.tensor([[[function(a) for a in row] for row in angles]] * 2)
-        torch.testing.assert_close(slots[name], expected)
-    mask = slots["prefix_mask"]
-    assert mask.shape == (2, 1, 3, 3)
-    assert mask[1, 0].tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+        torch.testing.assert_close(slots[name], torch.tensor([[function(a) for a in row] for row in angles]))
+    assert slots["prompt_bounds"].tolist() == [0, 3, 5]
 
 
 def test_greedy_words_are_those_of_the_librarys_generate(stage):
     model = stage.model.eval()
-    images, forward = batch_of(1)["images"], Forward(stage, TINY)
+    images, forward = pictures_of(rows_of(1)), Forward(stage, TINY)
     tokens = opening().ask("describe :").tokens
     found = forward.continue_prompt(tokens, forward.features(images), frozenset(), limit=6)
     expected = model.generate(
@@ -225,8 +227,8 @@ def test_the_published_layout_gives_the_next_stages_their_tower_and_the_words(st
     for part, own in ((encoder.vision_tower, found.vision_tower), (encoder.projector, found.multi_modal_projector)):
         assert all(torch.equal(value, own.state_dict()[name]) for name, value in part.state_dict().items())
     model = InternVLForConditionalGeneration.from_pretrained(tmp_path, use_safetensors=True)
-    batch = batch_of(1)
-    given = {"input_ids": batch["tokens"], "pixel_values": normalise(batch["images"])}
+    rows = rows_of(1)
+    given = {"input_ids": padded_tokens(rows), "pixel_values": normalise(pictures_of(rows))}
     torch.testing.assert_close(model(**given).logits, stage.model(**given).logits, rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path)("describe : a cyan circle")["input_ids"] == TEXT.encode(
         "describe : a cyan circle"

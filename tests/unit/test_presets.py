@@ -171,7 +171,7 @@ def shapes_of(layers: list[Layer], *wanted: str, **slots: Tensor) -> tuple[tuple
 
 
 def test_the_parts_read_what_the_parts_before_them_write(preset, parts):
-    """448 pixels to 16 x 16 latents, decoded at 512 pixels and resized; 1024 captions read by 256 tokens."""
+    """448 pixels to 16 x 16 latents, decoded at 512 pixels and resized; captions of two prompts read by 256 tokens."""
     tokenizer, spar, width = parts["tokenizer"], parts["spar"], preset.language.width
     latent = (1, *preset.latent_shape)
     assert latent == (1, 32, 16, 16)
@@ -181,20 +181,21 @@ def test_the_parts_read_what_the_parts_before_them_write(preset, parts):
     assert parts["autoencoder"].decoder(latents.to("meta")).shape == (1, 3, 512, 512)
     drawn = preset.autoencoder.reconstruction_layers(tokenizer.decoder, preset.image_size)
     assert shapes_of(drawn, "reconstruction", decoder_input=latents) == ((1, 3, 448, 448),)
-    conditioned = preset.conditioning.conditioning_layers(spar, preset.language, illustrated=False)
-    tokens, keep = torch.ones(1, preset.conditioning.max_words, dtype=torch.int64), torch.ones(1, 768)
-    captions, routed, whole = shapes_of(
-        conditioned, "captions", "routing_weights", "caption_keep", tokens=tokens, keep=keep
+    longest = preset.longest_sequence
+    conditioned = preset.conditioning.conditioning_layers(spar, preset.language, illustrated=False, longest=longest)
+    tokens, lengths = torch.ones(2 * 160, dtype=torch.int64), torch.tensor([160, 160])
+    captions, routed, bounds = shapes_of(
+        conditioned, "captions", "routing_weights", "caption_bounds", tokens=tokens, lengths=lengths
     )
-    assert captions == (1, 1024, 2304) and routed == (1, 1024, 4) and whole == (1, 1024)
-    velocity = preset.diffusion.velocity_layers(parts["diffusion"])
+    assert captions == (2 * (160 + 256), 2304) and routed == (2 * (160 + 256), 4) and bounds == (3,)
+    velocity = preset.diffusion.velocity_layers(parts["diffusion"], longest)
     predicted, tapped = shapes_of(
-        velocity, "velocity", "image_tokens", noisy_latent=latents, timestep=torch.rand(1),
-        captions=torch.rand(captions), caption_keep=torch.ones(whole),
+        velocity, "velocity", "image_tokens", noisy_latent=torch.rand(2, *latent[1:]), timestep=torch.rand(2),
+        captions=torch.rand(captions), caption_bounds=torch.zeros(bounds, dtype=torch.int32),
     )  # fmt: skip
-    assert predicted == latent
+    assert predicted == (2, *latent[1:])
     aligned = parts["alignment_head"](torch.rand(tapped, device="meta"))
-    assert aligned.shape == (1, preset.vision.tokens, width)
+    assert aligned.shape == (2, preset.vision.tokens, width)
 
 
 def test_what_the_counts_cannot_see_is_as_published(preset):

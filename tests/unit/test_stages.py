@@ -62,14 +62,16 @@ def stage(request, parts):
 
 def batch_of(stage, size=2, task=None):
     generator = torch.Generator().manual_seed(0)
-    batch = {}
+    lengths = torch.arange(7, 7 + size)
+    batch = {"lengths": lengths}
     for name, (shape, dtype) in find_task(task or stage.sample.task).slots(stage.sample).items():
-        if dtype is np.float32:
+        if None in shape:
+            high, kind = (62, torch.int64) if dtype is np.int64 else (2, torch.uint8)
+            batch[name] = torch.randint(high, (int(lengths.sum()),), generator=generator, dtype=kind)
+        elif dtype is np.float32:
             batch[name] = torch.rand(size, *shape, generator=generator)
-        else:  # tokens, or flags
-            high = 62 if dtype is np.int64 else 2
-            kind = torch.int64 if dtype is np.int64 else torch.uint8
-            batch[name] = torch.randint(high, (size, *shape), generator=generator, dtype=kind)
+        else:  # labels
+            batch[name] = torch.randint(2, (size, *shape), generator=generator, dtype=torch.uint8)
     for name, draw in stage.sample.draws.items():
         batch[name] = torch.randn(size, *draw.shape, generator=generator)
     return batch

@@ -7,7 +7,7 @@ from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import PRESETS
 from spar_scale.stages.bootstrap_diffusion import TextEncoder
 
-TOKENS = torch.tensor([[3, 5, 7, 9]])
+TOKENS, LENGTHS = torch.tensor([3, 5, 7, 9]), torch.tensor([4])
 
 
 @pytest.fixture(scope="module")
@@ -18,19 +18,15 @@ def encoder() -> TextEncoder:
 
 
 def test_captions_have_the_width_that_the_transformer_reads(encoder):
-    assert encoder(TOKENS, torch.ones_like(TOKENS)).shape == (1, 4, PRESETS["tiny"].diffusion.caption_channels)
+    assert encoder(TOKENS, LENGTHS).shape == (4, PRESETS["tiny"].diffusion.caption_channels)
 
 
-@pytest.mark.parametrize("left", [0, 2])
-def test_padding_on_either_side_changes_no_caption(encoder, left):
-    padding = (left, 2 - left)
-    keep = torch.nn.functional.pad(torch.ones_like(TOKENS), padding)
-    padded = encoder(torch.nn.functional.pad(TOKENS, padding, value=11), keep)
-    torch.testing.assert_close(padded[:, left : left + 4], encoder(TOKENS, torch.ones_like(TOKENS)))
+def test_a_caption_is_the_same_alone_and_between_others(encoder):
+    together = encoder(torch.cat([torch.tensor([11, 2]), TOKENS, torch.tensor([8])]), torch.tensor([2, 4, 1]))
+    torch.testing.assert_close(together[2:6], encoder(TOKENS, LENGTHS))
 
 
 def test_a_word_is_told_by_its_place_and_by_the_words_around_it(encoder):
-    keep = torch.ones_like(TOKENS)
-    captions = encoder(TOKENS, keep)
-    assert not torch.allclose(encoder(TOKENS.flip(1), keep).flip(1), captions)
-    assert not torch.allclose(encoder(torch.tensor([[4, 5, 7, 9]]), keep)[:, 1:], captions[:, 1:])
+    captions = encoder(TOKENS, LENGTHS)
+    assert not torch.allclose(encoder(TOKENS.flip(0), LENGTHS).flip(0), captions)
+    assert not torch.allclose(encoder(torch.tensor([4, 5, 7, 9]), LENGTHS)[1:], captions[1:])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from launching import run_world
 from nano import NANO
+from packed import packed
 from PIL import Image
 from published_text import write_published
 from tiny_parts import make_parts
@@ -26,7 +27,7 @@ from spar_scale.config.recipe import Recipe
 from spar_scale.data.prompts import build_tokenizer
 from spar_scale.data.tar_index import index_shard, write_index
 from spar_scale.inference.ask import answer
-from spar_scale.inference.drawing import edit, generate, padded
+from spar_scale.inference.drawing import edit, generate
 from spar_scale.inference.sampler import seeded_noise
 from spar_scale.models.presets import PRESETS, resized
 from spar_scale.runs.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
@@ -122,15 +123,14 @@ def test_an_instruction_shows_the_picture_and_the_picture_changes_captions_and_l
     forward = Forward(stage, NANO_TEXT)
     prompt = forward.text.editing_prompt(INSTRUCTIONS[0], NANO_TEXT.image_tokens)
     assert prompt.count(151667) == NANO_TEXT.image_tokens == 16
-    tokens, keep = padded([prompt])
     pictures = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    captions = [forward.condition(tokens, keep, one)[0] for one in pictures]
+    captions = [forward.condition([prompt], one)[0] for one in pictures]
     assert (captions[0] - captions[1]).abs().max() > 1e-3
-    again = forward.condition(tokens, keep, pictures[0])[0]
+    again = forward.condition([prompt], pictures[0])[0]
     assert torch.equal(again, captions[0])
     target = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     noise = torch.randn(1, *NANO_TEXT.latent_shape, generator=torch.Generator().manual_seed(2))
-    slots = {"tokens": tokens, "keep": keep, "timestep_draw": torch.zeros(1), "latent_noise": noise}
+    slots = {**packed([prompt]), "timestep_draw": torch.zeros(1), "latent_noise": noise}
     losses = [
         forward.run("flow_matching", images=torch.stack([target, one], 1), **slots)["flow_matching"] for one in pictures
     ]

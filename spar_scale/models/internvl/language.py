@@ -1,14 +1,14 @@
 """Qwen2's decoder layer as a function of packed hidden states and rotary angles, and what these follow from.
 
 Legend: B samples, T tokens of all samples one after another (`ops/packing.py`), Q query embeddings of a sample,
-D width, H heads, E head width. The modules are transformers' own, so published weights fit by name. `decoder_layer` calls
-their parts, because one layer serves four uses that the library's own forward does not: a frozen prompt before trainable
-queries (`query_layer`), bidirectional attention, keys and values that are kept for decoding, and rotary angles that are
-computed once for all layers. Tests hold each equal to the library's forward.
+D width, H heads, E head width. The modules are transformers' own, so published weights fit by name. `decoder_layer`
+calls their parts, because one layer serves four uses that the library's own forward does not: a frozen prompt before
+trainable queries (`query_layer`), bidirectional attention, keys and values that are kept for decoding, and rotary
+angles that are computed once for all layers. Tests hold each equal to the library's forward.
 
 The model is causal and the queries stand last, so the prompt never reads them: it passes each layer without gradient,
 and the queries attend to the layer's keys and values of prompt and queries. This is the full forward, not an
-approximation (tests: values and gradients to 1e-5), at the cost of one backward over the queries in place of all tokens.
+approximation (tests: values and gradients to 1e-5), at the cost of a backward over the queries in place of all tokens.
 Hidden state L is taken after the final norm, all others before a norm.
 """
 

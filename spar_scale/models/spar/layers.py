@@ -1,6 +1,6 @@
 """From a prompt to captions of the diffusion transformer, as layers: language model, routing, connector.
 
-Prompts stand one after another, without padding (`ops/packing.py`), each followed by its queries where they are captions.
+Prompts stand one after another, without padding (`ops/packing.py`); as captions each is followed by its queries.
 Slots (B samples, M pictures of a sample: the target first, T prompt tokens of all samples, Q queries, N = T + B Q,
 D width, C caption channels, K sampled states):
     features (B * M, G, D) of all pictures; target_features (B, G, D); reference_features (B, (M - 1) * G, D)
