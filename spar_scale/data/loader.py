@@ -264,15 +264,17 @@ class _MicroBatchDataset(Dataset):
     def load(self, micro_step: int) -> Batch:
         numbers = self.layout.samples(micro_step, self.dp_rank)
         source = self.order.source(self.layout.place(micro_step)[0])
-        slots, stored = self.tasks[source].slots(self.spec), {}
+        slots, stored, one_token = self.tasks[source].slots(self.spec), {}, {}
         if self.encoded is not None:
             del slots["images"]
             stored = self.encoded.empty(self.order.sources[source].name, len(numbers))
-        packed = {name: [_one_token(t)] * len(numbers) for name, (shape, t) in slots.items() if None in shape}
-        if self.encoded is not None:
-            states = self.encoded.token_states(self.order.sources[source].name)
-            packed |= {name: [state] * len(numbers) for name, state in states.items()}
-        arrays = {name: np.zeros((len(numbers), *shape), t) for name, (shape, t) in slots.items() if name not in packed}
+            one_token = self.encoded.token_states(self.order.sources[source].name)
+        # The prompt of a padding row and of a bad sample has one token: a pipeline sends no empty tensor.
+        one_token |= {
+            name: torch.from_numpy(np.zeros(1, kind)) for name, (shape, kind) in slots.items() if shape is None
+        }
+        packed = {name: [token] * len(numbers) for name, token in one_token.items()}
+        arrays = {name: np.zeros((len(numbers), *shape), t) for name, (shape, t) in slots.items() if shape is not None}
         arrays |= {name: np.zeros((len(numbers), *d.shape), np.float32) for name, d in self.spec.draws.items()}
         weight = np.zeros(len(numbers), np.float32)
         errors = []
@@ -375,11 +377,6 @@ def _share(batch: Batch) -> None:
             f"{shared_memory()}; a worker process could not pass a batch of {size:.2f} MB through it "
             f"({str(error).rpartition(': ')[2]}): {remedy} or set data.workers=0"
         ) from None
-
-
-def _one_token(dtype: type) -> torch.Tensor:
-    """The prompt of a padding row and of a bad sample: a pipeline sends no empty tensor."""
-    return torch.from_numpy(np.zeros(1, dtype))
 
 
 def _identity(batch: Any) -> Any:

@@ -27,8 +27,8 @@ Draws = Callable[[str], np.random.Generator]
 Value = TypeVar("Value")
 READ_EXTENSIONS = ("txt", "json", *(f"{side}{name}" for side in ("", "input.", "output.") for name in EXTENSIONS))
 """Extensions of the members that a task may read."""
-Slots = dict[str, tuple[tuple[int | None, ...], type]]
-"""Name -> shape without batch, numpy type. The tokens of a prompt are (None,): each sample has its own number."""
+Slots = dict[str, tuple[tuple[int, ...] | None, type]]
+"""Name -> shape without batch, numpy type. None is one number for each token of a prompt: a batch packs them."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def source_task(name: str, source: str) -> Task | Conditioned:
 
 def packed_slots(spec: SampleSpec) -> frozenset[str]:
     """Return the slots in which the samples of a batch stand one after another."""
-    return frozenset(name for name, (shape, _) in find_task(spec.task).slots(spec).items() if None in shape)
+    return frozenset(name for name, (shape, _) in find_task(spec.task).slots(spec).items() if shape is None)
 
 
 def _image_slots(spec: SampleSpec) -> Slots:
@@ -107,7 +107,7 @@ def _language_slots(spec: SampleSpec) -> Slots:
     `counts` is 1 for tokens that the model must predict; `patches` (N, 2) are the labels (shape, colour) of the
     picture's N tokens.
     """
-    text: Slots = {"tokens": ((None,), np.int64), "counts": ((None,), np.uint8)}
+    text: Slots = {"tokens": (None, np.int64), "counts": (None, np.uint8)}
     return {**_image_slots(spec), **text, "patches": ((spec.image_tokens, 2), np.uint8)}
 
 
@@ -189,7 +189,7 @@ class Conditioned:
         """Return the slots: `images` (M, 3, S, S), the target first, and `tokens`."""
         return {
             "images": ((len(self.sides), 3, spec.image_size, spec.image_size), np.float32),
-            "tokens": ((None,), np.int64),
+            "tokens": (None, np.int64),
         }
 
     def length(self, spec: SampleSpec) -> int:

@@ -54,10 +54,7 @@ def sample_slots(stage: Stage, source: str, text_tokens: int | None = None) -> S
     length = task.length(spec)
     if text_tokens is not None and isinstance(task, Conditioned):
         length = min(length, length - spec.num_tokens + text_tokens)
-    return {
-        name: (tuple(length if size is None else size for size in shape), kind)
-        for name, (shape, kind) in task.slots(spec).items()
-    }
+    return {name: ((length,) if shape is None else shape, kind) for name, (shape, kind) in task.slots(spec).items()}
 
 
 def _size(slots: Sized) -> int:

@@ -197,7 +197,8 @@ class _Writer:
         bad: dict[str, str] = {}
         for batch in _batches(shard, micro_batch):
             numbers = [number for number, _ in batch]
-            images, prompts = self._no_images(micro_batch), [[] for _ in range(micro_batch)]
+            side = self.sample.image_size
+            images, prompts = torch.zeros(micro_batch, len(self.task.sides), 3, side, side), [[]] * micro_batch
             for row, (number, members) in enumerate(batch):
                 try:
                     images[row] = torch.from_numpy(self.task.pictures(members, self.sample))
@@ -231,10 +232,6 @@ class _Writer:
             states.add(run(self._slots(rows, **blank)), rows, None)
         save(path, self.key, digest(self.shards), {}, states, {})
         _log.info("%s: %d prompts", path, len(prompts))
-
-    def _no_images(self, batch: int) -> Tensor:
-        shape, _ = self.task.slots(self.sample)["images"]
-        return torch.zeros(batch, *(size for size in shape if size is not None))
 
     def _slots(self, rows: Sequence[np.ndarray | None], **pictures: Tensor) -> dict[str, Tensor]:
         """Return the slots of prompts and pictures on the device; a row without a prompt has one token."""

@@ -65,7 +65,7 @@ def batch_of(stage, size=2, task=None):
     lengths = torch.arange(7, 7 + size)
     batch = {"lengths": lengths}
     for name, (shape, dtype) in find_task(task or stage.sample.task).slots(stage.sample).items():
-        if None in shape:
+        if shape is None:
             high, kind = (62, torch.int64) if dtype is np.int64 else (2, torch.uint8)
             batch[name] = torch.randint(high, (int(lengths.sum()),), generator=generator, dtype=kind)
         elif dtype is np.float32:

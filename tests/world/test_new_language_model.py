@@ -19,7 +19,6 @@ from parallel.errors import UserError
 from spar_scale.cli import main
 from spar_scale.cluster.submit import submit
 from spar_scale.config.recipe import Recipe
-from spar_scale.inference.drawing import padded
 from spar_scale.models.presets import Preset
 from spar_scale.planning.plan import plan
 from spar_scale.runs.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
@@ -78,13 +77,13 @@ def test_its_words_and_its_layers_are_what_trains_the_queries(runs: Path):
     language: Any = stage.model.get_submodule("language_model")
     assert not any(parameter.requires_grad for parameter in language.parameters())
     forward = Forward(stage, TOY)
-    prompt = padded([forward.text.generation_prompt("a red circle")])
-    before = forward.condition(*prompt)[0]
+    prompt = [forward.text.generation_prompt("a red circle")]
+    before = forward.condition(prompt)[0]
     with torch.no_grad():
         language.words.weight[forward.text.vocabulary["blue"]] += 1.0  # of a word that the prompt does not have
-        assert torch.equal(forward.condition(*prompt)[0], before)
+        assert torch.equal(forward.condition(prompt)[0], before)
         language.words.weight[forward.text.vocabulary["red"]] += 1.0
-    assert (forward.condition(*prompt)[0] - before).abs().amax(-1).min() > 0, "every token and query heard of the word"
+    assert (forward.condition(prompt)[0] - before).abs().amax(-1).min() > 0, "every token and query heard of the word"
     assert {type(layer).__name__ for layer in stage.layers} >= {"PromptBlock", "QueryBlock", "BothWays"}
 
 
