@@ -13,11 +13,11 @@ from itertools import pairwise
 import torch
 
 from parallel.errors import UserError
+from parallel.fake_world import fake_world, materialize
 from parallel.launch.world import start
 from parallel.optimizers import OPTIMIZERS
 from parallel.pipeline import stage_bounds
 from parallel.planner import CountedProgram
-from parallel.fake_world import fake_world, materialize
 from parallel.tensor import apply_tensor_parallel
 from parallel.topology import Layout, Topology
 from parallel.zero.engine import Engine, name_parameters
@@ -73,7 +73,7 @@ def _weights(stage: Stage, counted: CountedProgram, first: int, end: int, rank: 
     built = sum(parameter.numel() for parameter in layers.parameters())
     planned = sum(weight.numel for weight in counted.stage_weights(first, end))
     if built != planned:
-        raise RuntimeError(f"rank {rank} has {built} weights the plan has {planned}")
+        raise RuntimeError(f"rank {rank} has {built} weights, the plan has {planned}")
     return built
 
 

@@ -13,8 +13,8 @@ from nano import NANO
 from tiny_runs import phase_values
 
 from parallel.errors import UserError
-from parallel.planner import FREE_SHARE, CountedProgram, Work, estimate_layout
 from parallel.fake_world import fake_world
+from parallel.planner import FREE_SHARE, CountedProgram, Work, estimate_layout
 from parallel.topology import Layout
 from spar_scale.config.recipe import Recipe
 from spar_scale.planning import plan as planning
