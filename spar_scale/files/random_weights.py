@@ -9,17 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from parallel.files import write_file
-from spar_scale.models.dc_ae.model import build_autoencoder
-from spar_scale.models.internvl.model import build_mllm
+from spar_scale.models import internvl
 from spar_scale.models.presets import Preset
-from spar_scale.models.sana.model import Diffusion
 
 Layout = Literal["older", "newer"]
 """Names of InternVL's weights: `language_model.model...`, as its `-hf` repositories have them, or
@@ -39,11 +37,11 @@ def write_mllm(
     """Write InternVL-hf without tokenizer files; `tie_flag` None leaves the flag out, as published configs do."""
     vision, language = preset.vision, preset.language
     with torch.device("meta"):
-        model = build_mllm(vision, language)  # pyright: ignore[reportArgumentType]
+        model: Any = internvl.build_mllm(vision, language)
     weights = _random(model, dtype, _older_name if layout == "older" else str)
     if not with_head:
         weights = {name: tensor for name, tensor in weights.items() if "lm_head" not in name}
-    text, tower = cast(Any, model.config.text_config), model.config.vision_config
+    text, tower = model.config.text_config, model.config.vision_config
     rope: dict[str, Any] = dict(text.rope_parameters)
     scaling = {"factor": rope["factor"], "rope_type": "dynamic", "type": "dynamic"} if "factor" in rope else None
     config = {
@@ -86,7 +84,7 @@ def write_diffusion(
 ) -> None:
     """Write SANA in the layout of diffusers, in so many files (with an index where they are several)."""
     with torch.device("meta"):
-        model = Diffusion(preset.diffusion).transformer  # pyright: ignore[reportArgumentType]
+        model: Any = preset.diffusion.build().transformer
     config = {"_class_name": "SanaTransformer2DModel", "_diffusers_version": "0.32.0.dev0", **dict(model.config)}
     for name in ("guidance_embeds", "guidance_embeds_scale", "qk_norm", "timestep_scale"):  # keys of later versions
         del config[name]
@@ -96,7 +94,7 @@ def write_diffusion(
 def write_autoencoder(directory: Path, preset: Preset, dtype: torch.dtype = torch.float32, conv: str = "Conv") -> None:
     """Write DC-AE in the layout of diffusers; `conv` is the spelling of a down-sampling by convolution."""
     with torch.device("meta"):
-        model = build_autoencoder(preset.autoencoder)  # pyright: ignore[reportArgumentType]
+        model: Any = preset.autoencoder.build()
     config = {"_class_name": "AutoencoderDC", "_diffusers_version": "0.32.0.dev0", **dict(model.config)}
     if config["downsample_block_type"] == "Conv":
         config["downsample_block_type"] = conv
