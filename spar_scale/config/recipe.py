@@ -65,7 +65,17 @@ def _own_directory(path: Path) -> Path:
     return Path(_expanded(_text(str(path))))
 
 
+def _caption_member(name: str) -> str:
+    member, colon, key = name.partition(":")
+    if not member or member != member.lower() or (colon and not key):
+        raise ValueError(
+            "must be the extension of a member in lower case (txt), or with a key of its object (json:KEY)"
+        )
+    return name
+
+
 Text = Annotated[str, AfterValidator(_text)]
+CaptionMember = Annotated[str, AfterValidator(_text), AfterValidator(_caption_member)]
 PathText = Annotated[str, AfterValidator(_text), AfterValidator(_expanded)]
 
 
@@ -183,11 +193,20 @@ class SourceConfig(Section):
     """One set of shards."""
 
     name: Text
-    """The task of these samples."""
+    """Name of the source, from which its shuffle follows; no two sources share one."""
     shards: PathText
     """Glob or URL of webdataset tar shards."""
     weight: Positive = 1.0
     """Share of this source, relative to the other sources."""
+    task: Text | None = None
+    """The task of these samples in a phase that has several (`generation`, `editing`); null takes the source's name.
+    Several sources may have the same task."""
+    text: CaptionMember | Annotated[list[CaptionMember], Field(min_length=1)] | None = None
+    """Member with the caption or instruction: an extension (`txt`), or a key of a JSON object (`json:caption_long`). Of
+    several (a list here or in the JSON), one is drawn for each sample. null: generation reads `captions` of the json,
+    else the txt, else `caption` of the json; editing reads the txt."""
+    fit: Literal["crop", "stretch"] = "crop"
+    """How a picture becomes square: `crop` takes its largest square, `stretch` resizes the whole picture."""
 
 
 class DataConfig(Section):
@@ -199,6 +218,9 @@ class DataConfig(Section):
     """Consecutive samples of a global batch that share one task."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Loader worker processes per rank; 0 loads in the training process."""
+    long_captions: Literal["cut", "refuse"] = "cut"
+    """What becomes of a caption or instruction whose prompt exceeds the phase's maximum: `cut` leaves out its end (as
+    the paper's scripts do), `refuse` makes it a bad sample."""
     encoded: PathText | None = None
     """Directory of the stored values of `spar-scale data encode`, relative to the run directory; null computes them."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from parallel.costs import layer_costs, shapes_after
 from spar_scale.config.recipe import Recipe
+from spar_scale.data.spec import sources_of
 from spar_scale.data.tasks import Slots, source_task
 from spar_scale.stages import Stage
 
@@ -30,7 +31,7 @@ def micro_batch(recipe: Recipe, stage: Stage) -> dict[str, Tensor]:
 
     Where they are stored values, their shapes are those that the layers give which computed them.
     """
-    tasks = [source_task(stage.sample.task, source.name).slots(stage.sample) for source in recipe.data.sources]
+    tasks = [source_task(stage.sample.task, source).slots(stage.sample) for source in sources_of(recipe)]
     draws: Slots = {name: (draw.shape, np.float32) for name, draw in stage.sample.draws.items()}
     slots: Slots = {**max(tasks, key=_size), **draws, "weight": ((), np.float32)}
     batch = {name: _empty(recipe.parallel.micro_batch, *slot) for name, slot in slots.items()}

@@ -28,7 +28,8 @@ from parallel.tensor import apply_tensor_parallel
 from parallel.topology import Layout, Topology
 from parallel.zero.engine import Engine, name_parameters
 from spar_scale.config.recipe import Recipe
-from spar_scale.data.loader import Loader, Source
+from spar_scale.data.loader import Loader
+from spar_scale.data.spec import sources_of
 from spar_scale.models.sharding import tensor_plan
 from spar_scale.stages.costs import pipeline_costs
 from spar_scale.stages.parts import preset_of
@@ -323,7 +324,7 @@ class Trainer:
     def _build_loader(self) -> Loader:
         recipe = self.recipe
         return Loader(
-            [Source(source.name, source.shards, source.weight) for source in recipe.data.sources],
+            sources_of(recipe),
             self.stage.sample,
             seed=recipe.seed,
             global_batch=recipe.global_batch,
