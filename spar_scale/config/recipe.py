@@ -163,6 +163,9 @@ class OptimizerConfig(Section):
 class ObjectiveConfig(Section):
     """Weights and settings of the losses; each is read by the phases that have such a loss."""
 
+    perceptual: Literal["gradient_difference", "lpips", "lpips_convnext"] = "gradient_difference"
+    """The perceptual loss: the difference of image gradients, which needs no network; LPIPS on VGG16; or that with 0.1
+    times the distance of ConvNeXt-S's logits, as published. The last two need `model.pretrained.perceptual`."""
     perceptual_weight: NotNegative = 0.0
     """Coefficient of the perceptual loss beside the mean squared error."""
     pixel_alignment_weight: NotNegative = 1.0

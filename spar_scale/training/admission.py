@@ -28,6 +28,7 @@ from spar_scale.models.published import PretrainedPart
 from spar_scale.phases import phase_of
 from spar_scale.stages import Stage, meta_stage
 from spar_scale.stages.parts import preset_of, pretrained_part
+from spar_scale.stages.perceptual import PART, perceptual_files
 from spar_scale.training.engine_settings import engine_settings
 from spar_scale.training.parent import check_parent
 from spar_scale.training.run_directory import refuse_another
@@ -99,6 +100,9 @@ def _check_part(recipe: Recipe, part: str) -> None:
     preset, where = preset_of(recipe), f"model.pretrained.{part}: {found.directory}"
     if part == "tokenizer" and (other := found.config().get("preset")) != preset.name:
         raise UserError(f"{where} has preset '{other}', this recipe has '{preset.name}'")
+    if part == PART:
+        perceptual_files(recipe, found)
+        return
     read = preset.vision.published_names if part in phase_of(recipe).vision_only else None
     load = _LOADERS.get("mllm" if read else part)
     if load is None:  # a name that no phase takes, which the stage refuses

@@ -102,6 +102,8 @@ class Trainer:
         if self.encoded is not None:
             self.stage = self.stage.encoded()
         self.frozen = frozen_digests(self.stage.model)  # of whole tensors: _build_engine shards them
+        for module in (module for layer in self.stage.layers for module in layer.beside):
+            self.frozen |= frozen_digests(module)
         self.engine = self._build_engine(launch)
         topology.limit_waits(recipe.guards.timeout_s)  # after DeepSpeed has made its groups, which have no limit
         for companion in self.stage.companions:
