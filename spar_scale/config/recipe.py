@@ -243,7 +243,7 @@ class GuardsConfig(Section):
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10
     """Consecutive steps with a non-finite loss or gradient that are skipped before the run stops."""
     max_bad_fraction: Share = 0.01
-    """Accepted share of bad samples."""
+    """Accepted share of bad samples among the latest 1000; of the first 100, this share of 100."""
     timeout_s: Annotated[float, Field(ge=5)] = 600
     """Seconds that a rank may wait for another rank or a batch, or send no heartbeat, before the run ends and names it.
     It must exceed the time by which ranks can differ: the export of weights, which only the first rank does, or a slow
