@@ -70,7 +70,7 @@ def layer_costs(
     `dtype` is that of the weights in the run. The layers are not changed: copies on the meta device are run.
     """
     copies = _meta_copies(layers, dtype)
-    weights = {_storage_key(tensor) for tensor in (*copies.parameters(), *copies.buffers())}
+    weights = {_storage_key(tensor) for module in _modules(copies) for tensor in _tensors(module)}
     edges, crossing = live_slots(layers, list(slots), terms), crossing_slots(layers, list(slots), terms)
     live = {name: torch.empty_like(slots[name], device="meta") for name in edges[0]}
     alive: list[Any] = []  # keeps storages alive: the key of a freed storage (its address) may be used again
@@ -166,7 +166,7 @@ def _meta_copies(layers: Sequence[Layer], dtype: torch.dtype) -> nn.ModuleList:
     """Return copies of the layers on the meta device; modules and tensors that layers share stay shared."""
     original = nn.ModuleList(layers)
     memo: dict[int, Any] = {}
-    for tensor in (*original.parameters(), *original.buffers()):
+    for tensor in itertools.chain.from_iterable(map(_tensors, _modules(original))):
         shape = torch.empty_like(tensor, device="meta")
         is_weight = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if is_weight else shape
@@ -178,6 +178,15 @@ def _meta_copies(layers: Sequence[Layer], dtype: torch.dtype) -> nn.ModuleList:
         # The method is wrapped, not its caller, because a recomputation calls the method again in the backward pass.
         layer.forward = _with_fused_attention(layer.forward)
     return copies
+
+
+def _modules(layers: nn.ModuleList) -> list[nn.Module]:
+    """Return the layers, and the modules that stand beside them."""
+    return [layers, *(module for layer in layers for module in layer.beside)]  # type: ignore[union-attr]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _count_flops(run: Callable[[], Any]) -> tuple[Any, int]:

@@ -36,7 +36,8 @@ class Layer(nn.Module):
     writes a slot of shape (B,), fp32, with one value per sample. A layer whose forward has side effects sets
     `recomputes` to False. A layer without parameters whose outputs follow cheaply from slots that are sent anyway
     (masks, rotary angles) sets `derived`: a pipeline repeats it in each pipeline stage that reads its outputs instead
-    of sending them. The parameters belong to the training stage's model; a layer only refers to parts of it.
+    of sending them. The parameters belong to the training stage's model; a layer only refers to parts of it. Modules in
+    `beside` are run by the layer and are not the engine's: it neither trains, shards, converts nor moves them.
     """
 
     reads: tuple[str, ...] = ()
@@ -44,6 +45,7 @@ class Layer(nn.Module):
     detached: frozenset[str] = frozenset()
     recomputes: bool = True
     derived: bool = False
+    beside: tuple[nn.Module, ...] = ()
 
     @property
     def name(self) -> str:

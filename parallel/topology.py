@@ -127,7 +127,7 @@ class Topology:
 
 
 def _gloo_group() -> dist.ProcessGroup:
-    is_fake = dist.get_backend() == "fake"  # see rehearsal.py
+    is_fake = dist.get_backend() == "fake"  # see fake_world.py
     group = dist.new_group(backend="fake" if is_fake else "gloo")
     assert isinstance(group, dist.ProcessGroup)
     return group

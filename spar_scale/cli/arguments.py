@@ -51,9 +51,7 @@ def _plan(commands: Commands) -> None:
     plan.add_argument("--gpus", type=_positive, required=True, help="how many GPUs")
     plan.add_argument("--gpu", default="h200", help="which: h200 (default), h100-80, a100-80, b200")
     plan.add_argument("--json", action="store_true", help="print everything, for programs")
-    plan.add_argument(
-        "--rehearse-rank", type=int, metavar="R", help="build rank R of the recipe's own layout, check it"
-    )
+    plan.add_argument("--check-rank", type=int, metavar="R", help="build rank R of the recipe's own layout, check it")
 
 
 def _data(commands: Commands) -> None:

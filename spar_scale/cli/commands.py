@@ -41,10 +41,10 @@ def plan(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from spar_scale.planning.plan import plan
 
-    if arguments.rehearse_rank is not None:
-        from spar_scale.planning.rehearsal import rehearse
+    if arguments.check_rank is not None:
+        from spar_scale.planning.rank_check import check_rank
 
-        return _print_text(rehearse(recipe, arguments.gpus, arguments.rehearse_rank))
+        return _print_text(check_rank(recipe, arguments.gpus, arguments.check_rank))
     result = plan(recipe, arguments.gpus, arguments.gpu)
     return _print_text(result.json() if arguments.json else result.text())
 

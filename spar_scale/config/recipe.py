@@ -66,7 +66,17 @@ def _own_directory(path: Path) -> Path:
     return Path(_expanded(_text(str(path))))
 
 
+def _caption_member(name: str) -> str:
+    member, colon, key = name.partition(":")
+    if not member or member != member.lower() or (colon and not key):
+        raise ValueError(
+            "must be the extension of a member in lower case (txt), or with a key of its object (json:KEY)"
+        )
+    return name
+
+
 Text = Annotated[str, AfterValidator(_text)]
+CaptionMember = Annotated[str, AfterValidator(_text), AfterValidator(_caption_member)]
 PathText = Annotated[str, AfterValidator(_text), AfterValidator(_expanded)]
 
 
@@ -154,6 +164,9 @@ class OptimizerConfig(Section):
 class ObjectiveConfig(Section):
     """Weights and settings of the losses; each is read by the phases that have such a loss."""
 
+    perceptual: Literal["gradient_difference", "lpips", "lpips_convnext"] = "gradient_difference"
+    """The perceptual loss: the difference of image gradients, which needs no network; LPIPS on VGG16; or that with 0.1
+    times the distance of ConvNeXt-S's logits, as published. The last two need `model.pretrained.perceptual`."""
     perceptual_weight: NotNegative = 0.0
     """Coefficient of the perceptual loss beside the mean squared error."""
     pixel_alignment_weight: NotNegative = 1.0
@@ -184,11 +197,20 @@ class SourceConfig(Section):
     """One set of shards."""
 
     name: Text
-    """The task of these samples."""
+    """Name of the source, from which its shuffle follows; no two sources share one."""
     shards: PathText
     """Glob or URL of webdataset tar shards."""
     weight: Positive = 1.0
     """Share of this source, relative to the other sources."""
+    task: Text | None = None
+    """The task of these samples in a phase that has several (`generation`, `editing`); null takes the source's name.
+    Several sources may have the same task."""
+    text: CaptionMember | Annotated[list[CaptionMember], Field(min_length=1)] | None = None
+    """Member with the caption or instruction: an extension (`txt`), or a key of a JSON object (`json:caption_long`). Of
+    several (a list here or in the JSON), one is drawn for each sample. null: generation reads `captions` of the json,
+    else the txt, else `caption` of the json; editing reads the txt."""
+    fit: Literal["crop", "stretch"] = "crop"
+    """How a picture becomes square: `crop` takes its largest square, `stretch` resizes the whole picture."""
 
 
 class DataConfig(Section):
@@ -203,6 +225,9 @@ class DataConfig(Section):
     plan_tokens: Count | None = None
     """Mean tokens of a prompt without its picture, by which a pipeline is cut and `spar-scale plan` counts; null takes
     the longest prompt that is read."""
+    long_captions: Literal["cut", "refuse"] = "cut"
+    """What becomes of a caption or instruction whose prompt exceeds the phase's maximum: `cut` leaves out its end (as
+    the paper's scripts do), `refuse` makes it a bad sample."""
     encoded: PathText | None = None
     """Directory of the stored values of `spar-scale data encode`, relative to the run directory; null computes them."""
 
@@ -222,7 +247,7 @@ class GuardsConfig(Section):
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10
     """Consecutive steps with a non-finite loss or gradient that are skipped before the run stops."""
     max_bad_fraction: Share = 0.01
-    """Accepted share of bad samples."""
+    """Accepted share of bad samples among the latest 1000; of the first 100, this share of 100."""
     timeout_s: Annotated[float, Field(ge=5)] = 600
     """Seconds that a rank may wait for another rank or a batch, or send no heartbeat, before the run ends and names it.
     It must exceed the time by which ranks can differ: the export of weights, which only the first rank does, or a slow

@@ -58,6 +58,13 @@ def _tracking_uri_is_an_address(value: Lookup) -> Iterator[Contradiction]:
         yield "tracking.uri", f"found {show(uri)}, {rule}"
 
 
+def _perceptual_loss_counts(value: Lookup) -> Iterator[Contradiction]:
+    kind = value("objective.perceptual")
+    if kind != "gradient_difference" and value("objective.perceptual_weight") == 0:
+        fits = "objective.perceptual_weight=1.0 or objective.perceptual=gradient_difference"
+        yield "objective.perceptual_weight", f"found 0 with objective.perceptual {kind}; nearest that fit: {fits}"
+
+
 RULES: tuple[Callable[[Lookup], Iterator[Contradiction]], ...] = (
     _phase_belongs_to_stage,
     _pipeline_needs_zero_1,
@@ -65,4 +72,5 @@ RULES: tuple[Callable[[Lookup], Iterator[Contradiction]], ...] = (
     _rate_falls,
     _block_fits_batch,
     _tracking_uri_is_an_address,
+    _perceptual_loss_counts,
 )

@@ -27,6 +27,7 @@ from torch import Tensor
 from parallel.errors import UserError
 from parallel.files import replaced
 from spar_scale.data.images import BadSample
+from spar_scale.data.spec import Source
 from spar_scale.data.tar_index import digest
 
 MANIFEST = "manifest.json"
@@ -37,11 +38,11 @@ MadeOf = dict[str, Any]
 class Encoded:
     """A directory of stored values that was made from `made_of`, for the shards of some sources.
 
-    `sources` maps a source's name to its shards. `command` is the command that encodes again; messages name it. Raises
+    `sources` are the sources with their shards. `command` is the command that encodes again; messages name it. Raises
     UserError for a directory without a manifest, one made from other inputs or shards, and a missing file.
     """
 
-    def __init__(self, directory: Path, made_of: MadeOf, sources: Mapping[str, Sequence[str]], command: str):
+    def __init__(self, directory: Path, made_of: MadeOf, sources: Sequence[tuple[Source, list[str]]], command: str):
         self.directory, self.command = directory, command
         path = directory / MANIFEST
         manifest = read_manifest(path)
@@ -51,11 +52,8 @@ class Encoded:
         if differing := differences(stored, made_of):
             raise UserError(f"data.encoded: {path} was made from other inputs ({differing}); run `{command}`")
         self.key = hash_of(stored)
-        for source, shards in sources.items():
-            if manifest["sources"].get(source) != digest(shards):
-                which = "other shards" if source in manifest["sources"] else "no shards"
-                raise UserError(f"data.encoded: {path} was made from {which} of source '{source}'; run `{command}`")
-        opened = {name: [self.shard(name, number) for number in range(len(shards))] for name, shards in sources.items()}
+        check_sources(path, manifest, sources, command)
+        opened = {one.name: [self.shard(one.name, number) for number in range(len(group))] for one, group in sources}
         self._first = {name: shards[0] for name, shards in opened.items()}
 
     def empty(self, source: str, batch: int) -> dict[str, Tensor]:
@@ -225,6 +223,25 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"data.encoded: {path} is not a manifest ({error}); delete the directory") from None
+
+
+def source_digest(source: Source, shards: Sequence[str]) -> str:
+    """Return the digest of a source's shards, and of how the recipe has them read."""
+    read_as = (source.task or source.name, source.fit, *source.texts)
+    return hashlib.sha256(json.dumps([digest(shards), *read_as]).encode()).hexdigest()
+
+
+def check_sources(
+    path: Path, manifest: dict[str, Any], sources: Sequence[tuple[Source, list[str]]], command: str
+) -> None:
+    """Raise UserError unless the manifest at `path` is of these sources."""
+    for source, shards in sources:
+        found = manifest["sources"].get(source.name)
+        if found != source_digest(source, shards):
+            which, read = ("no shards", "") if found is None else ("other shards", " or with another task, text or fit")
+            raise UserError(
+                f"data.encoded: {path} was made from {which} of source '{source.name}'{read}; run `{command}`"
+            )
 
 
 def hash_of(made_of: MadeOf) -> str:

@@ -1,8 +1,8 @@
-"""Decode an image file and crop it to a square, float32 in [0, 1].
+"""Decode an image file and make it a square, float32 in [0, 1].
 
-The largest square of the image is cropped and resized in one bicubic step. Pixels outside it are never resampled, so
-memory is bounded for every aspect ratio. The EXIF orientation is applied. Transparent pixels are composited over white,
-because no viewer shows the colours stored in them.
+The largest square of the image, or the whole image, is resized in one bicubic step. Pixels outside the square are never
+resampled, so memory is bounded for every aspect ratio. The EXIF orientation is applied. Transparent pixels are
+composited over white, because no viewer shows the colours stored in them.
 
 Every fault of a file raises BadSample: the sample keeps its number and trains with weight 0.
 """
@@ -19,6 +19,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
+
+from spar_scale.data.spec import Fit
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes with at most 8 bits per channel
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
@@ -101,18 +103,20 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: " + re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))
 
 
-def square(image: Image.Image, size: int, along: float, mirrored: bool) -> np.ndarray:
-    """Return a square of an image as (3, size, size) float32 in [0, 1].
+def square(image: Image.Image, size: int, along: float, mirrored: bool, fit: Fit) -> np.ndarray:
+    """Return an image as a square (3, size, size) float32 in [0, 1].
 
-    `along` in [0, 1] is the position of the square on the longer edge (0.5: the middle); `mirrored` flips left and
-    right. Raises BadSample for an image with an edge of one pixel.
+    `fit` "crop" takes the largest square; `along` in [0, 1] is its position on the longer edge (0.5: the middle).
+    `fit` "stretch" takes the whole image. `mirrored` flips left and right. Raises BadSample for an image with an edge
+    of one pixel.
     """
     width, height = image.size
     edge = min(width, height)
     if edge < 2:
         raise BadSample(f"{width}x{height} pixels; both edges need at least 2")
     left, top = round(along * (width - edge)), round(along * (height - edge))
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge)))
+    box = (left, top, left + edge, top + edge) if fit == "crop" else (0, 0, width, height)
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
     if mirrored:
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / 255

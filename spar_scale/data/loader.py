@@ -35,7 +35,7 @@ from parallel.launch.children import end_with_parent
 from spar_scale.data.encoded import Encoded, EncodedShard
 from spar_scale.data.images import BadSample
 from spar_scale.data.order import PADDING, BatchLayout, Blocks, Order, SourceShape, draw_generator
-from spar_scale.data.spec import Draw, SampleSpec
+from spar_scale.data.spec import Draw, SampleSpec, Source
 from spar_scale.data.storage import ShardReader, expand_shards
 from spar_scale.data.tar_index import ShardIndex, check_fresh, digest, read_header, read_index
 from spar_scale.data.tasks import Conditioned, Members, source_task
@@ -47,15 +47,6 @@ POLL_S = 1.0  # interval between two calls of `while_waiting`
 KILLED_S = 5.0  # limit of the wait for a killed worker to exit
 SHARED_MEMORY = "/dev/shm"
 PARENT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # handled by the trainer, ignored by workers
-
-
-@dataclass(frozen=True)
-class Source:
-    """A set of shards with its weight in the mixture. If the training stage mixes tasks, `name` is its task."""
-
-    name: str
-    shards: str | Sequence[str]
-    weight: float = 1.0
 
 
 class Loader:
@@ -105,7 +96,7 @@ class Loader:
         for source, group in zip(sources, shards, strict=True):
             total.update(f"{source.name}\0{digest(group)}\n".encode())
         self.digest = total.hexdigest()
-        self._dataset = _MicroBatchDataset(self.order, layout, shards, spec, seed, dp_rank, encoded)
+        self._dataset = _MicroBatchDataset(self.order, layout, sources, shards, spec, seed, dp_rank, encoded)
         self._numbers = range(first_step * layout.per_step, (first_step + steps) * layout.per_step)
         self._workers, self._prefetch = workers, prefetch
         self._timeout_s, self._while_waiting = timeout_s, while_waiting
@@ -241,6 +232,7 @@ class _MicroBatchDataset(Dataset):
         self,
         order: Order,
         layout: BatchLayout,
+        sources: Sequence[Source],
         shards: list[list[str]],
         spec: SampleSpec,
         seed: int,
@@ -249,7 +241,8 @@ class _MicroBatchDataset(Dataset):
     ):
         self.order, self.layout, self.shards, self.spec = order, layout, shards, spec
         self.seed, self.dp_rank, self.encoded = seed, dp_rank, encoded
-        self.tasks = [source_task(spec.task, source.name) for source in order.sources]
+        self.tasks = [source_task(spec.task, source) for source in sources]
+        self.specs = [spec.of_source(source) for source in sources]
         self.opened: OrderedDict[tuple[int, int], _OpenShard] = OrderedDict()
 
     def __getitem__(self, micro_step: int) -> Batch | _Failure:
@@ -308,17 +301,17 @@ class _MicroBatchDataset(Dataset):
         shard, opened = self.shards[place.source][place.shard], self._open(place.source, place.shard)
         table = opened.index.members(place.member)
         members = Members(tuple(table), lambda extension: opened.reader.read_member(*table[extension]))
-        task = self.tasks[place.source]
+        task, spec = self.tasks[place.source], self.specs[place.source]
 
         def draws(purpose: str) -> np.random.Generator:
             return draw_generator(self.seed, purpose, number)
 
         try:
             if opened.encoded is None:
-                values = task.fill(members, self.spec, draws)
+                values = task.fill(members, spec, draws)
             else:
                 assert isinstance(task, Conditioned)
-                tokens = task.tokens(members, self.spec, draws)
+                tokens = task.tokens(members, spec, draws)
                 for name, states in opened.encoded.fill(stored, row, place.member, tokens).items():
                     packed[name][row] = states
                 values = {"tokens": tokens}

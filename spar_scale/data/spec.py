@@ -1,4 +1,4 @@
-"""The specification of a training stage's samples: the tensors of one sample and its random draws.
+"""The sources of a run, and the specification of its samples: the tensors of one sample and its random draws.
 
 Every draw is keyed by (seed, purpose, sample number), so it does not depend on the rank, worker or layout that loads
 the sample.
@@ -6,12 +6,39 @@ the sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from spar_scale.config.recipe import Recipe
     from spar_scale.data.text import TextTokenizer
+
+Fit = Literal["crop", "stretch"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of shards with its weight in the mixture; the fields are those of `data.sources` in a recipe.
+
+    `task` is None where the source's name is its task; `texts` are the members that hold its captions, () by default.
+    """
+
+    name: str
+    shards: str | Sequence[str]
+    weight: float = 1.0
+    task: str | None = None
+    texts: tuple[str, ...] = ()
+    fit: Fit = "crop"
+
+
+def sources_of(recipe: Recipe) -> list[Source]:
+    """Return the sources of a recipe, in its order."""
+
+    def texts(given: str | list[str] | None) -> tuple[str, ...]:
+        return (given,) if isinstance(given, str) else tuple(given or ())
+
+    return [Source(one.name, one.shards, one.weight, one.task, texts(one.text), one.fit) for one in recipe.data.sources]
 
 
 @dataclass(frozen=True)
@@ -30,7 +57,8 @@ class SampleSpec:
     pixels; `crop` and `flip` are the augmentations; `num_tokens` is the length of the text, `task_tokens` that of each
     language task; `image_tokens` is the number of tokens per picture; `caption_dropout` is the share of samples with
     the unconditional prompt instead of their caption; `draws` maps a slot name to its random fp32 tensor; `text` is
-    the tokenizer of its prompts.
+    the tokenizer of its prompts; `long_captions` is what becomes of a caption that makes a prompt too long. `texts` and
+    `fit` are those of a source: `of_source` sets them.
     """
 
     task: str
@@ -43,6 +71,13 @@ class SampleSpec:
     caption_dropout: float = 0.0
     draws: Mapping[str, Draw] = field(default_factory=dict)
     text: TextTokenizer | None = None
+    long_captions: Literal["cut", "refuse"] = "cut"
+    texts: tuple[str, ...] = ()
+    fit: Fit = "crop"
+
+    def of_source(self, source: Source) -> SampleSpec:
+        """Return the specification of the samples of one source."""
+        return replace(self, texts=source.texts, fit=source.fit)
 
     @property
     def tokenizer(self) -> TextTokenizer:

@@ -2,7 +2,7 @@
 
 A task declares the tensors of one sample and fills them from the members of the tar. Its random draws come from
 `draws(purpose)`, keyed by (seed, purpose, sample number), never from a worker's state. A mixture is a set of tasks that
-fill the same tensors; each source is decoded by the task of its name.
+fill the same tensors; each source is decoded by its task.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from parallel.errors import UserError, nearest
 from spar_scale.data.images import EXTENSIONS, BadSample, decode, square
 from spar_scale.data.patches import UNKNOWN, shown_patches
 from spar_scale.data.prompts import caption_prompt, edit_prompt, question_prompt, text_prompt
-from spar_scale.data.spec import SampleSpec
+from spar_scale.data.spec import SampleSpec, Source
 from spar_scale.data.text import Prompt, TextTokenizer
 
 Draws = Callable[[str], np.random.Generator]
@@ -69,19 +69,25 @@ def find_task(name: str) -> Task | Conditioned:
     return TASKS[name]
 
 
-def source_task(name: str, source: str) -> Task | Conditioned:
-    """Return the task that decodes a source: in a mixture the task with the source's name, else the task `name`.
+def source_task(name: str, source: Source) -> Task | Conditioned:
+    """Return the task that decodes a source: in a mixture that of the source (default: its name), else the task `name`.
 
-    Raises UserError if the source's name is not a task of the mixture.
+    Raises UserError if it is not a task of the phase, and for `texts` of a task whose texts have a fixed place.
     """
-    if name not in MIXTURES:
-        return find_task(name)
-    if source not in MIXTURES[name]:
-        known = MIXTURES[name]
+    known = MIXTURES.get(name, (name,))
+    wanted = source.task or (source.name if name in MIXTURES else name)
+    if wanted not in known:
         raise UserError(
-            f"data.sources: '{source}' is not a task of this phase ({', '.join(known)}){nearest(source, known)}"
+            f"data.sources: '{wanted}' is not a task of this phase ({', '.join(known)}){nearest(wanted, known)}; set"
+            f" task of source '{source.name}' to one of them"
         )
-    return TASKS[source]
+    task = find_task(wanted)
+    if source.texts and not isinstance(task, Conditioned):
+        raise UserError(
+            f"data.sources: source '{source.name}' has text {', '.join(source.texts)}, but its task '{wanted}' reads no"
+            " caption; remove text"
+        )
+    return task
 
 
 def packed_slots(spec: SampleSpec) -> frozenset[str]:
@@ -98,7 +104,7 @@ def _image(members: Members, spec: SampleSpec, draws: Draws) -> dict[str, np.nda
     picture = decode(members.read_first((*EXTENSIONS, *(f"output.{extension}" for extension in EXTENSIONS))))
     along = float(draws("crop").random()) if spec.crop == "random" else 0.5
     mirrored = spec.flip and bool(draws("flip").random() < 0.5)
-    return {"images": square(picture, spec.image_size, along, mirrored)}
+    return {"images": square(picture, spec.image_size, along, mirrored, spec.fit)}
 
 
 def _language_slots(spec: SampleSpec) -> Slots:
@@ -140,7 +146,7 @@ def _language(
             scene = record.get(f"{picture.replace('.', '_')}scene")
             arrays["patches"] = _as_bad_sample(lambda: shown_patches(scene, spec.image_size, spec.image_tokens))
             image = decode(members.read_first(f"{picture}{extension}" for extension in EXTENSIONS))
-            arrays["images"] = square(image, spec.image_size, along=0.5, mirrored=False)
+            arrays["images"] = square(image, spec.image_size, along=0.5, mirrored=False, fit=spec.fit)
         return arrays
 
     return Task(_language_slots, fill, longest)
@@ -154,17 +160,17 @@ def _as_bad_sample(make: Callable[[], Value]) -> Value:
         raise BadSample(f"its texts cannot be trained on ({type(error).__name__}: {error})") from None
 
 
-def _load_json(members: Members) -> Any:
+def _load_json(members: Members, extension: str = "json") -> Any:
     try:
-        return json.loads(members.read_first(["json"]))
+        return json.loads(members.read_first([extension]))
     except (ValueError, RecursionError) as error:
-        raise BadSample(f"its json cannot be read ({error})") from None
+        raise BadSample(f"its {extension} cannot be read ({error})") from None
 
 
-def _json_record(members: Members) -> Mapping[str, Any]:
-    record = _load_json(members)
+def _json_record(members: Members, extension: str = "json") -> Mapping[str, Any]:
+    record = _load_json(members, extension)
     if not isinstance(record, dict):
-        raise BadSample(f"its json holds {type(record).__name__}, not an object")
+        raise BadSample(f"its {extension} holds {type(record).__name__}, not an object")
     return record
 
 
@@ -173,7 +179,8 @@ class Conditioned:
     """The task of a target picture and the prompt that conditions it; only the choice of the text is random.
 
     `sides` are the prefixes of its picture members' names, the target first; the prompt begins with the other pictures.
-    `texts(members)` returns the candidate texts, one of which is drawn; `prompt(text, spec)` builds the prompt from it.
+    `texts(members)` returns the candidate texts of a source that names none; one of the candidates is drawn.
+    `prompt(text, spec)` builds the prompt from it.
     """
 
     sides: tuple[str, ...]
@@ -202,71 +209,104 @@ class Conditioned:
 
     def tokens(self, members: Members, spec: SampleSpec, draws: Draws) -> np.ndarray:
         """Return the tokens (n,) of a prompt with a drawn text; caption dropout makes it unconditional."""
-        texts, draw = self.texts(members), draws("words").random()
+        texts, draw = self.candidates(members, spec), draws("words").random()
         dropped = draws("caption_drop").random() < spec.caption_dropout
         return self._tokens("" if dropped else texts[int(draw * len(texts))], spec)
 
     def prompts(self, members: Members, spec: SampleSpec) -> list[np.ndarray]:
         """Return the tokens of every prompt that can be drawn, the unconditional one last; skip bad texts."""
         prompts = []
-        for text in (*self.texts(members), ""):
+        for text in (*self.candidates(members, spec), ""):
             with contextlib.suppress(BadSample):
                 prompts.append(self._tokens(text, spec))
         return prompts
 
     def pictures(self, members: Members, spec: SampleSpec) -> np.ndarray:
-        """Return the middle squares (M, 3, S, S), never mirrored, because the words name their sides."""
+        """Return the pictures (M, 3, S, S) as squares, never mirrored, because the words name their sides."""
         data = [members.read_first(f"{side}{extension}" for extension in EXTENSIONS) for side in self.sides]
-        return np.stack([square(decode(picture), spec.image_size, along=0.5, mirrored=False) for picture in data])
+        return np.stack([square(decode(one), spec.image_size, 0.5, mirrored=False, fit=spec.fit) for one in data])
+
+    def candidates(self, members: Members, spec: SampleSpec) -> list[str]:
+        """Return the texts of a sample, one of which is drawn; never an empty one."""
+        if not spec.texts:
+            return self.texts(members)
+        return [text for name in spec.texts for text in _named_texts(members, name)]
 
     def _tokens(self, text: str, spec: SampleSpec) -> np.ndarray:
-        tokens = _as_bad_sample(lambda: self.prompt(text, spec))
-        if len(tokens) > self.length(spec):
-            raise BadSample(f"{len(tokens)} tokens; the maximum is {self.length(spec)}")
+        tokens, limit = _as_bad_sample(lambda: self.prompt(text, spec)), self.length(spec)
+        while len(tokens) > limit and text and spec.long_captions == "cut":
+            text = spec.tokenizer.shorten(text, len(tokens) - limit)
+            tokens = self.prompt(text, spec)
+        if len(tokens) > limit:
+            raise BadSample(f"{len(tokens)} tokens; the maximum is {limit}")
         return np.array(tokens, np.int64)
 
 
 def _captions(members: Members) -> list[str]:
-    """Return the captions of the json if it is an object with a list of captions, else the txt."""
-    has_text = "txt" in members.extensions
-    entries = None
+    """Return the `captions` of the json if it is an object that lists some, else the txt, else its `caption`.
+
+    The last is how img2dataset writes it.
+    """
+    has_text, record = "txt" in members.extensions, {}
     if "json" in members.extensions:
         content = _load_json(members)
         if isinstance(content, dict):
-            entries = content.get("captions")
+            record = content
         elif not has_text:
             raise BadSample(f"its json holds {type(content).__name__}, not an object, and it has no txt")
-    if entries is None or entries == []:
-        if not has_text and "json" in members.extensions:
-            raise BadSample(
-                f"no member txt, and its json lists no captions; the sample has {', '.join(members.extensions)}"
-            )
-        return [_text(members)]
-    if not isinstance(entries, list) or not all(isinstance(caption, str) for caption in entries):
-        raise BadSample("its captions are not a list of texts")
-    captions = [_clean(caption) for caption in entries]
-    if not all(captions):
-        raise BadSample("one of its captions is empty")
-    return captions
+    if record.get("captions") not in (None, []):
+        return _checked(record["captions"], "captions", only_list=True)
+    if has_text or "json" not in members.extensions:
+        return [_text(members, "txt")]
+    if record.get("caption") is not None:
+        return _checked(record["caption"], "caption")
+    found = ", ".join(members.extensions)
+    raise BadSample(f"no member txt, and its json lists no captions and has no caption; the sample has {found}")
 
 
-def _text(members: Members) -> str:
-    """Return the txt. Raises BadSample unless it is UTF-8 (a byte order mark is allowed) and not empty."""
-    data = members.read_first(["txt"])
+def _named_texts(members: Members, name: str) -> list[str]:
+    """Return the texts in a member: `txt` is its content, `json:KEY` a text or a list of texts in its object."""
+    extension, _, key = name.partition(":")
+    if not key:
+        return [_text(members, extension)]
+    record = _json_record(members, extension)
+    if key not in record:
+        raise BadSample(f"its {extension} has no '{key}'{nearest(key, record)}")
+    return _checked(record[key], key)
+
+
+def _checked(value: Any, key: str, only_list: bool = False) -> list[str]:
+    """Return the texts in a value of a json. Raises BadSample for another type, and where one of them is empty."""
+    texts = [value] if isinstance(value, str) and not only_list else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise BadSample(f"its {key} {'are not' if only_list else 'is neither a text nor'} a list of texts")
+    cleaned = [_clean(text) for text in texts]
+    if not all(cleaned):
+        raise BadSample(f"its {key} is empty" if isinstance(value, str) else f"one of its {key} is empty")
+    return cleaned
+
+
+def _text(members: Members, extension: str) -> str:
+    """Return a member's text. Raises BadSample unless it is UTF-8 (a byte order mark is allowed) and not empty."""
+    data = members.read_first([extension])
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
-        raise BadSample("its txt is not UTF-8 but UTF-16, UTF-32 or binary; write it as UTF-8")
+        raise BadSample(f"its {extension} is not UTF-8 but UTF-16, UTF-32 or binary; write it as UTF-8")
     try:
         text = _clean(data.decode())
     except UnicodeDecodeError as error:
-        raise BadSample(f"its txt is not UTF-8 ({error})") from None
+        raise BadSample(f"its {extension} is not UTF-8 ({error})") from None
     if not text:
-        raise BadSample("its txt is empty")
+        raise BadSample(f"its {extension} is empty")
     return text
 
 
 def _clean(text: str) -> str:
-    """Return a text without byte order marks (Windows editors write them) and surrounding white space."""
-    return text.replace("\ufeff", "").strip()
+    """Return a text without byte order marks (Windows editors write them) and surrounding white space.
+
+    A text without any character that is visible, such as one of zero-width spaces, is empty.
+    """
+    stripped = text.replace("\ufeff", "").strip()
+    return stripped if any(sign.isprintable() and not sign.isspace() for sign in stripped) else ""
 
 
 TASKS: dict[str, Task | Conditioned] = {
@@ -278,7 +318,7 @@ TASKS: dict[str, Task | Conditioned] = {
     "generation": Conditioned(("",), _captions, lambda text, spec: spec.tokenizer.generation_prompt(text)),
     "editing": Conditioned(
         ("output.", "input."),
-        lambda members: [_text(members)],  # the instruction; the source picture is never dropped
+        lambda members: [_text(members, "txt")],  # the instruction; the source picture is never dropped
         lambda text, spec: spec.tokenizer.editing_prompt(text, spec.image_tokens),
     ),
 }

@@ -154,6 +154,12 @@ class TextTokenizer:
             raise UserError(f"{self.source}: text became the mark {mark}; the tokenizer does not list it as special")
         return tokens
 
+    def shorten(self, text: str, num_tokens: int) -> str:
+        """Return a text without its last `num_tokens` tokens, or a few more; no character is cut in two."""
+        offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        first_left_out = max(0, len(offsets) - num_tokens)
+        return text[: offsets[first_left_out][0]].rstrip() if offsets else ""
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens without marks; a number behind the vocabulary (models pad it) is shown."""
         if self.has_words_only:

@@ -160,14 +160,15 @@ def _shared_memory(recipe: Recipe, stage: Stage | None, environment: Mapping[str
 
 def sample_bytes(recipe: Recipe, stage: Stage) -> int:
     """Return the bytes of the largest sample of a batch: its task's slots, its draws and its stored values."""
+    from spar_scale.data.spec import sources_of
     from spar_scale.stages.costs import sample_slots
     from spar_scale.training.admission import stored_bytes
 
     draws = sum(FLOAT_BYTES * math.prod(draw.shape) for draw in stage.sample.draws.values())
     largest = 0
-    for source in recipe.data.sources:
+    for source in sources_of(recipe):
         try:
-            slots = sample_slots(stage, source.name)
+            slots = sample_slots(stage, source)
             stored = stored_bytes(recipe, source.name, stage.sample.num_tokens + stage.sample.image_tokens)
         except UserError:  # reported by the recipe finding
             continue

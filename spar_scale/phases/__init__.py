@@ -56,8 +56,8 @@ class Phase:
     """Pretrained parts (`model.pretrained`) that must be given."""
     accepts: tuple[str, ...] = ()
     """Pretrained parts that may be given besides."""
-    requires_when: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Pretrained part -> (recipe key, value) for which it must be given. For other values it is refused."""
+    requires_when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Pretrained part -> (recipe key, values) for which it must be given. For other values it is refused."""
     vision_only: tuple[str, ...] = ()
     """Pretrained parts in the layout of an MLLM of which only the vision tower and the projector are read."""
     starts_from: tuple[str, ...] = ()
@@ -99,7 +99,7 @@ class Phase:
 
     def pretrained_parts(self, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the pretrained parts that a recipe of this phase (may name, must name)."""
-        needed = tuple(part for part, (key, value) in self.requires_when.items() if _value(recipe, key) == value)
+        needed = tuple(part for part, (key, *values) in self.requires_when.items() if _value(recipe, key) in values)
         required = (*self.requires, *needed)
         return (*required, *self.accepts), required
 

@@ -28,6 +28,7 @@ PHASE = Phase(
         "objective.align_block",
         "objective.timestep_shift",
         "objective.caption_dropout",
+        "data.long_captions",
     ),
     requires=("mllm", "tokenizer", "diffusion"),
     requires_when={"teacher": ("model.alignment", "external")},

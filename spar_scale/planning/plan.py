@@ -17,9 +17,9 @@ import torch
 
 from parallel.costs import layer_costs
 from parallel.errors import UserError
+from parallel.fake_world import fake_world
 from parallel.optimizers import OPTIMIZERS, WHOLE_MATRICES, whole_matrix_groups
 from parallel.planner import ASSUMPTIONS, CountedProgram, LayoutEstimate, Machine, Work, estimate_layout
-from parallel.rehearsal import fake_world
 from parallel.tensor import apply_tensor_parallel
 from parallel.topology import Layout
 from parallel.zero.state_bytes import Weight

@@ -62,6 +62,7 @@ def conditioned_sample(recipe: Recipe, preset: Preset, task: str) -> SampleSpec:
         num_tokens=preset.conditioning.max_words,
         image_tokens=preset.image_tokens,
         caption_dropout=recipe.objective.caption_dropout,
+        long_captions=recipe.data.long_captions,
         text=text_of(recipe),
         draws={"latent_noise": Draw(preset.latent_shape, "normal"), "timestep_draw": Draw((), "normal")},
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from parallel.costs import layer_costs, shapes_after
 from spar_scale.config.recipe import Recipe
+from spar_scale.data.spec import Source, sources_of
 from spar_scale.data.tasks import Conditioned, packed_slots, source_task
 from spar_scale.stages import Stage
 
@@ -33,8 +34,7 @@ def micro_batch(recipe: Recipe, stage: Stage) -> dict[str, Tensor]:
     Where they are stored values, their shapes are those that the layers give which computed them.
     """
     size = recipe.parallel.micro_batch
-    sources = [source.name for source in recipe.data.sources]
-    slots = max((sample_slots(stage, source, recipe.data.plan_tokens) for source in sources), key=_size)
+    slots = max((sample_slots(stage, source, recipe.data.plan_tokens) for source in sources_of(recipe)), key=_size)
     draws: Sized = {name: (draw.shape, np.float32) for name, draw in stage.sample.draws.items()}
     slots |= draws | {"weight": ((), np.float32), "lengths": ((), np.int64)}
     batch = {name: _empty(size, *slot) for name, slot in slots.items()}
@@ -45,7 +45,7 @@ def micro_batch(recipe: Recipe, stage: Stage) -> dict[str, Tensor]:
     return {name: batch[name] for name in stage.inputs}
 
 
-def sample_slots(stage: Stage, source: str, text_tokens: int | None = None) -> Sized:
+def sample_slots(stage: Stage, source: Source, text_tokens: int | None = None) -> Sized:
     """Return the slots of one sample of a source, its prompt with so many tokens beside those of its picture.
 
     With None the prompt is the longest that is read.

@@ -53,7 +53,7 @@ def pretrained_part(recipe: Recipe, name: str) -> PretrainedPart:
     """Return a part that `model.pretrained` names. Raises UserError where its directory holds no config."""
     run_dir, given = Path(recipe.run_dir), recipe.model.pretrained[name]
     part = PretrainedPart(name, beside(run_dir, given), recipe.model.preset)
-    if not shapes_only() and not part.config_path.is_file():
+    if not shapes_only() and name != "perceptual" and not part.config_path.is_file():  # whose files have no config
         raise part.error(f"no config.json in {part.directory}{behind_link(run_dir, given)}")
     return part
 

@@ -35,9 +35,12 @@ def decode_latent(noise: float) -> Layer:
     return Apply(functools.partial(_perturbed, noise), reads, "decoder_input")
 
 
-def reconstruction_terms() -> Layer:
-    """Return the layer with the terms `mean_squared_error` and `gradient_difference`."""
-    return Apply(_reconstruction, ("reconstruction", "images"), ("mean_squared_error", "gradient_difference"))
+def reconstruction_terms(gradients: bool = True) -> Layer:
+    """Return the layer with the term `mean_squared_error`, with `gradients` also `gradient_difference`."""
+    reads = ("reconstruction", "images")
+    if gradients:
+        return Apply(_reconstruction, reads, ("mean_squared_error", "gradient_difference"))
+    return Apply(mean_squared_error, reads, "mean_squared_error")
 
 
 def latent_power_term() -> Layer:

@@ -8,7 +8,8 @@
 L_p = MSE(z_p, E_p'(I)) against the frozen pixel encoder, L_s = MSE(f_v, f_v') against `initial_encoder`,
 the vision tower and projector as they were when the stage began: both start from the same weights, and
 the earlier phases keep theirs frozen, so a phase that starts from another finds them still equal. L_p
-needs no L_s beside it. The perceptual term is `gradient_difference`, which is no perceptual network.
+needs no L_s beside it. objective.perceptual chooses the perceptual term: the miniature's `gradient_difference`, which
+is no perceptual network, or LPIPS with or without ConvNeXt (`perceptual.py`).
 
 objective.latent_noise (not in the paper, 0 by default): the decoder reads the latent with noise of this
 deviation, so that what matters for the picture is not written in differences that a diffusion model misses.
@@ -42,6 +43,7 @@ from spar_scale.objectives.distillation import semantic_distillation
 from spar_scale.objectives.reconstruction import mean_squared_error
 from spar_scale.stages import Export, Stage
 from spar_scale.stages.parts import note_random_part, preset_of, pretrained_parts
+from spar_scale.stages.perceptual import PART, perceptual_loss
 from spar_scale.stages.terms import decode_latent, reconstruction_terms
 
 if TYPE_CHECKING:
@@ -83,10 +85,17 @@ class Settings:
         return ("fusion",) if self.streams == "dual" else ()
 
 
-def tokenizer_layers(model: nn.Module, preset: Preset, frozen_encoder: bool, latent_noise: float = 0.0) -> list[Layer]:
+def tokenizer_layers(
+    model: nn.Module,
+    preset: Preset,
+    frozen_encoder: bool,
+    latent_noise: float = 0.0,
+    perceptual: Layer | None = None,
+) -> list[Layer]:
     """Return the tokenizer's training forward, with a loss for each teacher that the model has.
 
-    `latent_noise` is the deviation of the noise before the decoder.
+    `latent_noise` is the deviation of the noise before the decoder; `perceptual` is the layer of the perceptual loss,
+    None for the difference of gradients.
     """
     vision, pixels = preset.vision, preset.autoencoder
     layers: list[Layer] = []
@@ -104,7 +113,8 @@ def tokenizer_layers(model: nn.Module, preset: Preset, frozen_encoder: bool, lat
             Apply(_pixel_alignment, ("pixel_latent", "teacher_latent"), "pixel_alignment"),
         ]
     decoder = pixels.reconstruction_layers(model.get_submodule("decoder"), preset.image_size)
-    return [*layers, decode_latent(latent_noise), *decoder, reconstruction_terms()]
+    layers += [decode_latent(latent_noise), *decoder, reconstruction_terms(gradients=perceptual is None)]
+    return layers if perceptual is None else [*layers, perceptual]
 
 
 def tokenizer_stage(
@@ -126,7 +136,9 @@ def tokenizer_stage(
         )
     elif "mllm" not in parts:
         note_random_part("mllm", recipe.seed)
-    terms = {"mean_squared_error": 1.0, "gradient_difference": recipe.objective.perceptual_weight}
+    perceptual = perceptual_loss(recipe, parts[PART]) if PART in parts else None
+    distance = "gradient_difference" if perceptual is None else "perceptual"
+    terms = {"mean_squared_error": 1.0, distance: recipe.objective.perceptual_weight}
     optional = {"pixel_alignment": lambda_p, "semantic_distillation": lambda_s}
     level = recipe.objective.latent_noise
     draws = {"latent_noise": Draw(preset.latent_shape, "normal")} if level > 0 else {}
@@ -141,7 +153,7 @@ def tokenizer_stage(
 
     return Stage(
         model=model,
-        layers=tokenizer_layers(model, preset, not trains_encoder, level),
+        layers=tokenizer_layers(model, preset, not trains_encoder, level, perceptual),
         inputs=("images", *draws),
         terms=terms | {name: weight for name, weight in optional.items() if weight > 0},
         groups=groups,

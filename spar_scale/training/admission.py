@@ -20,14 +20,15 @@ from parallel.launch.run_lock import check_free
 from parallel.topology import Layout
 from spar_scale.config.recipe import Recipe, behind_link, beside
 from spar_scale.data import encoded
+from spar_scale.data.spec import sources_of
 from spar_scale.data.storage import expand_shards
-from spar_scale.data.tar_index import digest
 from spar_scale.data.tasks import source_task
 from spar_scale.models.presets import Preset
 from spar_scale.models.published import PretrainedPart
 from spar_scale.phases import phase_of
 from spar_scale.stages import Stage, meta_stage
 from spar_scale.stages.parts import preset_of, pretrained_part
+from spar_scale.stages.perceptual import PART, perceptual_files
 from spar_scale.training.engine_settings import engine_settings
 from spar_scale.training.parent import check_parent
 from spar_scale.training.run_directory import refuse_another
@@ -67,7 +68,7 @@ def refusals(recipe: Recipe, world: int, stage: Stage | None) -> list[str]:
     ]
     if stage is not None:
         spec = stage.sample
-        checks += [lambda name=source.name: source_task(spec.task, name) for source in recipe.data.sources]
+        checks += [lambda source=source: source_task(spec.task, source) for source in sources_of(recipe)]
     checks += [lambda part=part: _check_part(recipe, part) for part in recipe.model.pretrained]
     return list(dict.fromkeys(_messages(checks)))
 
@@ -80,7 +81,7 @@ def stored_bytes(recipe: Recipe, source: str, num_tokens: int) -> int:
     manifest = encoded.read_manifest(directory / encoded.MANIFEST)
     if manifest is None:
         return 0
-    shards = {one.name: expand_shards(one.shards) for one in recipe.data.sources if one.name == source}
+    shards = [(one, expand_shards(one.shards)) for one in sources_of(recipe) if one.name == source]
     stored = encoded.Encoded(directory, manifest["made_of"], shards, "spar-scale data encode RECIPE")
     of_a_token = sum(state.nbytes for state in stored.token_states(source).values())
     return sum(tensor.nbytes for tensor in stored.empty(source, 1).values()) + num_tokens * of_a_token
@@ -100,6 +101,9 @@ def _check_part(recipe: Recipe, part: str) -> None:
     preset, where = preset_of(recipe), f"model.pretrained.{part}: {found.directory}"
     if part == "tokenizer" and (other := found.config().get("preset")) != preset.name:
         raise UserError(f"{where} has preset '{other}', this recipe has '{preset.name}'")
+    if part == PART:
+        perceptual_files(recipe, found)
+        return
     read = preset.vision.published_names if part in phase_of(recipe).vision_only else None
     load = _LOADERS.get("mllm" if read else part)
     if load is None:  # a name that no phase takes, which the stage refuses
@@ -156,12 +160,13 @@ def _check_encoded(recipe: Recipe, stage: Stage | None) -> None:
         raise UserError(f"data.encoded: there is no {path}; run `{command}`{link}")
     wanted: encoded.MadeOf = {"preset": recipe.model.preset, "precision": recipe.precision}
     if stage is not None:
-        wanted |= {name: getattr(stage.sample, name) for name in ("image_size", "num_tokens", "image_tokens")}
+        wanted |= {
+            name: getattr(stage.sample, name) for name in ("image_size", "num_tokens", "image_tokens", "long_captions")
+        }
         if stage.sample.text is not None:
             wanted["text"] = stage.sample.text.digest
     if differing := encoded.differences(manifest["made_of"], wanted):
         raise UserError(f"data.encoded: {path} was made of other things ({differing}); run `{command}`")
-    for source in recipe.data.sources:
-        if manifest["sources"].get(source.name) != digest(expand_shards(source.shards)):
-            found = "other shards" if source.name in manifest["sources"] else "no shards"
-            raise UserError(f"data.encoded: {path} is of {found} of source '{source.name}'; run `{command}`")
+    encoded.check_sources(
+        path, manifest, [(source, expand_shards(source.shards)) for source in sources_of(recipe)], command
+    )

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,12 @@ from spar_scale.data.encoded import (
     is_whole,
     read_manifest,
     save,
+    source_digest,
 )
 from spar_scale.data.images import BadSample
-from spar_scale.data.spec import SampleSpec
+from spar_scale.data.spec import SampleSpec, Source, sources_of
 from spar_scale.data.storage import ShardReader, expand_shards
-from spar_scale.data.tar_index import check_fresh, digest, read_index
+from spar_scale.data.tar_index import check_fresh, read_index
 from spar_scale.data.tasks import Conditioned, Members, source_task
 from spar_scale.stages import Encoding, Stage
 from spar_scale.training.attention_choice import attention_of
@@ -61,18 +62,19 @@ def encode(recipe: Recipe) -> str:
     stage = stages.build(recipe)
     made_of = made_of_stage(recipe, stage)
     sources = _sources(recipe)
-    tasks = {name: _task(stage.sample, name) for name in sources}
+    tasks = [_task(stage.sample, source) for source, _ in sources]
     manifest = _begin(directory, made_of, sources)
     model = stage.model.to(device_type(), torch.bfloat16 if recipe.precision == "bf16" else torch.float32).eval()
     with attention_of(recipe), torch.no_grad():
         assert model is stage.model
-        for name, shards in sources.items():
-            writer = _Writer(directory, name, shards, hash_of(made_of), stage, tasks[name])
+        for (source, shards), task in zip(sources, tasks, strict=True):
+            writer = _Writer(directory, source, shards, hash_of(made_of), stage, task)
             writer.write(recipe.parallel.micro_batch)
-            manifest["sources"][name] = digest(shards)
+            manifest["sources"][source.name] = source_digest(source, shards)
             write_file(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n"))
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    return f"{directory}: {', '.join(sources)} of {recipe.stage}/{recipe.phase}, {size / 1e6:.1f} MB"
+    names = ", ".join(source.name for source, _ in sources)
+    return f"{directory}: {names} of {recipe.stage}/{recipe.phase}, {size / 1e6:.1f} MB"
 
 
 def open_encoded(recipe: Recipe, stage: Stage) -> Encoded | None:
@@ -83,8 +85,8 @@ def open_encoded(recipe: Recipe, stage: Stage) -> Encoded | None:
     if recipe.data.encoded is None:
         return None
     sources = _sources(recipe)
-    for name in sources:
-        _task(stage.sample, name)
+    for source, _ in sources:
+        _task(stage.sample, source)
     command = f"spar-scale data encode RECIPE (the recipe of {recipe.run_dir})"
     return Encoded(_directory(recipe), made_of_stage(recipe, stage), sources, command)
 
@@ -100,6 +102,7 @@ def made_of_stage(recipe: Recipe, stage: Stage) -> MadeOf:
         "image_size": sample.image_size,
         "num_tokens": sample.num_tokens,
         "image_tokens": sample.image_tokens,
+        "long_captions": sample.long_captions,
         "text": sample.tokenizer.digest,
         **{f"slot {name}": "of the pictures" for name in encoding.pictures},
         **{f"slot {name}": "of the prompt" for name in encoding.states},
@@ -131,21 +134,21 @@ def _encoding(stage: Stage) -> Encoding:
     return stage.encoding
 
 
-def _sources(recipe: Recipe) -> dict[str, list[str]]:
-    return {source.name: expand_shards(source.shards) for source in recipe.data.sources}
+def _sources(recipe: Recipe) -> list[tuple[Source, list[str]]]:
+    return [(source, expand_shards(source.shards)) for source in sources_of(recipe)]
 
 
-def _task(sample: SampleSpec, source: str) -> Conditioned:
+def _task(sample: SampleSpec, source: Source) -> Conditioned:
     task = source_task(sample.task, source)
     if not isinstance(task, Conditioned):
         raise UserError(
-            f"data.encoded: the crop, flip or text of source '{source}' is drawn again in every epoch, so nothing of it"
-            " can be stored; remove data.encoded"
+            f"data.encoded: the crop, flip or text of source '{source.name}' is drawn again in every epoch, so nothing"
+            " of it can be stored; remove data.encoded"
         )
     return task
 
 
-def _begin(directory: Path, made_of: MadeOf, sources: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def _begin(directory: Path, made_of: MadeOf, sources: Sequence[tuple[Source, list[str]]]) -> dict[str, Any]:
     """Return the manifest to continue with. Entries for other weights, or for shards that changed, are removed."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -155,7 +158,8 @@ def _begin(directory: Path, made_of: MadeOf, sources: Mapping[str, Sequence[str]
     old = read_manifest(path)
     manifest: dict[str, Any] = {"version": VERSION, "made_of": made_of, "sources": {}}
     if old is not None and old["made_of"] == made_of:
-        manifest["sources"] = {n: v for n, v in old["sources"].items() if n not in sources or v == digest(sources[n])}
+        now = {source.name: source_digest(source, shards) for source, shards in sources}
+        manifest["sources"] = {name: value for name, value in old["sources"].items() if now.get(name, value) == value}
     if old is not None and (old["made_of"] != made_of or old["sources"] != manifest["sources"]):
         _log.info("%s: was made from other inputs and is encoded again", directory)
         path.unlink()  # without a manifest, the directory is refused until it is complete again
@@ -168,23 +172,24 @@ class _Writer:
     def __init__(
         self,
         directory: Path,
-        source: str,
+        source: Source,
         shards: Sequence[str],
         key: str,
         stage: Stage,
         task: Conditioned,
     ):
         self.directory, self.source, self.shards, self.key = directory, source, shards, key
-        self.layers, self.encoding, self.task, self.sample = stage.layers, _encoding(stage), task, stage.sample
+        self.layers, self.encoding, self.task = stage.layers, _encoding(stage), task
+        self.sample = stage.sample.of_source(source)
 
     def write(self, micro_batch: int) -> None:
         """Write the files that do not exist yet."""
         for number, shard in enumerate(self.shards):
-            path = self.directory / file_name(self.source, number)
-            if not is_whole(path, self.key, digest([shard])):
+            path = self.directory / file_name(self.source.name, number)
+            if not is_whole(path, self.key, source_digest(self.source, [shard])):
                 self._write_shard(path, shard, micro_batch)
-        path = self.directory / file_name(self.source, None)
-        if not self.task.illustrated and not is_whole(path, self.key, digest(self.shards)):
+        path = self.directory / file_name(self.source.name, None)
+        if not self.task.illustrated and not is_whole(path, self.key, source_digest(self.source, self.shards)):
             self._write_prompts(path, micro_batch)
 
     def _write_shard(self, path: Path, shard: str, micro_batch: int) -> None:
@@ -214,7 +219,7 @@ class _Writer:
                 for name in pictures if k == 0 else ():
                     pictures[name].append(outputs[name][: len(batch)].cpu())
         tensors = {name: torch.cat(values) for name, values in pictures.items()}
-        save(path, self.key, digest([shard]), tensors, states, bad)
+        save(path, self.key, source_digest(self.source, [shard]), tensors, states, bad)
         _log.info("%s: %d samples, %d of them bad", path, len(read_index(shard)), len(bad))
 
     def _write_prompts(self, path: Path, micro_batch: int) -> None:
@@ -230,7 +235,7 @@ class _Writer:
             rows = prompts[first : first + micro_batch]
             blank = {name: torch.zeros(len(rows), *shape) for name, shape in self.encoding.without_pictures.items()}
             states.add(run(self._slots(rows, **blank)), rows, None)
-        save(path, self.key, digest(self.shards), {}, states, {})
+        save(path, self.key, source_digest(self.source, self.shards), {}, states, {})
         _log.info("%s: %d prompts", path, len(prompts))
 
     def _slots(self, rows: Sequence[np.ndarray | None], **pictures: Tensor) -> dict[str, Tensor]:

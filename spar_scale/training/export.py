@@ -10,8 +10,8 @@ import torch
 from parallel import checkpoint
 from parallel.errors import UserError
 from spar_scale.config.recipe import Recipe, load_recipe
-from spar_scale.data.loader import Loader, Source
-from spar_scale.data.spec import SampleSpec
+from spar_scale.data.loader import Loader
+from spar_scale.data.spec import SampleSpec, sources_of
 from spar_scale.stages import Stage
 from spar_scale.stages.forward import Forward
 from spar_scale.stages.parts import preset_of
@@ -63,7 +63,7 @@ def calibration_images(recipe: Recipe, sample: SampleSpec) -> torch.Tensor:
     The order does not depend on the layout, so neither does the measured scale. Raises UserError if all are bad.
     """
     loader = Loader(
-        [Source(source.name, source.shards, source.weight) for source in recipe.data.sources],
+        sources_of(recipe),
         sample,
         seed=recipe.seed,
         global_batch=CALIBRATION,

@@ -14,7 +14,8 @@ from parallel.errors import UserError
 WINDOW_SAMPLES = 1000
 """The share of bad samples is computed over about this many of the latest samples."""
 MINIMUM_SAMPLES = 100
-"""With fewer samples the share is not checked, so that a single bad file does not stop a run."""
+"""Fewer samples are judged as so many with no further bad one: a bad file does not stop a run, and a run of only a few
+steps is stopped as soon as a longer one would have to be."""
 NAMED = 3
 """Number of bad samples that a message lists."""
 
@@ -76,11 +77,12 @@ class BadSampleGuard:
         while self._samples - self._steps[0][0] >= WINDOW_SAMPLES:
             self._samples -= self._steps.popleft()[0]
         shards = Counter(shard for _, names in self._steps for shard in names)
-        share = shards.total() / max(1, self._samples)
-        if self._samples >= MINIMUM_SAMPLES and share > self.max_fraction:
+        judged = max(self._samples, MINIMUM_SAMPLES)
+        if shards.total() > self.max_fraction * judged:
             worst = ", ".join(f"{name} ({count})" for name, count in shards.most_common(NAMED))
             raise UserError(
                 f"step {step}: {shards.total()} of the last {self._samples} samples could not be used, more than "
-                f"guards.max_bad_fraction = {self.max_fraction:g}; most are in {worst}; see bad_samples.jsonl",
+                f"guards.max_bad_fraction = {self.max_fraction:g} allows of {judged}; most are in {worst}; see "
+                "bad_samples.jsonl",
                 everywhere=True,
             )

@@ -28,7 +28,8 @@ from parallel.tensor import apply_tensor_parallel
 from parallel.topology import Layout, Topology
 from parallel.zero.engine import Engine, name_parameters
 from spar_scale.config.recipe import Recipe
-from spar_scale.data.loader import Loader, Source
+from spar_scale.data.loader import Loader
+from spar_scale.data.spec import sources_of
 from spar_scale.models.sharding import tensor_plan
 from spar_scale.stages.costs import pipeline_costs
 from spar_scale.stages.parts import preset_of
@@ -101,6 +102,8 @@ class Trainer:
         if self.encoded is not None:
             self.stage = self.stage.encoded()
         self.frozen = frozen_digests(self.stage.model)  # of whole tensors: _build_engine shards them
+        for module in (module for layer in self.stage.layers for module in layer.beside):
+            self.frozen |= frozen_digests(module)
         self.engine = self._build_engine(launch)
         topology.limit_waits(recipe.guards.timeout_s)  # after DeepSpeed has made its groups, which have no limit
         for companion in self.stage.companions:
@@ -323,7 +326,7 @@ class Trainer:
     def _build_loader(self) -> Loader:
         recipe = self.recipe
         return Loader(
-            [Source(source.name, source.shards, source.weight) for source in recipe.data.sources],
+            sources_of(recipe),
             self.stage.sample,
             seed=recipe.seed,
             global_batch=recipe.global_batch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from parallel.errors import UserError
 from spar_scale.data.loader import Loader, Source
+from spar_scale.data.order import Order, SourceShape
 from spar_scale.data.prompts import TOKENS, miniature_text
 from spar_scale.data.spec import Draw, SampleSpec
 
@@ -57,12 +59,20 @@ MEMBERS = {"generation": GENERATION, "editing": EDITING}
 
 def read(shard: str, source: str, samples: int = 1, micro_batch: int = 0, seed: int = 0, **changes: Any) -> dict:
     """`samples` sample numbers, all of the one sample of a shard; padding rows are left out."""
+    of_source = {name: changes.pop(name) for name in ("texts", "fit") if name in changes}
     spec = dataclasses.replace(SPEC, **changes)
-    loader = Loader([Source(source, shard)], spec, seed, samples, samples, micro_batch or samples, 0, 1, 0, 0, 1)
+    loader = Loader(
+        [Source(source, shard, **of_source)], spec, seed, samples, samples, micro_batch or samples, 0, 1, 0, 0, 1
+    )
     batches = list(loader)
     rows = [row for batch in batches for row in packed.samples(batch) if row["sample"] >= 0]
     errors = [error for batch in batches for error in batch["errors"]]
     return {**packed.batch_of(rows), "prompts": [row["tokens"] for row in rows], "errors": errors}
+
+
+def loader_of(sources: list[Source]) -> Loader:
+    """A loader of five steps of 40 samples in blocks of 4."""
+    return Loader(sources, SPEC, 0, 40, 4, 4, 0, 1, 0, 0, 5)
 
 
 def prompts(batch: dict) -> list[str]:
@@ -226,7 +236,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_sample_weighs_nothing_and_says_why(make_shard, case):
     source, members, reason = BAD[case]
-    batch = read(make_shard({"a": members}), source)
+    batch = read(make_shard({"a": members}), source, long_captions="refuse")
     assert batch["weight"].tolist() == [0] and batch["sample"].tolist() == [0]
     assert batch["tokens"].tolist() == [0] and not batch["images"].any()
     assert [error["key"] for error in batch["errors"]] == ["a"] and reason in batch["errors"][0]["reason"]
@@ -240,13 +250,112 @@ def test_the_longest_prompt_is_read_whole(make_shard, source):
 
 
 def test_a_source_that_neither_draws_nor_edits_is_refused(make_shard):
-    with pytest.raises(UserError, match=r"'images' is not a task of this phase \(generation, editing\)"):
-        read(make_shard({"a": GENERATION}), "images")
+    shard = make_shard({"a": GENERATION})
+    known = r"is not a task of this phase \(generation, editing\)"
+    for task, refusal in (
+        (None, f"'images' {known}"),
+        ("edit", f"'edit' {known}; did you mean 'editing'"),
+        ("texts", known),
+    ):
+        with pytest.raises(
+            UserError, match=f"^data.sources: .*{refusal}.*; set task of source 'images' to one of them$"
+        ):
+            loader_of([Source("images", shard, task=task)])
 
 
 def test_one_task_alone_takes_a_source_of_any_name(make_shard):
     batch = read(make_shard({"a": GENERATION}), "images", task="generation")
     assert batch["weight"].tolist() == [1] and batch["images"].shape[1] == 1
+
+
+LONG = {
+    "generation": ("a red circle above a blue square", "draw : a red circle above a blue"),
+    "editing": ("make the circle blue and the square red", "edit : make the circle blue and the"),
+}
+
+
+@pytest.mark.parametrize("source", MEMBERS)
+def test_a_text_over_the_limit_is_cut_at_its_end_and_the_marks_behind_it_stay(make_shard, source):
+    text, prompt = LONG[source]
+    members = {**without(MEMBERS[source], "json"), "txt": text.encode()}
+    batch = read(make_shard({"a": members}), source)
+    assert batch["errors"] == [] and batch["lengths"].tolist() == [10 if source == "generation" else EDITING_TOKENS]
+    assert prompts(batch)[0].endswith(f"{prompt} <img>") and batch["tokens"][-1] == TOKENS["<img>"]
+
+
+RECORD = {
+    "short": "a circle",
+    "long": "a red circle",
+    "all": ["one cyan circle", "two red squares"],
+    "caption": "a square",
+}
+TEXTS: dict[str, tuple[dict[str, bytes], tuple[str, ...], set[str]]] = {
+    "a key": ({"json": json.dumps(RECORD).encode(), "txt": b"a triangle"}, ("json:long",), {"a red circle"}),
+    "two keys": ({"json": json.dumps(RECORD).encode()}, ("json:long", "json:short"), {"a red circle", "a circle"}),
+    "a key and a list": (
+        {"json": json.dumps(RECORD).encode()},
+        ("json:short", "json:all"),
+        {"a circle", *RECORD["all"]},
+    ),
+    "another member": ({"txt": b"a triangle", "alt.txt": b"a circle"}, ("alt.txt",), {"a circle"}),
+    "a key of another member": ({"meta.json": b'{"c": " a circle\\n"}'}, ("meta.json:c",), {"a circle"}),
+    "txt beside captions": ({"json": said(), "txt": b"a circle"}, ("txt",), {"a circle"}),
+    "txt beside a json that cannot be read": ({"json": b"{", "txt": b"a circle"}, ("txt",), {"a circle"}),
+    "as img2dataset writes it": ({"json": json.dumps(RECORD).encode()}, (), {"a square"}),
+    "as img2dataset writes it, with a txt": (
+        {"json": json.dumps(RECORD).encode(), "txt": b"a circle"},
+        (),
+        {"a circle"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_a_source_names_the_members_with_its_captions(make_shard, case):
+    members, texts, expected = TEXTS[case]
+    batch = read(make_shard({"a": {"JPEG": columns(0), **members}}), "generation", samples=40, texts=texts)
+    assert batch["errors"] == [] and set(prompts(batch)) == {f"<bos> draw : {text} <img>" for text in expected}
+
+
+def test_a_source_of_edits_names_the_member_with_its_instruction(make_shard):
+    shard = make_shard({"a": {**without(EDITING, "txt"), "json": b'{"instruction": "make the circle blue"}'}})
+    batch = read(shard, "editing", texts=("json:instruction",))
+    assert prompts(batch)[0].endswith("edit : make the circle blue <img>") and batch["errors"] == []
+
+
+BAD_TEXTS = {
+    "no such key": ({"json": b'{"capton": "a"}'}, "json:caption", "its json has no 'caption'; did you mean 'capton'?"),
+    "no such member": ({"txt": b"a circle"}, "alt.txt", "no member alt.txt; the sample has png, txt"),
+    "null": ({"json": b'{"c": null}'}, "json:c", "its c is neither a text nor a list of texts"),
+    "an empty text": ({"json": b'{"c": " \\n"}'}, "json:c", "its c is empty"),
+    "an empty list": ({"json": b'{"c": []}'}, "json:c", "its c is neither a text nor a list of texts"),
+    "a list with an empty text": ({"json": b'{"c": ["a", ""]}'}, "json:c", "one of its c is empty"),
+    "nothing that is visible": ({"alt": "\u200b\u2060".encode()}, "alt", "its alt is empty"),
+    "a list instead of an object": ({"json": b'["a"]'}, "json:c", "its json holds list, not an object"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_a_text_that_is_not_where_the_source_names_it_is_a_bad_sample(make_shard, case):
+    members, text, reason = BAD_TEXTS[case]
+    batch = read(make_shard({"a": {"png": columns(0), **members}}), "generation", texts=(text,))
+    assert batch["weight"].tolist() == [0] and [error["reason"] for error in batch["errors"]] == [reason]
+
+
+def test_a_text_of_a_task_without_prompts_is_refused(make_shard):
+    with pytest.raises(UserError, match=r"source 'a' has text json:c, but its task 'images' reads no caption"):
+        read(make_shard({"a": GENERATION}), "a", task="images", texts=("json:c",))
+
+
+def test_a_stretched_picture_shows_all_of_itself(make_shard):
+    shard = make_shard({"a": EDITING})
+    whole, middles = (read(shard, "editing", fit=fit)["images"][0] for fit in ("stretch", "crop"))
+    assert whole.shape == middles.shape == (2, 3, 8, 8)
+    for picture, start in zip(whole, (7, 50), strict=True):
+        # Half as many columns, each the mean of its neighbours: 20 apart and symmetric about the picture's middle.
+        expected = (torch.arange(8) * 20.0 + 5 + start) / 255
+        torch.testing.assert_close(picture[:, :, 1:-1], expected[1:-1].expand(3, 8, 6), atol=1.5 / 255, rtol=0)
+    assert not torch.equal(whole, middles)
 
 
 STEPS, GLOBAL_BATCH, TASK_BLOCK = 4, 22, 5  # blocks of 5, 5, 5, 5 and 2
@@ -296,3 +405,36 @@ def test_the_mixture_is_one_stream_under_every_layout(tiny_world, golden, size, 
     for number, values in found.items():
         assert values.keys() == golden[number].keys()
         assert all(torch.equal(value, golden[number][name]) for name, value in values.items())
+
+
+def test_two_sources_of_one_task_share_the_batch_by_their_weights(make_shard):
+    """Each keeps the order that it has alone, and its own text and fit."""
+    long, short = ({"png": columns(0), "txt": text} for text in (b"a red circle", b"a circle"))
+    shards = [
+        make_shard({f"{name}{number}": one for number in range(7)}, f"{name}.tar")
+        for name, one in (("long", long), ("short", short), ("edits", EDITING))
+    ]
+    sources = [
+        Source("long", shards[0], 0.5, task="generation"),
+        Source("short", shards[1], 0.3, task="generation", fit="stretch"),
+        Source("edits", shards[2], 0.2, task="editing"),
+    ]
+    loader = loader_of(sources)
+    found: dict[str, list[str]] = {source.name: [] for source in sources}
+    for batch in loader:
+        assert batch["errors"] == [] and batch["weight"].all()
+        (name,) = {loader.order.sources[loader.order.locate(number).source].name for number in batch["sample"].tolist()}
+        found[name] += prompts(batch)
+        assert len(batch["images"][0]) == (2 if name == "edits" else 1)
+        assert torch.equal(batch["images"][0, 0], middle(7 if name == "edits" else 0)) == (name != "short")
+    assert set(found["long"]) == {"<bos> draw : a red circle <img>"} and set(found["short"]) == {
+        "<bos> draw : a circle <img>"
+    }
+    alone = {source.name: Order(0, [SourceShape(source.name, 1, (7,))], 40, 4) for source in sources}
+    for name, order in alone.items():
+        index = [source.name for source in sources].index(name)
+        numbers = [n for n in range(200) if loader.order.locate(n).source == index]
+        taken = [(place.epoch, place.member) for place in map(loader.order.locate, numbers)]
+        assert taken == [(place.epoch, place.member) for place in map(order.locate, range(len(numbers)))]
+    blocks = Counter(loader.order.source(block) for block in range(1000))
+    assert [blocks[index] for index in range(3)] == [500, 300, 200]

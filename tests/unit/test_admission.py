@@ -24,6 +24,7 @@ from spar_scale.models.internvl import build_mllm, save_mllm
 from spar_scale.models.presets import resized
 from spar_scale.phases import Phase, declared
 from spar_scale.stages import meta_stage
+from spar_scale.stages.perceptual import PART
 from spar_scale.training.admission import _LOADERS, refusals
 from spar_scale.training.parent import choose_parent
 
@@ -62,7 +63,7 @@ def with_pretrained(recipe: Recipe, **pretrained: str) -> Recipe:
 @pytest.mark.parametrize("phase", declared(), ids=lambda phase: phase.name)
 def test_each_part_that_a_phase_takes_can_be_held_against_its_preset(phase: Phase):
     taken = {*phase.requires, *phase.accepts, *phase.requires_when} - {*phase.vision_only}
-    assert taken <= _LOADERS.keys()
+    assert taken <= {*_LOADERS, PART}
 
 
 @pytest.mark.parametrize("phase", PHASES)

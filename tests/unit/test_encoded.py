@@ -190,14 +190,24 @@ def test_what_is_not_used_may_differ(folder, stored):
     assert open_encoded(recipe_of(folder, data__encoded=None), stage) is None
 
 
+OTHERS = {
+    "shards": lambda entry: {"shards": entry["shards"].replace("*", "00001")},
+    "fit": lambda _: {"fit": "stretch"},
+    "text": lambda _: {"text": "txt"},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("source", ["generation", "editing"])
-def test_other_shards_are_refused(folder, stored, source):
+def test_a_source_that_is_read_otherwise_is_refused(folder, stored, source, other):
     values = values_of(folder, "align/joint", "refused", data__encoded=str(stored / "align/joint"))
     for entry in values["data"]["sources"]:
         if entry["name"] == source:
-            entry["shards"] = entry["shards"].replace("*", "00001")
+            entry |= OTHERS[other](entry)
     recipe = Recipe.model_validate_json(json.dumps(values))
-    with pytest.raises(UserError, match=f"manifest.json was made from other shards of source '{source}'; run"):
+    with pytest.raises(
+        UserError, match=f"manifest.json was made from other shards of source '{source}' or .* fit; run"
+    ):
         open_encoded(recipe, build(recipe))
 
 

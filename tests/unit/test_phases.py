@@ -248,7 +248,7 @@ def test_all_keys_that_phases_read_are_keys_of_the_schema_and_every_switch_and_w
     schema = {key for key, _ in flatten(recipe.model_dump())}
     for phase in phases.declared():
         assert phase.optional_keys <= schema, phase.name
-        assert {key for key, _ in phase.requires_when.values()} <= phase.optional_keys, phase.name
+        assert {key for key, *_ in phase.requires_when.values()} <= phase.optional_keys, phase.name
     switches = {key for key in schema if key.startswith(("model.", "objective."))}
     general = {key for key in switches if key == "model.preset" or key.startswith("model.pretrained")}
     assert switches - general <= set(phases.readers())

@@ -1,4 +1,4 @@
-"""Plans of layouts: all are looked at, what cannot be says why, and a rehearsed rank is what was planned."""
+"""Plans of layouts: all are looked at, what cannot be says why, and a checked rank is what was planned."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from nano import NANO
 from tiny_runs import phase_values
 
 from parallel.errors import UserError
+from parallel.fake_world import fake_world
 from parallel.planner import FREE_SHARE, CountedProgram, Work, estimate_layout
-from parallel.rehearsal import fake_world
 from parallel.topology import Layout
 from spar_scale.config.recipe import Recipe
 from spar_scale.planning import plan as planning
-from spar_scale.planning import rehearsal
+from spar_scale.planning import rank_check
 from spar_scale.planning.gpus import GPUS
 from spar_scale.planning.model_parts import part_of
 from spar_scale.planning.plan import Plan, count, plan
-from spar_scale.planning.rehearsal import rehearse
+from spar_scale.planning.rank_check import check_rank
 
 NOWHERE = {part: f"nowhere/{part}" for part in ("mllm", "tokenizer", "diffusion")}
 
@@ -115,27 +115,27 @@ def test_tensor_ranks_share_operations_and_weights_and_pay_with_traffic(counted:
 
 
 @pytest.mark.parametrize("layout", [{"zero": 2}, {"zero": 3, "tensor": 2}, {"tensor": 2, "pipeline": 2}])
-def test_the_engine_of_a_rehearsed_rank_keeps_what_was_planned(layout: dict[str, int]):
-    told = rehearse(recipe(global_batch=64, data__task_block=64, parallel={"micro_batch": 1, **layout}), 64, 37)
+def test_the_engine_of_a_checked_rank_keeps_what_was_planned(layout: dict[str, int]):
+    told = check_rank(recipe(global_batch=64, data__task_block=64, parallel={"micro_batch": 1, **layout}), 64, 37)
     assert f"engine: ZeRO {layout.get('zero', 1)}, built on CPU tensors, has the planned" in told
 
 
 @pytest.mark.parametrize(("rank", "place"), [(0, (0, 0, 0)), (37, (1, 2, 1)), (511, (1, 15, 15))])
-def test_a_rehearsed_rank_of_a_large_world_is_where_and_what_was_planned(rank: int, place: tuple[int, int, int]):
+def test_a_checked_rank_of_a_large_world_is_where_and_what_was_planned(rank: int, place: tuple[int, int, int]):
     large = recipe(data__task_block=24, parallel={"micro_batch": 2, "tensor": 2, "pipeline": 16})
-    told = rehearse(large, 512, rank)
+    told = check_rank(large, 512, rank)
     assert "(tensor rank {}, data rank {}, pipeline stage {})".format(*place) in told and "as planned" in told
 
 
-def test_a_rehearsal_that_differs_from_the_plan_is_an_error(monkeypatch: pytest.MonkeyPatch, counted: CountedProgram):
-    monkeypatch.setattr(rehearsal, "count", lambda *_: counted)  # planned whole, built in halves
-    with pytest.raises(RuntimeError, match=r"rank 1 has \d+ weights in the rehearsal and \d+ in the plan"):
-        rehearse(recipe(parallel={"micro_batch": 2, "tensor": 2}), 4, 1)
+def test_a_rank_that_differs_from_the_plan_is_an_error(monkeypatch: pytest.MonkeyPatch, counted: CountedProgram):
+    monkeypatch.setattr(rank_check, "count", lambda *_: counted)  # planned whole, built in halves
+    with pytest.raises(RuntimeError, match=r"rank 1 has \d+ weights, the plan has \d+"):
+        check_rank(recipe(parallel={"micro_batch": 2, "tensor": 2}), 4, 1)
 
 
 def test_ranks_and_gpus_that_are_not_there_are_refused():
-    with pytest.raises(UserError, match=r"--rehearse-rank: found 8, must be from 0 to 7, the ranks of 8 GPUs"):
-        rehearse(recipe(), 8, 8)
+    with pytest.raises(UserError, match=r"--check-rank: found 8, must be from 0 to 7, the ranks of 8 GPUs"):
+        check_rank(recipe(), 8, 8)
     with pytest.raises(UserError, match=r"--gpu: found 'h20', must be one of h200, h100-80, .*did you mean 'h200'\?"):
         plan(recipe(), 8, "h20")
 
@@ -143,7 +143,7 @@ def test_ranks_and_gpus_that_are_not_there_are_refused():
 def test_a_fake_world_is_not_made_within_another():
     with fake_world(4, 3) as group:
         assert (group.size(), group.rank()) == (4, 3)
-        with pytest.raises(RuntimeError, match="cannot rehearse another"), fake_world(2, 0):
+        with pytest.raises(RuntimeError, match="cannot simulate another"), fake_world(2, 0):
             pass
 
 

@@ -36,6 +36,7 @@ def recipe_of(stage, phase, run_dir=".", pretrained=None, preset="tiny", **objec
         stage=stage, phase=phase, seed=0, run_dir=Path(run_dir),
         model=SimpleNamespace(preset=preset, pretrained=pretrained or {}, routing="dynamic", alignment="self"),
         objective=SimpleNamespace(**{**defaults, **objective}),
+        data=SimpleNamespace(long_captions="cut"),
     )  # fmt: skip
 
 

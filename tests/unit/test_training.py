@@ -65,6 +65,18 @@ def test_a_few_bad_samples_are_counted_and_a_rising_share_stops_the_run() -> Non
         guard.observe(13, 64, bad * 10)
 
 
+def test_the_share_is_judged_before_there_are_many_samples() -> None:
+    """A run of three steps does not end as trained on half of its samples."""
+    bad = [{"shard": "a.tar"}]
+    patient = BadSampleGuard(max_fraction=0.05)
+    for step in range(1, 6):
+        patient.observe(step, 2, bad)
+    with pytest.raises(
+        UserError, match=r"step 6: 6 of the last 12 samples .* = 0\.05 allows of 100; most are in a\.tar"
+    ):
+        patient.observe(6, 2, bad)
+
+
 def test_bad_samples_of_long_ago_are_forgotten() -> None:
     guard = BadSampleGuard(max_fraction=0.01)
     guard.observe(1, 1000, [{"shard": "a.tar"}] * 10)

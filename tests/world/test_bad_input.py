@@ -218,6 +218,6 @@ def test_nothing_was_executed_lost_or_left_half_done(results: dict[str, Any]) ->
 
 def test_bad_samples_are_listed_with_shard_and_key(results: dict[str, Any]) -> None:
     lines = [json.loads(line) for line in (results["folder"] / "d" / "bad_samples.jsonl").read_text().splitlines()]
-    assert len(lines) >= 50  # half of the first hundred samples
+    assert len(lines) == 6  # half of the first step, after which the run stops
     assert {line["shard"].rsplit("/", 1)[1] for line in lines} == {"broken-0.tar"}
     assert lines[0]["key"].isdigit()

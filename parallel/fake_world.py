@@ -20,7 +20,7 @@ def fake_world(size: int, rank: int) -> Iterator[dist.ProcessGroup]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise RuntimeError("a rank of a real world cannot rehearse another")
+        raise RuntimeError("a rank of a real world cannot simulate another")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         assert dist.group.WORLD is not None

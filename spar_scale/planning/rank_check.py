@@ -1,8 +1,8 @@
-"""`spar-scale plan RECIPE --gpus N --rehearse-rank R`: build one rank of a large world and compare it with the plan.
+"""`spar-scale plan RECIPE --gpus N --check-rank R`: build one rank of a large world and compare it with the plan.
 
 Groups, tensor cut, pipeline cut and shapes are those of the real run, on the meta device. If the rank's state is small
 (as for the miniature), the engine is built too, on CPU tensors without values, and its bytes are counted; for larger
-models they are only calculated. A difference between plan and rehearsal is an error.
+models they are only calculated. A difference between plan and rank is an error.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from itertools import pairwise
 import torch
 
 from parallel.errors import UserError
+from parallel.fake_world import fake_world, materialize
 from parallel.launch.world import start
 from parallel.optimizers import OPTIMIZERS
 from parallel.pipeline import stage_bounds
 from parallel.planner import CountedProgram
-from parallel.rehearsal import fake_world, materialize
 from parallel.tensor import apply_tensor_parallel
 from parallel.topology import Layout, Topology
 from parallel.zero.engine import Engine, name_parameters
@@ -35,15 +35,15 @@ ENGINE_BYTES = 2**30
 """An engine with more state is not built."""
 
 
-def rehearse(recipe: Recipe, gpus: int, rank: int) -> str:
+def check_rank(recipe: Recipe, gpus: int, rank: int) -> str:
     """Build rank `rank` of the recipe's own layout on `gpus` GPUs and compare it with the plan; return a report.
 
-    Raises UserError for an impossible rank or layout, RuntimeError if plan and rehearsal differ.
+    Raises UserError for an impossible rank or layout, RuntimeError if plan and rank differ.
     """
     parallel = recipe.parallel
     layout = Layout(parallel.tensor, parallel.pipeline, parallel.zero)
     if not 0 <= rank < gpus:
-        raise UserError(f"--rehearse-rank: found {rank}, must be from 0 to {gpus - 1}, the ranks of {gpus} GPUs")
+        raise UserError(f"--check-rank: found {rank}, must be from 0 to {gpus - 1}, the ranks of {gpus} GPUs")
     data_size = layout.data(gpus)
     refuse(recipe, layout, data_size)
     counted, began = count(recipe, layout.tensor), time.monotonic()
@@ -73,7 +73,7 @@ def _weights(stage: Stage, counted: CountedProgram, first: int, end: int, rank: 
     built = sum(parameter.numel() for parameter in layers.parameters())
     planned = sum(weight.numel for weight in counted.stage_weights(first, end))
     if built != planned:
-        raise RuntimeError(f"rank {rank} has {built} weights in the rehearsal and {planned} in the plan")
+        raise RuntimeError(f"rank {rank} has {built} weights, the plan has {planned}")
     return built
 
 
