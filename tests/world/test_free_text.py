@@ -1,5 +1,7 @@
-"""Free captions and instructions train through the phases, by the published vocabulary and ChatML prompts.
+"""Free captions and instructions in the shards that the public sets have train through the phases.
 
+The shards are those of BLIP3o (`jpg`, `txt`), of the edit triplets and pairs that SPAR's authors pack (a PNG may be
+called `.jpg`), and of img2dataset (`json`). Prompts are ChatML in the published vocabulary.
 The preset has the published vocabulary, ids and pixel shuffle, and the widths of `nano`.
 """
 
@@ -7,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from PIL import Image
 from published_text import write_published
 from tiny_parts import make_parts
 from tiny_runs import metrics, phase_values, train_all
+from webdataset.writer import ShardWriter
 
 from parallel.errors import UserError
 from spar_scale.config.recipe import Recipe
+from spar_scale.data.loader import Loader
 from spar_scale.data.prompts import build_tokenizer
+from spar_scale.data.spec import sources_of
 from spar_scale.data.tar_index import index_shard, write_index
 from spar_scale.inference.ask import answer
 from spar_scale.inference.drawing import edit, generate
@@ -33,7 +37,7 @@ from spar_scale.models.presets import PRESETS, resized
 from spar_scale.runs.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 from spar_scale.stages import build, meta_stage
 from spar_scale.stages.forward import Forward
-from spar_scale.training.export import trained_forward
+from spar_scale.training.export import recipe_of, trained_forward
 
 NANO_TEXT = resized(
     NANO,
@@ -47,23 +51,47 @@ CAPTIONS = (
     "\u4e00\u53ea\u72d7\u5728\u96ea\u5730\u91cc\u8dd1", "A sign that reads <|im_end|> and <IMG_CONTEXT>",
     "PHOTO: mountains; dawn.", "Zo\u00eb's caf\u00e9 at night",
 )  # fmt: skip
+SOURCES: dict[str, dict[str, Any]] = {
+    "blip3o": {"task": "generation"},
+    "sharegpt": {"task": "generation"},
+    "img2dataset": {"task": "generation"},
+    "listed": {"task": "generation", "text": ["json:long", "json:short"]},
+    "edits": {"task": "editing"},
+}
 INSTRUCTIONS = ("Make the sofa green.", "Remove the lamp!", "Add 3 birds to the sky", "Turn it into a watercolour")
 
 
-def write_shard(path: Path, samples: list[dict[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
+def write_shards(folder: Path, name: str, samples: list[dict[str, bytes]]) -> None:
+    with ShardWriter(str(folder / f"{name}-%05d.tar"), maxcount=4, verbose=0, encoder=False) as writer:
         for number, sample in enumerate(samples):
-            for extension, data in sample.items():
-                member = tarfile.TarInfo(f"{number:08d}.{extension}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+            writer.write({"__key__": f"{number:08d}", **sample})
+    for shard in folder.glob(f"{name}-*.tar"):
+        write_index(str(shard), index_shard(str(shard)))
 
 
-def picture(seed: int) -> bytes:
+def picture(seed: int, kind: str = "jpeg") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((48, 32)).save(buffer, "jpeg")
+    Image.fromarray(pixels).resize((48, 32)).save(buffer, kind)
     return buffer.getvalue()
+
+
+def write_public_shards(folder: Path) -> None:
+    records = [{"caption": one, "status": "success", "width": 48, "key": f"{n:09d}"} for n, one in enumerate(CAPTIONS)]
+    listed = [json.dumps({"long": one, "short": ["a photograph", "a picture"]}).encode() for one in CAPTIONS]
+    edits = [
+        {"input.jpg": picture(10 + n), "output.jpg": picture(20 + n), "txt": instruction.encode()}
+        for n, instruction in enumerate(INSTRUCTIONS)
+    ]
+    write_shards(folder, "blip3o", [{"jpg": picture(n), "txt": one.encode()} for n, one in enumerate(CAPTIONS)])
+    write_shards(
+        folder, "sharegpt", [{"jpg": picture(n, "png"), "txt": one.encode()} for n, one in enumerate(CAPTIONS)]
+    )
+    write_shards(
+        folder, "img2dataset", [{"JPEG": picture(n), "json": json.dumps(one).encode()} for n, one in enumerate(records)]
+    )
+    write_shards(folder, "listed", [{"webp": picture(n, "webp"), "json": one} for n, one in enumerate(listed)])
+    write_shards(folder, "edits", edits)
 
 
 def train_free(rank: int, world: int, recipes: list[dict[str, Any]]) -> int:
@@ -73,10 +101,12 @@ def train_free(rank: int, world: int, recipes: list[dict[str, Any]]) -> int:
 
 def values(folder: Path, name: str, phase: str, **changes: Any) -> dict[str, Any]:
     parts = {part: str(folder / "parts" / part) for part in ("mllm", "pixel_autoencoder", "tokenizer", "diffusion")}
-    sources = [{"name": "generation", "shards": str(folder / "generation.tar")}]
-    if phase == "align/joint":
-        sources.append({"name": "editing", "shards": str(folder / "editing.tar")})
-    changes |= {"train": {"steps": 4}, "checkpoint": {"every": 4}, "global_batch": 6}
+    sources = [
+        {"name": source, "shards": str(folder / f"{source}-*.tar"), "fit": "stretch", **entry}
+        for source, entry in SOURCES.items()
+        if entry["task"] == "generation" or phase == "align/joint"
+    ]
+    changes |= {"train": {"steps": 4}, "checkpoint": {"every": 4}, "global_batch": 15}
     changes |= {"data__task_block": 3, "data__sources": sources}
     return phase_values(folder / name, phase, folder, parts, "nano_text", **changes)
 
@@ -84,14 +114,7 @@ def values(folder: Path, name: str, phase: str, **changes: Any) -> dict[str, Any
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("free")
-    write_shard(folder / "generation.tar", [{"jpg": picture(n), "txt": c.encode()} for n, c in enumerate(CAPTIONS)])
-    edits = [
-        {"input.jpg": picture(10 + n), "output.jpg": picture(20 + n), "txt": instruction.encode()}
-        for n, instruction in enumerate(INSTRUCTIONS)
-    ]
-    write_shard(folder / "editing.tar", edits)
-    for shard in (str(folder / "generation.tar"), str(folder / "editing.tar")):
-        write_index(shard, index_shard(shard))
+    write_public_shards(folder)
     make_parts(folder / "parts", NANO_TEXT)
     write_published(folder / "parts" / "mllm", request.config.cache.mkdir("published-tokenizer"))
     alone = [values(folder, name.replace("/", "-"), name) for name in ("align/connector", "align/joint")]
@@ -106,11 +129,14 @@ def joint(runs: Path) -> Forward:
     return trained_forward(runs / "align-joint")[0]
 
 
-@pytest.mark.parametrize("name", ["align-connector", "align-joint"])
-def test_every_sample_trains(runs: Path, name: str):
+@pytest.mark.parametrize(("name", "sources"), [("align-connector", 4), ("align-joint", 5)])
+def test_every_sample_of_every_source_trains(runs: Path, name: str, sources: int):
     lines = metrics(runs / name)
     assert len(lines) == 4 and all(np.isfinite(line["loss"]) for line in lines)
     assert (runs / name / "bad_samples.jsonl").read_text() == ""
+    recipe = recipe_of(runs / name)
+    loader = Loader(sources_of(recipe), meta_stage(recipe).sample, recipe.seed, 15, 3, 3, 0, 1, 0, 0, 4)
+    assert {loader.order.locate(number).source for number in range(4 * 15)} == set(range(sources))
 
 
 def test_the_pipeline_trains_the_same_curve(runs: Path):
