@@ -61,8 +61,9 @@ class Places(Layer):
         self.num_queries = num_queries
 
     def forward(self, tokens: Tensor, lengths: Tensor, caption_order: Tensor) -> dict[str, Tensor]:
-        queries = torch.arange(len(lengths)).repeat_interleave(self.num_queries)
-        behind = lengths[:, None] + torch.arange(self.num_queries)
+        of_queries = torch.arange(self.num_queries, device=lengths.device)
+        queries = torch.arange(len(lengths), device=lengths.device).repeat_interleave(self.num_queries)
+        behind = lengths[:, None] + of_queries
         sample = torch.cat([sample_of(lengths, len(tokens)), queries])
         place = torch.cat([position_ids(lengths, len(tokens)), behind.flatten()])
         return {"sample": sample, "place": place, "caption_sample": sample[caption_order]}

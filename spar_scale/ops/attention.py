@@ -201,7 +201,8 @@ def _varlen(
     backend: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, packing: Packing
 ) -> Tensor:
     """Compute packed attention with a kernel; all kernels align `causal` bottom-right."""
-    cu_q, cu_k, max_q, max_k = packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_q, packing.max_k
+    cu_q, cu_k = packing.cu_seqlens_q.int(), packing.cu_seqlens_k.int()  # what all of them take
+    max_q, max_k = packing.max_q, packing.max_k
     if backend in _PACKAGES:
         sides = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
         return _output(_package(backend).flash_attn_varlen_func(q, k, v, softmax_scale=scale, causal=causal, **sides))

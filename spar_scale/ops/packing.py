@@ -13,24 +13,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def cumulative(lengths: Tensor) -> Tensor:
-    """Return the bounds (B + 1,) int32 of samples of these lengths (B,): 0, then the end of each."""
-    ends = lengths.cumsum(0, dtype=torch.int32)
-    return torch.cat([ends.new_zeros(1), ends])
+    """Return the bounds (B + 1,) int64 of samples of these lengths (B,): 0, then the end of each."""
+    return F.pad(lengths.cumsum(0), (1, 0))
 
 
 def sample_of(lengths: Tensor, total: int) -> Tensor:
     """Return the number of each token's sample (T,) int64; `total` is T, the sum of the lengths (B,)."""
     numbers = torch.arange(len(lengths), device=lengths.device)
-    return torch.repeat_interleave(numbers, lengths.long(), output_size=total)
+    return torch.repeat_interleave(numbers, lengths, output_size=total)
 
 
 def position_ids(lengths: Tensor, total: int) -> Tensor:
     """Return the position of each token in its sample (T,) int64, from 0."""
-    starts = cumulative(lengths)[:-1].long()
+    starts = cumulative(lengths)[:-1]
     return torch.arange(total, device=lengths.device) - starts[sample_of(lengths, total)]
 
 
@@ -42,7 +42,7 @@ def order_behind(lengths: Tensor, total: int, num_queries: int) -> Tensor:
     batch, device = len(lengths), lengths.device
     before = torch.arange(batch, device=device) * num_queries  # queries of the samples before
     tokens = torch.arange(total, device=device) + before[sample_of(lengths, total)]
-    starts = cumulative(lengths)[1:].long() + before
+    starts = cumulative(lengths)[1:] + before
     queries = (starts[:, None] + torch.arange(num_queries, device=device)).flatten()
     places = torch.cat([tokens, queries])
     return torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=device))
@@ -52,7 +52,7 @@ def order_behind(lengths: Tensor, total: int, num_queries: int) -> Tensor:
 class Packing:
     """The bounds of each sample's queries and keys for packed attention.
 
-    `cu_seqlens_q` and `cu_seqlens_k` (B + 1,), int32 on the device, are the cumulative lengths, from 0. No sample has
+    `cu_seqlens_q` and `cu_seqlens_k` (B + 1,), int64 on the device, are the cumulative lengths, from 0. No sample has
     more than `max_q` queries or `max_k` keys.
     """
 
@@ -100,4 +100,4 @@ class Packing:
 
 def even_bounds(batch: int, length: int, device: torch.device) -> Tensor:
     """Return the bounds (B + 1,) of samples of equal length; created on the device without a copy from the host."""
-    return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+    return torch.arange(0, (batch + 1) * length, length, device=device)

@@ -265,7 +265,7 @@ def test_the_even_packing_is_that_of_its_lengths():
     even, of = Packing.even(3, 2, 5, torch.device("cpu")), Packing.of([2] * 3, [5] * 3, "cpu")
     assert (even.max_q, even.max_k) == (of.max_q, of.max_k)
     assert torch.equal(even.cu_seqlens_q, of.cu_seqlens_q) and torch.equal(even.cu_seqlens_k, of.cu_seqlens_k)
-    assert even.cu_seqlens_q.dtype == of.cu_seqlens_q.dtype == torch.int32
+    assert even.cu_seqlens_q.dtype == of.cu_seqlens_q.dtype == torch.int64
 
 
 @pytest.mark.parametrize("given", [{"dropout": 0.1}, {"sliding_window": 4}])

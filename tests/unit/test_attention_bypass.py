@@ -104,7 +104,7 @@ def diffusion() -> tuple[nn.Module, Run, int]:
         "noisy_latent": torch.randn(2, shape.latent_channels, shape.sample_size, shape.sample_size),
         "timestep": torch.tensor([9.0, 500.0]),
         "captions": torch.randn(5, shape.caption_channels),
-        "caption_bounds": torch.tensor([0, 2, 5], dtype=torch.int32),
+        "caption_bounds": torch.tensor([0, 2, 5]),
     }
     return model, lambda: run(shape.velocity_layers(model, 3), "velocity", **slots), shape.layers * 2
 

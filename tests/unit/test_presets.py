@@ -191,7 +191,7 @@ def test_the_parts_read_what_the_parts_before_them_write(preset, parts):
     velocity = preset.diffusion.velocity_layers(parts["diffusion"], longest)
     predicted, tapped = shapes_of(
         velocity, "velocity", "image_tokens", noisy_latent=torch.rand(2, *latent[1:]), timestep=torch.rand(2),
-        captions=torch.rand(captions), caption_bounds=torch.zeros(bounds, dtype=torch.int32),
+        captions=torch.rand(captions), caption_bounds=torch.zeros(bounds, dtype=torch.int64),
     )  # fmt: skip
     assert predicted == (2, *latent[1:])
     aligned = parts["alignment_head"](torch.rand(tapped, device="meta"))

@@ -62,7 +62,7 @@ def merge(embedded: Tensor, features: Tensor, is_image: Tensor, lengths: Tensor)
     """
     samples = sample_of(lengths, len(embedded))
     count = F.pad(is_image.long().cumsum(0), (1, 0))  # image tokens up to each token, from 0
-    index = (count[1:] - count[cumulative(lengths)[:-1].long()][samples] - 1).clamp(0, features.shape[1] - 1)
+    index = (count[1:] - count[cumulative(lengths)[:-1]][samples] - 1).clamp(0, features.shape[1] - 1)
     return torch.where(is_image[:, None], features[samples, index].to(embedded.dtype), embedded)
 
 

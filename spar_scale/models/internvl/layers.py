@@ -7,11 +7,11 @@ Q queries, N = T + B Q, M picture tokens of a prompt, D and W widths, E head wid
     prefix_state_k (T, D)                hidden state k of the prompts: 0 is the embedding, the last is after the norm
     prefix_keys_k, prefix_values_k       (T, H_kv, E), of layer k, counted from 1
     queries (B, Q, D)                    query_state_k (B, Q, D)
-    prompt_bounds (B + 1,) int32         where the prompts begin and end
+    prompt_bounds (B + 1,) int64         where the prompts begin and end
     rotary_cos, rotary_sin (N, E)        of the prompts, then of the queries
     captions (N, D)                      the queries of a sample stand behind its prompt; so in what follows:
     caption_order (N,) int64             which of prompts, then queries, stands there
-    caption_bounds (B + 1,) int32        caption_cos, caption_sin (N, E)
+    caption_bounds (B + 1,) int64        caption_cos, caption_sin (N, E)
     position (1,)                        token (1,): the one that is read next; logits (T, V)
 
 The vision tower names its slots after the features that it writes, so that a list can hold two of them. `longest` is a

@@ -2,7 +2,7 @@
 
 Slots (B samples, N latent positions / patch^2, W and D widths, M captions of all samples one after another, C caption
 channels, Z latent channels):
-    noisy_latent (B, Z, g, g)   timestep (B,) = 1000 sigma   captions (M, C)   caption_bounds (B + 1,) int32
+    noisy_latent (B, Z, g, g)   timestep (B,) = 1000 sigma   captions (M, C)   caption_bounds (B + 1,) int64
     image_tokens (B, N, W)   context (M, W)   modulation (B, 6 W)   time (B, W)   velocity (B, Z, g, g)
 """
 

@@ -6,7 +6,7 @@ D width, C caption channels, K sampled states):
     features (B * M, G, D) of all pictures; target_features (B, G, D); reference_features (B, (M - 1) * G, D)
     tokens (T,) int64    lengths (B,) int64, tokens of each prompt
     prefix_state_k (T, D), query_state_k (B, Q, D): hidden state k; 0 is the embedding, the last is after the norm
-    captions (N, D), at the end (N, C)    routing_weights (N, K)    caption_bounds (B + 1,) int32
+    captions (N, D), at the end (N, C)    routing_weights (N, K)    caption_bounds (B + 1,) int64
     caption_order (N,) int64: which of all prompt tokens, then all queries, a caption is
 
 The prompt's states have no gradient and depend on the sample alone, so they can be stored; the way from them to
