@@ -67,7 +67,7 @@ def read(shard: str, source: str, samples: int = 1, micro_batch: int = 0, seed: 
     batches = list(loader)
     rows = [row for batch in batches for row in packed.samples(batch) if row["sample"] >= 0]
     errors = [error for batch in batches for error in batch["errors"]]
-    return {**packed.batch_of(rows), "prompts": [row["tokens"] for row in rows], "errors": errors}
+    return {**packed.batch_of(rows), "errors": errors}
 
 
 def loader_of(sources: list[Source]) -> Loader:
@@ -78,7 +78,7 @@ def loader_of(sources: list[Source]) -> Loader:
 def prompts(batch: dict) -> list[str]:
     """Each sample's tokens as words."""
     assert not (batch["tokens"] == TOKENS["<pad>"]).any()
-    return [decode(tokens.tolist()) for tokens in batch["prompts"]]
+    return [decode(row["tokens"].tolist()) for row in packed.samples(batch)]
 
 
 def test_a_generation_sample_is_its_prompt_and_the_middle_of_its_picture(make_shard):
