@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from parallel.program import Layer
     from parallel.tensor import Plan
@@ -183,8 +183,8 @@ class Autoencoder(Member, Protocol):
         """Return the model with pretrained weights, fp32, and the scale of its latents."""
         ...
 
-    def save(self, autoencoder: nn.Module, directory: Path, images: Tensor | None = None) -> None:
-        """Write the published layout; the scale of the latents is measured on images (n, 3, S, S), where given."""
+    def save(self, autoencoder: nn.Module, directory: Path, scale: float | None = None) -> None:
+        """Write the published layout, with the scale of its latents where given."""
         ...
 
     def encoding_layer(
