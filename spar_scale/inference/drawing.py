@@ -7,13 +7,26 @@ the picture. Prompts and their bare ones are conditioned in one pass, padded to 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from parallel.errors import UserError
 from spar_scale.inference.sampler import sample
+from spar_scale.models.presets import Preset
 from spar_scale.models.spar import SamplingShape
+from spar_scale.objectives.flow_matching import NUM_TIMESTEPS
 from spar_scale.stages.forward import Forward
+
+
+def sampling_of(preset: Preset, steps: int | None, guidance: float | None) -> SamplingShape:
+    """Return the preset's way of sampling with the given values in place of its own. UserError for too many steps."""
+    given = {"steps": steps, "guidance": guidance}
+    sampling = replace(preset.sampling, **{name: value for name, value in given.items() if value is not None})
+    if sampling.steps > NUM_TIMESTEPS:
+        raise UserError(f"--steps: found {sampling.steps}; the flow has {NUM_TIMESTEPS}")
+    return sampling
 
 
 def generate(model: Forward, captions: Sequence[str], noise: Tensor, sampling: SamplingShape) -> Tensor:
@@ -49,6 +62,7 @@ def draw(
     captions, bare_captions = both.chunk(2)
     keep, bare_keep = real.chunk(2)
     steps, guidance, flow_shift = sampling.steps, sampling.guidance, sampling.flow_shift
+    noise = noise.to(model.device)
     latents = sample(model, captions, keep, bare_captions, bare_keep, noise, steps, guidance, flow_shift)
     return model.draw(latents)
 

@@ -118,6 +118,15 @@ class LanguageModel(Member, Protocol):
         """Return the trunk (the model without its head) and the head of what `load` gave."""
         ...
 
+    def save(
+        self, trunk: nn.Module, head: nn.Module, encoder: nn.Module, source: PretrainedPart, directory: Path
+    ) -> None:
+        """Write the model with a vision encoder in its published layout.
+
+        The files beside the weights, such as those of the text tokenizer, are those of `source`, where it was read.
+        """
+        ...
+
     def position_layer(self, trunk: nn.Module, num_queries: int) -> Layer:
         """Return the derived layer from `keep` to `caption_keep` and to what its other layers read of positions."""
         ...
@@ -211,6 +220,10 @@ class ImageTokenizer(Member, Protocol):
 
         It has parts `vision_tower`, `projector` and `decoder`.
         """
+        ...
+
+    def save(self, tokenizer: nn.Module, directory: Path, preset: str, latent_scale: float, images: int) -> None:
+        """Write the model without teachers; the scale of its latents was measured on a number of images."""
         ...
 
     def latent_layers(self, tokenizer: nn.Module, features: str = "features") -> list[Layer]:

@@ -35,7 +35,13 @@ class Forward:
     @torch.no_grad()
     def run(self, *wanted: str, **given: Tensor) -> dict[str, Tensor]:
         """Return the wanted slots; layers that compute a given slot are left out."""
-        return self._program(wanted, tuple(sorted(given)))(given)
+        slots = {name: tensor.to(self.device) for name, tensor in given.items()}
+        return self._program(wanted, tuple(sorted(given)))(slots)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model. `run` moves what it is given there."""
+        return next((parameter.device for parameter in self.stage.model.parameters()), torch.device("cpu"))
 
     def reads(self, slot: str) -> bool:
         """Whether a layer of the stage reads or writes a slot."""
@@ -121,7 +127,7 @@ class Forward:
             if int(best) in stop:
                 break
             new.append(int(best))
-            position = torch.tensor([prompt.shape[1] + len(new) - 1])
+            position = torch.tensor([prompt.shape[1] + len(new) - 1], device=self.device)
             slots = step({**slots, "token": best[:, None], "position": position})
         return new
 
