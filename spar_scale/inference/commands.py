@@ -14,10 +14,11 @@ from PIL import Image
 from spar_scale.files.outputs import check_picture, make_directory, write_picture
 from spar_scale.inference.drawing import sampling_of
 from spar_scale.inference.exports import write_export
-from spar_scale.inference.pictures import image_psnr, middle_square, open_image, sheet
+from spar_scale.inference.pictures import fitted, image_psnr, open_image, sheet
 from spar_scale.inference.pipeline import SparPipeline
 from spar_scale.inference.routes import route, routes_picture, routes_table
 from spar_scale.inference.runs import (
+    editing_fit,
     editing_prompt,
     fit_recipe,
     generation_prompt,
@@ -60,16 +61,18 @@ def generate(run_dir: Path, prompt: str, out: Path, options: SamplingOptions) ->
 
 
 def edit(run_dir: Path, image: Path, instruction: str, out: Path, options: SamplingOptions) -> str:
-    """Edit the middle square of a picture of any size, write one of the model's size, return what was done."""
+    """Edit a picture of any size, write one of the model's size, return what was done."""
     recipe = fit_recipe(run_dir, "edit")
     preset = preset_of(recipe)
     words, _ = editing_prompt(preset, text_of_run(recipe), instruction)
-    middle_square(image, preset.image_size)  # refuses what is no picture
+    fit = editing_fit(recipe)
+    fitted(image, preset.image_size, fit)  # refuses what is no picture
     check_picture(out, image)
     sampling = sampling_of(preset, options.steps, options.guidance)
     pipeline = SparPipeline(load_run(run_dir, "edit"))
     pictures = pipeline.edit(image, [words] * options.number, options.seed, options.steps, options.guidance)
-    request = f"{image}, its middle square at {preset.image_size} pixels; edit : {words}"
+    seen = "its middle square" if fit == "crop" else "stretched"
+    request = f"{image}, {seen} at {preset.image_size} pixels; edit : {words}"
     return _drawn(pipeline, pictures, request, out, options, sampling)
 
 
@@ -81,7 +84,7 @@ def routes(run_dir: Path, prompt: str, out: Path, image: Path | None = None) -> 
     recipe = fit_recipe(run_dir, "routes" if image is None else "edit")
     preset = preset_of(recipe)
     _, tokens = (generation_prompt if image is None else editing_prompt)(preset, text_of_run(recipe), prompt)
-    source = None if image is None else middle_square(image, preset.image_size)[None]
+    source = None if image is None else fitted(image, preset.image_size, editing_fit(recipe))[None]
     check_picture(out, image)
     run = load_run(run_dir, "routes")
     routed = route(run.forward, tokens, source)

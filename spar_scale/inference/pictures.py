@@ -12,6 +12,7 @@ from torch import Tensor
 
 from parallel.errors import UserError
 from spar_scale.data.images import MODES, BadSample, describe, square, to_upright_rgb
+from spar_scale.data.spec import Fit
 from spar_scale.objectives.quality import psnr
 
 Picture = Image.Image | str | Path
@@ -48,10 +49,10 @@ def opened(picture: Picture) -> Image.Image:
     return to_upright_rgb(picture.copy())[0]
 
 
-def middle_square(picture: Picture, size: int) -> Tensor:
-    """The picture's largest middle square as (3, size, size) in [0, 1], resized as in training."""
+def fitted(picture: Picture, size: int, fit: Fit) -> Tensor:
+    """Return the picture's largest middle square, or with `fit` "stretch" all of it, as (3, size, size) in [0, 1]."""
     try:
-        return torch.from_numpy(square(opened(picture), size, along=0.5, mirrored=False))
+        return torch.from_numpy(square(opened(picture), size, along=0.5, mirrored=False, fit=fit))
     except BadSample as error:
         raise UserError(f"{'picture' if isinstance(picture, Image.Image) else picture}: {error}") from None
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from spar_scale.inference import drawing
 from spar_scale.inference.ask import answer
-from spar_scale.inference.pictures import Picture, middle_square, opened, to_image
+from spar_scale.inference.pictures import Picture, fitted, opened, to_image
 from spar_scale.inference.runs import TrainedRun, editing_prompt, generation_prompt, load_run, question_prompt
 from spar_scale.inference.sampler import seeded_noise
 from spar_scale.inference.tiles import reconstruct_image
@@ -70,14 +70,15 @@ class SparPipeline:
         steps: int | None = None,
         guidance: float | None = None,
     ) -> list[Image.Image]:
-        """Edit the middle square of each picture (or picture file) by its instruction; one of either serves all others.
+        """Edit each picture (or picture file) by its instruction; one of either serves all others.
 
-        The remaining arguments and errors are those of `generate`; UserError also for files that are no pictures.
+        A picture becomes a square as in training: its middle square, or all of it stretched. The remaining arguments
+        and errors are those of `generate`; UserError also for files that are no pictures.
         """
         texts, sources = _paired(_listed(instructions), _listed(pictures))
         words = [editing_prompt(self.preset, self.forward.text, text)[0] for text in texts]
         sampling = drawing.sampling_of(self.preset, steps, guidance)
-        squares = torch.stack([middle_square(source, self.preset.image_size) for source in sources])
+        squares = torch.stack([fitted(source, self.preset.image_size, self.run.fit) for source in sources])
         images = drawing.edit(self.forward, squares, words, self._noise(seed, len(words)), sampling)
         return [to_image(image) for image in images]
 

@@ -10,6 +10,7 @@ import torch
 from parallel.errors import UserError
 from parallel.launch.world import device_type
 from spar_scale.config.recipe import Recipe
+from spar_scale.data.spec import Fit, sources_of
 from spar_scale.data.text import TextTokenizer
 from spar_scale.inference.exports import DTYPES, exported_recipe, exported_stage, is_export, read_record
 from spar_scale.models.presets import Preset
@@ -35,6 +36,8 @@ class TrainedRun:
 
     forward: Forward
     origin: str
+    fit: Fit
+    """How a picture to edit becomes a square."""
 
     @property
     def preset(self) -> Preset:
@@ -63,6 +66,12 @@ def fit_recipe(run_dir: Path, use: Command) -> Recipe:
             f" a run of {', or '.join(named)} is needed"
         )
     return recipe
+
+
+def editing_fit(recipe: Recipe) -> Fit:
+    """Return how a picture to edit becomes a square: as those that the run was trained on."""
+    fits: list[Fit] = [source.fit for source in sources_of(recipe) if (source.task or source.name) == "editing"]
+    return fits[0] if fits else "crop"
 
 
 def text_of_run(recipe: Recipe) -> TextTokenizer:
@@ -112,7 +121,7 @@ def load_run(
         forward, checkpoint = trained_forward(run_dir)
         precision, origin = recipe.precision, f"the average of {checkpoint}"
     forward.stage.model.to(device, dtype or (torch.float32 if device.type == "cpu" else DTYPES[precision]))
-    return TrainedRun(forward, origin)
+    return TrainedRun(forward, origin, editing_fit(recipe))
 
 
 def _fitting(tokens: list[int], following: int, preset: Preset) -> list[int]:
