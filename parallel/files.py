@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Iterator
@@ -55,6 +56,33 @@ def replaced(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory, which gets the name `path` when the block ends; after an exception it is removed.
+
+    Raises UserError with `path` if there is something of that name, and for an OSError (which is its cause).
+    """
+    temporary = path.with_name(f".{path.name[:_NAME_CHARACTERS]}.{os.getpid()}.tmp")
+    try:
+        if os.path.lexists(path):
+            raise UserError(f"{path}: exists; give the name of a new directory")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        mode = temporary.stat().st_mode & 0o666  # safetensors (0.8) writes files that only their owner may read
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+        temporary.rename(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def regular_target(path: Path) -> Path:

@@ -9,11 +9,11 @@ import torch
 
 from parallel.program import Subprogram
 from spar_scale.data.prompts import build_tokenizer
-from spar_scale.models.dc_ae import latent_scale
 from spar_scale.models.initialise import initialise
 from spar_scale.models.internvl import build_mllm, save_mllm
 from spar_scale.models.presets import PRESETS, Preset
 from spar_scale.phases import find
+from spar_scale.training.calibration import latent_scale
 
 TINY = PRESETS["tiny"]
 
@@ -40,8 +40,10 @@ def make_parts(folder: Path, preset: Preset = TINY) -> dict[str, str]:
         models["tokenizer"].fusion.linear_2.weight.normal_(std=0.02, generator=generator)
     save_mllm(models["mllm"], directories["mllm"])
     build_tokenizer().save_pretrained(str(directories["mllm"]))
-    preset.autoencoder.save(models["pixel_autoencoder"], directories["pixel_autoencoder"], images)
-    scale = latent_scale(lambda part: encode(models["tokenizer"], preset, part), images)
+    with torch.no_grad():
+        scale = latent_scale(models["pixel_autoencoder"].encoder(images * 2 - 1))
+    preset.autoencoder.save(models["pixel_autoencoder"], directories["pixel_autoencoder"], scale)
+    scale = latent_scale(encode(models["tokenizer"], preset, images))
     tokenizer.save(models["tokenizer"], directories["tokenizer"], preset.name, scale, len(images))
     preset.diffusion.save(models["diffusion"], directories["diffusion"])
     return {name: str(directory) for name, directory in directories.items()}

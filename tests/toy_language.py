@@ -150,6 +150,11 @@ class ToyLanguage:
     def parts(self, mllm: nn.Module) -> tuple[nn.Module, nn.Module]:
         return mllm.get_submodule("trunk"), mllm.get_submodule("head")
 
+    def save(
+        self, trunk: nn.Module, head: nn.Module, encoder: nn.Module, source: PretrainedPart, directory: Path
+    ) -> None:
+        raise NotImplementedError("it reads no pictures")
+
     def position_layer(self, trunk: nn.Module, num_queries: int) -> Layer:
         return Places(num_queries)
 

@@ -146,6 +146,12 @@ def _report(commands: Commands) -> None:
     report.add_argument("run_dir", type=Path, help="directory of the chain's runs, or one of them")
 
 
+def _export(commands: Commands) -> None:
+    export = _run_command(commands, "export", do.export)
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write, which must be new")
+    export.add_argument("--precision", choices=("fp32", "bf16"), help="of the weights (default: the run's)")
+
+
 def _generate(commands: Commands) -> None:
     generate = _run_command(commands, "generate", do.generate)
     generate.add_argument("prompt", help='what to draw, in one word of the shell: "a red circle on the left"')
@@ -181,7 +187,7 @@ def _ask(commands: Commands) -> None:
 _COMMANDS = (
     *(_train, _parity, _plan, _data, _checkpoint, _track, _doctor, _cluster),
     *(_demo, _evaluate, _ablate, _report),
-    *(_generate, _edit, _routes, _reconstruct, _ask),
+    *(_export, _generate, _edit, _routes, _reconstruct, _ask),
 )
 """In the order of `--help`."""
 
@@ -201,10 +207,11 @@ def _command(parent: Commands, name: str, run: Body, started_per_rank: bool = Fa
 
 
 def _run_command(parent: Commands, name: phases.Command, run: Body) -> argparse.ArgumentParser:
-    """Add a command on a run directory of the phases that declare it."""
+    """Add a command on a run directory of the phases that declare it, or on what `export` wrote."""
     parser = _command(parent, name, run)
     accepted = phases.either([phase.name for phase in phases.accepted_by(name)])
-    parser.add_argument("run_dir", type=Path, help=f"run directory of {accepted}")
+    exported = "" if name == "export" else ", or a directory that export wrote"
+    parser.add_argument("run_dir", type=Path, help=f"run directory of {accepted}{exported}")
     return parser
 
 

@@ -185,6 +185,13 @@ def report(arguments: argparse.Namespace) -> int:
     return _print_text(str(write_report(arguments.run_dir)))
 
 
+def export(arguments: argparse.Namespace) -> int:
+    """Write a trained SPAR as one directory that needs neither the run nor its starting weights."""
+    from spar_scale.inference.commands import export
+
+    return _print_text(export(arguments.run_dir, arguments.out, arguments.precision))
+
+
 def generate(arguments: argparse.Namespace) -> int:
     """Generate a picture from a prompt."""
     from spar_scale.inference.commands import generate
@@ -223,7 +230,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
 
 def ask(arguments: argparse.Namespace) -> int:
     """Answer a question about an image."""
-    from spar_scale.inference.ask import ask
+    from spar_scale.inference.commands import ask
 
     return _print_text(ask(arguments.run_dir, arguments.image, arguments.question))
 

@@ -38,7 +38,7 @@ def held_out_questions(shards: str, count: int, size: int) -> list[VisualQuestio
         drawn_type = types[int(draws.integers(len(types)))]
         of_type = [entry for entry in entries if entry["type"] == drawn_type]
         entry = of_type[int(draws.integers(len(of_type)))]
-        pixels = square(decode(sample["png"]), size, along=0.5, mirrored=False)
+        pixels = square(decode(sample["png"]), size, along=0.5, mirrored=False, fit="crop")
         questions.append(VisualQuestion(torch.from_numpy(pixels), drawn_type, entry["question"], entry["answer"]))
     return questions
 

@@ -7,13 +7,26 @@ the picture. Prompts and their bare ones are conditioned in one pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from parallel.errors import UserError
 from spar_scale.inference.sampler import sample
+from spar_scale.models.presets import Preset
 from spar_scale.models.spar import SamplingShape
+from spar_scale.objectives.flow_matching import NUM_TIMESTEPS
 from spar_scale.stages.forward import Forward
+
+
+def sampling_of(preset: Preset, steps: int | None, guidance: float | None) -> SamplingShape:
+    """Return the preset's way of sampling with the given values in place of its own. UserError for too many steps."""
+    given = {"steps": steps, "guidance": guidance}
+    sampling = replace(preset.sampling, **{name: value for name, value in given.items() if value is not None})
+    if sampling.steps > NUM_TIMESTEPS:
+        raise UserError(f"--steps: found {sampling.steps}; the flow has {NUM_TIMESTEPS}")
+    return sampling
 
 
 def generate(model: Forward, captions: Sequence[str], noise: Tensor, sampling: SamplingShape) -> Tensor:
@@ -47,5 +60,6 @@ def draw(
     if pictures is not None and guided:
         pictures = pictures.repeat(2, 1, 1, 1)
     captions, bounds = model.condition([*given, *([bare] * len(given) if guided else ())], pictures)
-    latents = sample(model, captions, bounds, noise, sampling.steps, sampling.guidance, sampling.flow_shift)
+    steps, guidance, flow_shift = sampling.steps, sampling.guidance, sampling.flow_shift
+    latents = sample(model, captions, bounds, noise.to(model.device), steps, guidance, flow_shift)
     return model.draw(latents)

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from parallel.errors import UserError
 from spar_scale.data.images import MODES, BadSample, describe, square, to_upright_rgb
+from spar_scale.data.spec import Fit
 from spar_scale.objectives.quality import psnr
 
+Picture = Image.Image | str | Path
+"""A picture or the path of its file."""
 _GAP, _COLUMNS = 2, 8  # pixels, pictures in a row
 
 
@@ -37,12 +40,21 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"{path}: {describe(error)}; a readable image is needed") from None
 
 
-def middle_square(path: Path, size: int) -> Tensor:
-    """The picture's largest middle square as (3, size, size) in [0, 1], resized as in training."""
+def opened(picture: Picture) -> Image.Image:
+    """Return a picture, or the picture in a file, upright and as RGB, as training reads it."""
+    if not isinstance(picture, Image.Image):
+        return open_image(Path(picture))
+    if picture.mode not in MODES:
+        raise UserError(f"picture: image mode {picture.mode}; only 8-bit images are read")
+    return to_upright_rgb(picture.copy())[0]
+
+
+def fitted(picture: Picture, size: int, fit: Fit) -> Tensor:
+    """Return the picture's largest middle square, or with `fit` "stretch" all of it, as (3, size, size) in [0, 1]."""
     try:
-        return torch.from_numpy(square(open_image(path), size, along=0.5, mirrored=False))
+        return torch.from_numpy(square(opened(picture), size, along=0.5, mirrored=False, fit=fit))
     except BadSample as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{'picture' if isinstance(picture, Image.Image) else picture}: {error}") from None
 
 
 def sheet(pictures: Sequence[Image.Image]) -> Image.Image:

@@ -37,6 +37,11 @@ def seeded_noise(shape: tuple[int, ...], seeds: Sequence[int]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+def scheduler(flow_shift: float) -> DPMSolverMultistepScheduler:
+    """Return the solver, for steps that are to be set."""
+    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
+
+
 @torch.no_grad()
 def sample(
     model: PredictsVelocity,
@@ -54,18 +59,16 @@ def sample(
     """
     if not 1 <= steps <= NUM_TIMESTEPS:
         raise ValueError(f"{steps} steps; 1 to {NUM_TIMESTEPS} can be taken")
-    scheduler: Any = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
-    )
-    scheduler.set_timesteps(steps)
-    scheduler.set_begin_index(0)  # else it looks for its place among timesteps that, rounded, need not differ
+    solver: Any = scheduler(flow_shift)
+    solver.set_timesteps(steps)
+    solver.set_begin_index(0)  # else it looks for its place among timesteps that, rounded, need not differ
     latents = noise.float()
-    for sigma in scheduler.sigmas[:-1].to(noise.device):
+    for sigma in solver.sigmas[:-1].to(noise.device):
         timestep = (NUM_TIMESTEPS * sigma).expand(len(bounds) - 1)
         given = latents if guidance == 1 else latents.repeat(2, 1, 1, 1)
         velocity = model.velocity(given, timestep, captions, bounds).float()
         if guidance != 1:
             prompted, bare = velocity.chunk(2)
             velocity = bare + guidance * (prompted - bare)
-        latents = scheduler.step(velocity, sigma, latents).prev_sample
+        latents = solver.step(velocity, sigma, latents).prev_sample
     return latents

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from parallel.program import Layer
     from parallel.tensor import Plan
@@ -118,6 +118,15 @@ class LanguageModel(Member, Protocol):
         """Return the trunk (the model without its head) and the head of what `load` gave."""
         ...
 
+    def save(
+        self, trunk: nn.Module, head: nn.Module, encoder: nn.Module, source: PretrainedPart, directory: Path
+    ) -> None:
+        """Write the model with a vision encoder in its published layout.
+
+        The files beside the weights, such as those of the text tokenizer, are those of `source`, where it was read.
+        """
+        ...
+
     def position_layer(self, trunk: nn.Module, num_queries: int) -> Layer:
         """Return the derived layer from `tokens`, `lengths` and `caption_order` to what its other layers read."""
         ...
@@ -184,8 +193,8 @@ class Autoencoder(Member, Protocol):
         """Return the model with pretrained weights, fp32, and the scale of its latents."""
         ...
 
-    def save(self, autoencoder: nn.Module, directory: Path, images: Tensor | None = None) -> None:
-        """Write the published layout; the scale of the latents is measured on images (n, 3, S, S), where given."""
+    def save(self, autoencoder: nn.Module, directory: Path, scale: float | None = None) -> None:
+        """Write the published layout, with the scale of its latents where given."""
         ...
 
     def encoding_layer(
@@ -212,6 +221,10 @@ class ImageTokenizer(Member, Protocol):
 
         It has parts `vision_tower`, `projector` and `decoder`.
         """
+        ...
+
+    def save(self, tokenizer: nn.Module, directory: Path, preset: str, latent_scale: float, images: int) -> None:
+        """Write the model without teachers; the scale of its latents was measured on a number of images."""
         ...
 
     def latent_layers(self, tokenizer: nn.Module, features: str = "features") -> list[Layer]:

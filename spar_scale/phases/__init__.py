@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from spar_scale.config.recipe import Recipe
     from spar_scale.stages import Stage
 
-Command = Literal["generate", "edit", "routes", "ask", "reconstruct"]
+Command = Literal["generate", "edit", "routes", "ask", "reconstruct", "export"]
 Role = Literal["mllm", "reconstruction", "tokenizer", "final"]
 SIZES = {"demo": "tiny", "smoke": "smoke", "full": "full"}
 """Size of the miniature -> its folder of recipes."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from spar_scale.phases import Phase
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from spar_scale.config.recipe import Recipe
     from spar_scale.stages import Stage
 
@@ -34,7 +36,7 @@ def build(recipe: Recipe) -> Stage:
     """Build the phase; it publishes the layout of AutoencoderDC."""
     from spar_scale.data.spec import Draw, SampleSpec
     from spar_scale.models.initialise import initialise
-    from spar_scale.stages import Export, Stage, terms
+    from spar_scale.stages import Export, LatentScale, Stage, terms
     from spar_scale.stages.parts import preset_of, pretrained_parts
 
     pretrained_parts(recipe)
@@ -45,6 +47,11 @@ def build(recipe: Recipe) -> Stage:
     pixels.begin(model)
     side, level = preset.image_size // pixels.compression, objective.latent_noise
     draws = {"latent_noise": Draw((pixels.latent_channels, side, side), "normal")} if level > 0 else {}
+
+    def save(stage: Stage, directory: Path, scale: LatentScale | None) -> None:
+        assert scale is not None
+        pixels.save(stage.model, directory, scale.value)
+
     return Stage(
         model=model,
         layers=[
@@ -62,5 +69,5 @@ def build(recipe: Recipe) -> Stage:
         },
         groups={"main": ("encoder", "decoder")},
         sample=SampleSpec(task="images", image_size=preset.image_size, draws=draws),
-        export=Export(lambda stage, directory, images: pixels.save(stage.model, directory, images), calibrated=True),
+        export=Export(save, calibrated=True),
     )

@@ -23,7 +23,6 @@ PHASE = Phase(
     requires_when={"perceptual": ("objective.perceptual", "lpips", "lpips_convnext")},
     vision_only=("mllm",),
     starts_from=("tokenizer_init",),
-    publishes="tokenizer",
     used_by=frozenset({"reconstruct"}),
     evaluated_as="reconstruction",
     slurm_script="stage1_tokenizer.sh",

@@ -32,7 +32,6 @@ PHASE = Phase(
     accepts=("mllm",),
     requires_when={"perceptual": ("objective.perceptual", "lpips", "lpips_convnext")},
     vision_only=("mllm",),
-    publishes="tokenizer",
     used_by=frozenset({"reconstruct"}),
     evaluated_as="reconstruction",
     slurm_script="stage1_tokenizer.sh",

@@ -15,7 +15,7 @@ from parallel.errors import UserError
 from spar_scale.phases import phase_of
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from parallel.program import Layer
     from spar_scale.config.recipe import Recipe
@@ -24,14 +24,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Export:
-    """How a finished run hands its model on: `write(stage, directory, images)` in a published layout.
+class LatentScale:
+    """The inverse deviation of a tokenizer's latents, and the number of pictures on which it was measured."""
 
-    `calibrated` asks for images (n, 3, S, S) of the run's own data, on which the scale of the latents is
-    measured; else `images` is None.
+    value: float
+    pictures: int
+
+
+@dataclass(frozen=True)
+class Export:
+    """How a finished run hands its model on: `write(stage, directory, scale)` in a published layout.
+
+    `calibrated` asks for the scale of the latents, measured on the run's own data; else `scale` is None.
     """
 
-    write: Callable[[Stage, Path, Tensor | None], None]
+    write: Callable[[Stage, Path, LatentScale | None], None]
     calibrated: bool = False
 
 

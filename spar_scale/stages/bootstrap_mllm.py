@@ -25,7 +25,7 @@ from spar_scale.models import internvl
 from spar_scale.models.presets import Preset
 from spar_scale.models.published import PretrainedPart
 from spar_scale.objectives.next_token import next_token_loss
-from spar_scale.stages import Stage
+from spar_scale.stages import LatentScale, Stage
 from spar_scale.stages.forward import Forward
 from spar_scale.stages.parts import read_tokenizer
 
@@ -69,7 +69,7 @@ def published_forward(part: PretrainedPart, preset: Preset) -> Forward:
     return Forward(Stage(model, [*seeing, *reading], ("images", "tokens", "lengths"), {}, {}, sample), preset)
 
 
-def save_mllm(stage: Stage, directory: Path, images: Tensor | None = None) -> None:
+def save_mllm(stage: Stage, directory: Path, scale: LatentScale | None = None) -> None:
     """Write InternVL in transformers' published layout: config.json, safetensors, the tokenizer's files."""
     model = stage.model
     if hasattr(model, "naming_head"):

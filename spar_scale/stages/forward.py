@@ -38,7 +38,13 @@ class Forward:
     @torch.no_grad()
     def run(self, *wanted: str, **given: Tensor) -> dict[str, Tensor]:
         """Return the wanted slots; layers that compute a given slot are left out."""
-        return self._program(wanted, tuple(sorted(given)))(given)
+        slots = {name: tensor.to(self.device) for name, tensor in given.items()}
+        return self._program(wanted, tuple(sorted(given)))(slots)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model. `run` moves what it is given there."""
+        return next((parameter.device for parameter in self.stage.model.parameters()), torch.device("cpu"))
 
     def reads(self, slot: str) -> bool:
         """Whether a layer of the stage reads or writes a slot."""
@@ -123,7 +129,7 @@ class Forward:
             if int(best) in stop:
                 break
             new.append(int(best))
-            position = torch.tensor([len(tokens) + len(new) - 1])
+            position = torch.tensor([len(tokens) + len(new) - 1], device=self.device)
             slots = step({**slots, "token": best, "position": position})
         return new
 
@@ -140,8 +146,12 @@ class Forward:
         slot = REFERENCES if self._has_references else "features"
         if features is None:
             features = torch.zeros(len(prompts), 1, self.preset.language.width)
-        tokens = torch.tensor([token for prompt in prompts for token in prompt])
-        return {"tokens": tokens, "lengths": torch.tensor([len(prompt) for prompt in prompts]), slot: features}
+        slots = {
+            "tokens": torch.tensor([token for prompt in prompts for token in prompt]),
+            "lengths": torch.tensor([len(prompt) for prompt in prompts]),
+            slot: features,
+        }
+        return {name: value.to(self.device) for name, value in slots.items()}
 
 
 def _program(layers: Sequence, wanted: tuple[str, ...], given: tuple[str, ...]) -> Subprogram:

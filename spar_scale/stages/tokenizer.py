@@ -34,14 +34,14 @@ from torch import Tensor, nn
 from parallel.program import Apply, Layer
 from spar_scale.config.recipe import ModelConfig, ObjectiveConfig, Recipe, Section
 from spar_scale.data.spec import Draw, SampleSpec
-from spar_scale.models.dc_ae import latent_scale
 from spar_scale.models.dual_stream import DualStream, Streams, to_grid
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import Preset
 from spar_scale.models.published import PretrainedPart, copy_weights
 from spar_scale.objectives.distillation import semantic_distillation
 from spar_scale.objectives.reconstruction import mean_squared_error
-from spar_scale.stages import Export, Stage
+from spar_scale.phases import phase_of
+from spar_scale.stages import Export, LatentScale, Stage
 from spar_scale.stages.parts import note_random_part, preset_of, pretrained_parts
 from spar_scale.stages.perceptual import PART, perceptual_loss
 from spar_scale.stages.terms import decode_latent, reconstruction_terms
@@ -143,13 +143,9 @@ def tokenizer_stage(
     level = recipe.objective.latent_noise
     draws = {"latent_noise": Draw(preset.latent_shape, "normal")} if level > 0 else {}
 
-    def save(stage: Stage, directory: Path, images: Tensor | None) -> None:
-        from spar_scale.stages.forward import Forward
-
-        if images is None:
-            raise TypeError("images are needed, on which the scale of the latents is measured")
-        scale = latent_scale(Forward(stage, preset).encode, images)
-        tokenizer.save(stage.model, directory, preset.name, scale, len(images))
+    def save(stage: Stage, directory: Path, scale: LatentScale | None) -> None:
+        assert scale is not None
+        tokenizer.save(stage.model, directory, preset.name, scale.value, scale.pictures)
 
     return Stage(
         model=model,
@@ -159,7 +155,7 @@ def tokenizer_stage(
         groups=groups,
         sample=SampleSpec(task="images", image_size=preset.image_size, draws=draws),
         references={name: part.directory for name, part in parts.items()},
-        export=Export(save, calibrated=True),
+        export=Export(save, calibrated=True) if phase_of(recipe).publishes else None,
     )
 
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from parallel import checkpoint
 from parallel.errors import UserError
+from parallel.launch.agreement import run_on_all_ranks, run_on_first_rank
+from parallel.topology import Topology
 from spar_scale.config.recipe import Recipe, load_recipe
-from spar_scale.data.loader import Loader
-from spar_scale.data.spec import SampleSpec, sources_of
-from spar_scale.stages import Stage
+from spar_scale.stages import LatentScale, Stage
 from spar_scale.stages.forward import Forward
 from spar_scale.stages.parts import preset_of
+from spar_scale.training.calibration import measured_scale
 from spar_scale.training.parent import overwrite, started_stage
-
-CALIBRATION = 256
-"""Number of images on which the scale of a tokenizer's latents is measured."""
 
 
 def recipe_of(run_dir: Path) -> Recipe:
@@ -45,42 +44,35 @@ def ema_stage(recipe: Recipe, path: Path) -> Stage:
     return stage
 
 
-def export(recipe: Recipe, path: Path, run_dir: Path) -> None:
-    """Write the checkpoint's EMA in the published layout as `run_dir/pretrained`, replacing an older one as a whole."""
-    stage = ema_stage(recipe, path)
-    assert stage.export is not None
+def export(
+    recipe: Recipe,
+    path: Path,
+    calibrated: bool,
+    topology: Topology,
+    device: torch.device,
+    report: Callable[[str], None],
+) -> None:
+    """Write the checkpoint's EMA in the published layout as `run_dir/pretrained`, replacing an older one as a whole.
+
+    All ranks call it together. The first one writes; with `calibrated`, all measure the scale of the latents, each with
+    the whole model, under any layout. `report` gets the progress.
+    """
+    group = topology.agreement_group
+    report("loading the EMA")
+    loads = calibrated or topology.rank == 0
+    stage = run_on_all_ranks(group, lambda: ema_stage(recipe, path) if loads else None)
+    scale = None
+    if calibrated:
+        assert stage is not None
+        scale = measured_scale(recipe, Forward(stage, preset_of(recipe)), topology, device, report)
+    report("writing")
+    run_on_first_rank(group, lambda: _write(stage, recipe.run_dir, scale))
+
+
+def _write(stage: Stage | None, run_dir: Path, scale: LatentScale | None) -> None:
+    assert stage is not None and stage.export is not None
     target, temporary = run_dir / "pretrained", run_dir / ".pretrained.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    images = calibration_images(recipe, stage.sample) if stage.export.calibrated else None
-    stage.export.write(stage, temporary, images)
+    stage.export.write(stage, temporary, scale)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
-
-
-def calibration_images(recipe: Recipe, sample: SampleSpec) -> torch.Tensor:
-    """Return the good ones of the first CALIBRATION images (n, 3, S, S) in the run's sample order.
-
-    The order does not depend on the layout, so neither does the measured scale. Raises UserError if all are bad.
-    """
-    loader = Loader(
-        sources_of(recipe),
-        sample,
-        seed=recipe.seed,
-        global_batch=CALIBRATION,
-        task_block=CALIBRATION,
-        micro_batch=CALIBRATION,
-        dp_rank=0,
-        dp_size=1,
-        workers=0,
-        first_step=0,
-        steps=1,
-    )
-    (batch,) = loader
-    if not batch["weight"].any():
-        error = batch["errors"][0]
-        raise UserError(
-            f"export: none of the first {CALIBRATION} images of data.sources could be used "
-            f"({error['shard']}: {error['key']}: {error['reason']}), but the scale of the latents is measured on them. "
-            "Restore the shards that the run was trained on, and run the same command again"
-        )
-    return batch["images"][batch["weight"] > 0]

@@ -259,14 +259,20 @@ def without_credentials(text: str) -> str:
     return re.sub(r"(\w[\w+.-]*://[^\s?]*)\?\S*", r"\1", text)
 
 
-def origin() -> dict[str, str]:
-    """Return tags that identify the code: the commit of the checkout, and the versions of the main packages."""
-    tags = {"mlflow.source.name": "spar-scale"}
+def program_commit() -> str | None:
+    """Return the commit of the checkout that this program runs from, None where it is installed without one."""
     if (_CHECKOUT / ".git").exists():
         command = ["git", "-C", str(_CHECKOUT), "rev-parse", "HEAD"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-            tags["mlflow.source.git.commit"] = done.stdout.strip()
+            return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    return None
+
+
+def origin() -> dict[str, str]:
+    """Return tags that identify the code: the commit of the checkout, and the versions of the main packages."""
+    tags = {"mlflow.source.name": "spar-scale"}
+    if (commit := program_commit()) is not None:
+        tags["mlflow.source.git.commit"] = commit
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             tags[f"version.{package}"] = metadata.version(package)

@@ -289,11 +289,16 @@ class Trainer:
 
     def _export(self) -> None:
         """Write the EMA weights in the published layout, if the training stage has one."""
-        if self.stage.export is not None:
-            self.heartbeat.place = "the export"
-            path = self.directory.newest_checkpoint()
-            assert path is not None
-            run_on_first_rank(self.topology.agreement_group, lambda: export(self.recipe, path, self.directory.path))
+        if self.stage.export is None:
+            return
+
+        def report(progress: str) -> None:
+            self.heartbeat.place = f"the export, {progress}"
+
+        report("finding the checkpoint")
+        path = self.directory.newest_checkpoint()
+        assert path is not None
+        export(self.recipe, path, self.stage.export.calibrated, self.topology, self.engine.device, report)
 
     # -- pieces of the constructor ----------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from parallel.program import Apply, Layer
 from spar_scale.data.spec import SampleSpec
 from spar_scale.inference.pictures import image_psnr
-from spar_scale.inference.pipeline import reconstruct_image
+from spar_scale.inference.tiles import reconstruct_image
 from spar_scale.models.presets import PRESETS
 from spar_scale.objectives.quality import psnr
 from spar_scale.stages import Stage

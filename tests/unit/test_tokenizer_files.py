@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from parallel.errors import UserError
 from parallel.program import Subprogram
 from spar_scale.config.recipe import Recipe
-from spar_scale.models.dc_ae import latent_scale
 from spar_scale.models.dual_stream import Streams
 from spar_scale.models.initialise import initialise
 from spar_scale.models.internvl import save_mllm
 from spar_scale.models.presets import PRESETS
 from spar_scale.models.published import PretrainedPart
-from spar_scale.stages import build
+from spar_scale.stages import LatentScale, build
+from spar_scale.stages.forward import Forward
+from spar_scale.training.calibration import latent_scale
 
 TINY: Any = PRESETS["tiny"]
 STREAMS = ("dual", "semantic", "pixel")
@@ -88,10 +89,8 @@ def test_a_phase_of_the_tokenizer_hands_on_the_scale_that_was_measured(parts, tm
     stage = build(Recipe.model_validate_json(json.dumps(values)))
     stage.model.eval()
     assert stage.export is not None and stage.export.calibrated
-    with pytest.raises(TypeError, match="images are needed"):
-        stage.export.write(stage, tmp_path / "part", None)
-    assert not (tmp_path / "part").exists()
-    stage.export.write(stage, tmp_path / "part", pictures())
+    latents = Forward(stage, TINY).encode(pictures())
+    stage.export.write(stage, tmp_path / "part", LatentScale(latent_scale(latents), len(latents)))
     loaded, scale = load_tokenizer(tmp_path / "part")
     own = stage.model.state_dict()
     assert loaded.streams == streams and all(torch.equal(own[name], w) for name, w in loaded.state_dict().items())
@@ -100,27 +99,24 @@ def test_a_phase_of_the_tokenizer_hands_on_the_scale_that_was_measured(parts, tm
     assert scale == pytest.approx(1 / deviation.item(), rel=1e-4) and abs(scale - 1) > 0.1
 
 
-def test_the_scale_is_the_inverse_deviation_over_all_images_whatever_the_batches():
-    images = torch.tensor([0.0, 2.0, 4.0, 6.0]).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+def test_the_scale_is_the_inverse_deviation_over_all_elements():
+    latents = torch.tensor([0.0, 2.0, 4.0, 6.0]).view(4, 1, 1, 1).expand(4, 3, 2, 2)
     deviation = (20 * 12 / 47) ** 0.5  # squares 9 + 1 + 1 + 9 of twelve elements each, over 48 - 1
-    for batch in (1, 3, 64):
-        assert latent_scale(lambda part: part, images, batch) == pytest.approx(1 / deviation, rel=1e-6)
+    assert latent_scale(latents) == pytest.approx(1 / deviation, rel=1e-6)
 
 
-def test_an_autoencoder_hands_on_the_scale_that_was_measured(tmp_path):
+def test_an_autoencoder_hands_on_its_scale(tmp_path):
     model = TINY.autoencoder.build()
     initialise(model, seed=3)
-    TINY.autoencoder.save(model, tmp_path, pictures())
+    TINY.autoencoder.save(model, tmp_path, 2.75)
     loaded, scale = LOADERS["pixel_autoencoder"](PretrainedPart("pixel_autoencoder", tmp_path, "tiny"))
-    with torch.no_grad():
-        latents = torch.cat([model.encoder(image[None] * 2 - 1) for image in pictures()])
-    assert scale == pytest.approx(1 / latents.std().item(), rel=1e-4) and abs(scale - 1) > 0.1
+    assert scale == 2.75
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in loaded.state_dict().items())
 
 
 WRITERS = {
     "UnifiedTokenizer": lambda model, directory: TINY.tokenizer.save(model, directory, "tiny", 1.0, 6),
-    "AutoencoderDC": lambda model, directory: TINY.autoencoder.save(model, directory, pictures()),
+    "AutoencoderDC": lambda model, directory: TINY.autoencoder.save(model, directory, 1.0),
     "Diffusion": TINY.diffusion.save,
     "InternVLForConditionalGeneration": save_mllm,
 }

@@ -27,7 +27,7 @@ LAYOUTS = {
     "bootstrap/diffusion": OTHERS,
     "bootstrap/mllm": [*OTHERS, (2, 1, 2, 1), (4, 3, 1, 2)],
     "bootstrap/autoencoder": OTHERS,
-    "tokenizer/decoder": OTHERS,
+    "tokenizer/encoder": OTHERS,
 }
 """Phase -> (processes, ZeRO stage, pipeline stages, tensor ranks), the first of which the others are compared with."""
 CASES = [(phase, layout) for phase, layouts in LAYOUTS.items() for layout in layouts[1:]]
@@ -170,7 +170,7 @@ def test_an_autoencoder_and_a_tokenizer_hand_on_their_measured_scale(runs: Path)
     written = json.loads((runs / "bootstrap-autoencoder-1-1-1-1" / "pretrained" / "config.json").read_text())
     assert written["scaling_factor"] not in (None, 1.0)
     for layout in OTHERS[1:]:
-        other = runs / run_name("tokenizer/decoder", layout) / "pretrained" / "config.json"
-        one = runs / run_name("tokenizer/decoder", OTHERS[0]) / "pretrained" / "config.json"
+        other = runs / run_name("tokenizer/encoder", layout) / "pretrained" / "config.json"
+        one = runs / run_name("tokenizer/encoder", OTHERS[0]) / "pretrained" / "config.json"
         scales = [json.loads(path.read_text())["latent_scale"] for path in (one, other)]
         assert scales[0] == pytest.approx(scales[1], rel=1e-5)

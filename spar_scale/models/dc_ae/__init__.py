@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import cast
 
 from diffusers.models.autoencoders.autoencoder_dc import Decoder
-from torch import Tensor, nn
+from torch import nn
 
 from parallel.program import Layer
 from parallel.tensor import Plan
 from spar_scale.models.dc_ae import layers, model, sharding, weights
-from spar_scale.models.dc_ae.model import latent_scale
 from spar_scale.models.dc_ae.shapes import AutoencoderShape
 from spar_scale.models.published import PretrainedPart
-
-__all__ = ["Autoencoder", "latent_scale"]
 
 
 class Autoencoder(AutoencoderShape):
@@ -43,9 +40,9 @@ class Autoencoder(AutoencoderShape):
         """Return the model with pretrained weights, fp32, and the scale of its latents."""
         return weights.load_autoencoder(part, self)
 
-    def save(self, autoencoder: nn.Module, directory: Path, images: Tensor | None = None) -> None:
-        """Write the published layout; the scale of the latents is measured on images (n, 3, S, S), where given."""
-        weights.save_autoencoder(autoencoder, directory, images)
+    def save(self, autoencoder: nn.Module, directory: Path, scale: float | None = None) -> None:
+        """Write the published layout, with the scale of its latents where given."""
+        weights.save_autoencoder(autoencoder, directory, scale)
 
     def encoding_layer(
         self,

@@ -7,10 +7,8 @@ decoder of `decoder_in`, the up-blocks and `decoder_out`; a test holds it bit-eq
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC, ResBlock
 from torch import Tensor, nn
@@ -21,16 +19,6 @@ from spar_scale.models.dc_ae.shapes import AutoencoderShape
 def build_autoencoder(shape: AutoencoderShape) -> AutoencoderDC:
     """Return a pixel autoencoder, weights uninitialised."""
     return AutoencoderDC(**shape.config())  # pyright: ignore[reportArgumentType]
-
-
-@torch.no_grad()
-def latent_scale(encode: Callable[[Tensor], Tensor], images: Tensor, batch: int = 64) -> float:
-    """Return 1 / deviation of the latents of images (n, 3, S, S), over all their elements and images together.
-
-    Flow matching mixes latents with noise of deviation 1, so it works on latents times this scale.
-    """
-    latents = torch.cat([encode(part).flatten(1).float() for part in images.split(batch)])
-    return 1 / float(latents.std())
 
 
 def dtype_of(module: nn.Module):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
-from torch import Tensor, nn
+from torch import nn
 
-from spar_scale.models.dc_ae.model import build_autoencoder, encode_images, latent_scale
+from spar_scale.models.dc_ae.model import build_autoencoder
 from spar_scale.models.dc_ae.shapes import AutoencoderShape
 from spar_scale.models.published import PretrainedPart, shapes_only
 
@@ -24,13 +24,10 @@ def load_autoencoder(part: PretrainedPart, shape: AutoencoderShape) -> tuple[Aut
     return part.read(AutoencoderDC, low_cpu_mem_usage=False), scale
 
 
-def save_autoencoder(model: nn.Module, directory: Path, images: Tensor | None = None) -> None:
-    """Write an autoencoder. Raises TypeError for another model.
-
-    Its scaling factor becomes the inverse of the latents' deviation over images (n, 3, S, S), where given.
-    """
+def save_autoencoder(model: nn.Module, directory: Path, scale: float | None = None) -> None:
+    """Write an autoencoder, with the scale of its latents where given. Raises TypeError for another model."""
     if not isinstance(model, AutoencoderDC):
         raise TypeError(f"expected AutoencoderDC, got {type(model).__name__}")
-    if images is not None:
-        model.register_to_config(scaling_factor=latent_scale(lambda part: encode_images(model.encoder, part), images))
+    if scale is not None:
+        model.register_to_config(scaling_factor=scale)
     model.save_pretrained(str(directory), safe_serialization=True)

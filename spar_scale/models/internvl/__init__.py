@@ -76,6 +76,12 @@ class Language(LanguageShape):
         found = cast(Any, mllm)
         return found.model.language_model, found.lm_head
 
+    def save(
+        self, trunk: nn.Module, head: nn.Module, encoder: nn.Module, source: PretrainedPart, directory: Path
+    ) -> None:
+        """Write InternVL with a vision encoder in its published layout; other files are those of `source`."""
+        weights.save_around(trunk, head, encoder, source, directory)
+
     def position_layer(self, trunk: nn.Module, num_queries: int) -> Layer:
         """Return the layer from `tokens`, `lengths`, `caption_order` to what its other layers read of positions."""
         return layers.QueryPositions(Rotary(cast(Any, trunk).config), num_queries)

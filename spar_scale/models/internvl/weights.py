@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
-from transformers import InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
 from spar_scale.models.internvl.model import build_mllm, mllm_config
 from spar_scale.models.internvl.shapes import LanguageShape, VisionShape
@@ -20,6 +23,7 @@ _VISION = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
     "attention_bias", "use_qk_norm", "norm_type", "use_mean_pooling",
 )  # fmt: skip
+_OF_WEIGHTS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 VISION_PARTS = ("vision_tower", "multi_modal_projector")
 """Names of the weights that `load_vision` reads begin with one of these, behind transformers' `model`."""
 
@@ -53,6 +57,26 @@ def save_mllm(model: nn.Module, directory: Path) -> None:
     if not isinstance(model, InternVLForConditionalGeneration):
         raise TypeError(f"expected InternVLForConditionalGeneration, got {type(model).__name__}")
     model.save_pretrained(str(directory))
+
+
+def save_around(
+    language_model: nn.Module, head: nn.Module, encoder: nn.Module, source: PretrainedPart, directory: Path
+) -> None:
+    """Write InternVL made of a language model, its head and a vision encoder with parts `vision_tower`, `projector`.
+
+    The config and all files beside the weights (those of the text tokenizer and the processor) are those of `source`.
+    """
+    config: Any = InternVLConfig.from_pretrained(str(source.directory), local_files_only=True)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False  # the head is written as it is
+    with torch.device("meta"):
+        model: Any = InternVLForConditionalGeneration(config)
+    model.model.language_model, model.lm_head = language_model, head
+    model.model.vision_tower = encoder.get_submodule("vision_tower")
+    model.model.multi_modal_projector = encoder.get_submodule("projector")
+    model.save_pretrained(str(directory))
+    for path in sorted(source.directory.iterdir()):
+        if path.suffix in (".json", ".txt", ".jinja") and path.name not in _OF_WEIGHTS:
+            shutil.copyfile(path, directory / path.name)
 
 
 def _load(part: PretrainedPart, vision: VisionShape) -> InternVLForConditionalGeneration:
