@@ -116,6 +116,21 @@ def _demo(commands: Commands) -> None:
     demo.add_argument("--jobs", type=_positive, help="phases side by side (default 2; 1 where there is one core)")
 
 
+def _rehearse(commands: Commands) -> None:
+    parser = _command(commands, "rehearse", do.rehearse)
+    parser.add_argument("folder", type=Path, metavar="RECIPE_DIR", help="folder of recipes, such as recipes/spar_1b")
+    parser.add_argument("--out", type=Path, help="new directory of all that it writes (default runs/rehearse-FOLDER)")
+    parser.add_argument(
+        "--preset",
+        choices=("thin", "nano"),
+        default="thin",
+        help="published widths, few layers (default); or tiny ones",
+    )
+    parser.add_argument("--phases", nargs="+", default=[], metavar="PHASE", help="these, and what they start from")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory with a published tokenizer.json")
+    parser.add_argument("--no-train", action="store_true", help="only write the recipes, pictures and random weights")
+
+
 def _evaluate(commands: Commands) -> None:
     evaluate = _command(commands, "evaluate", do.evaluate)
     evaluate.add_argument(
@@ -186,7 +201,7 @@ def _ask(commands: Commands) -> None:
 
 _COMMANDS = (
     *(_train, _parity, _plan, _data, _checkpoint, _track, _doctor, _cluster),
-    *(_demo, _evaluate, _ablate, _report),
+    *(_demo, _rehearse, _evaluate, _ablate, _report),
     *(_export, _generate, _edit, _routes, _reconstruct, _ask),
 )
 """In the order of `--help`."""
