@@ -25,7 +25,6 @@ from spar_scale.inference import commands
 from spar_scale.inference.ask import ask
 from spar_scale.phases import phase_of
 from spar_scale.runs.curves import curve
-from spar_scale.runs.parity import PARITY_LAYOUTS
 from spar_scale.runs.processes import import_before_forks, threads
 from spar_scale.runs.ranks import run_ranks
 from spar_scale.runs.rehearsal.meter import Meter
@@ -37,16 +36,12 @@ from spar_scale.runs.rehearsal.text import check_source, write_tokenizer
 from spar_scale.training.progress import progress_sent_to
 from spar_scale.training.trainer import train
 
-WITHOUT_LANGUAGE, WITH_LANGUAGE = PARITY_LAYOUTS["dp2-z2"], PARITY_LAYOUTS["pp2"]
-"""Layouts at which phases are resumed. In a pipeline two processes hold the vocabulary's matrices once."""
 TEXTS = {
     "generate": "A red bicycle leans against a wall of bricks, in the rain.",
     "edit": "Make it night, and add 3 lanterns!",
     "ask": "What's the colour of the sky?",
 }
 """Command on the last run -> the free text that it is given."""
-RESUMED_MICRO = 1
-"""Samples of a micro-batch after the kill: two data-parallel ranks share a block."""
 DRAWING = commands.SamplingOptions(steps=2)
 
 
@@ -118,11 +113,11 @@ def _train(phase: Rehearsed, row: Row) -> None:
             raise
     else:
         raise RuntimeError(f"{phase.name} was not killed")
-    layout = WITH_LANGUAGE if "mllm" in declared.requires else WITHOUT_LANGUAGE
-    sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "zero": layout.zero, "micro_batch": RESUMED_MICRO}
+    layout = phase.resumed_at
+    sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "zero": layout.zero, "micro_batch": 1}
     parallel = recipe.parallel.model_copy(update=sizes)
     run_ranks(functools.partial(_attempt, recipe.model_copy(update={"parallel": parallel})), layout.processes)
-    row.compare(killed, _curve(recipe), SAVED, f"1 process to {layout.name}")
+    row.compare(killed, _curve(recipe), SAVED, f"1 process to {layout.name}", phase.tasks())
     if declared.publishes is not None:
         row.exported = declared.publishes
         if not (recipe.run_dir / "pretrained" / "config.json").is_file():

@@ -1,77 +1,47 @@
-"""Random weights in the published layouts: what the phases of a folder start from, without a download.
-
-A part is written as its library, or the converter of its publisher, writes it, so that the phases read it by the code
-that reads the published one.
-"""
+"""Random weights in the published layouts: what the phases of a folder start from, without a download."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from parallel.errors import UserError, nearest
-from spar_scale.models.initialise import initialise
-from spar_scale.models.internvl import build_mllm
+from spar_scale.files.random_weights import write_autoencoder, write_diffusion, write_mllm
 from spar_scale.models.presets import Preset
+from spar_scale.objectives.perceptual import PerceptualDistance
 
-SEED = 7
-_MOVED = {"lm_head.": "language_model.lm_head.", "model.language_model.": "language_model.model.", "model.": ""}
-"""Beginning of a name in transformers 5 -> in the published files, which transformers 4.52 wrote."""
-_AFTER_CONVERSION = ("tie_word_embeddings", "_name_or_path", "transformers_version", "rope_parameters", "layer_types")
-"""Keys that configs written by transformers 5 have and published ones do not."""
+PERCEPTUAL_FILES = {"vgg16": "vgg16-397923af.pth", "lpips": "vgg.pth", "convnext_small": "convnext_small-0c510722.pth"}
 
 
 def write_part(part: str, layout: str, directory: Path, preset: Preset) -> None:
     """Write a pretrained part with random weights. Raises UserError for a layout that is not known."""
     if layout not in WRITERS:
         raise UserError(f"model.pretrained.{part}: a rehearsal cannot write this part{nearest(layout, WRITERS)}")
-    WRITERS[layout](preset, directory)
+    WRITERS[layout](directory, preset)
 
 
-def _mllm(preset: Preset, directory: Path) -> None:
-    """InternVL as published: bf16, names and config of the time of its conversion."""
-    model: Any = build_mllm(preset.vision, preset.language)
-    initialise(model, SEED)
-    config = model.config.to_dict() | {"architectures": ["InternVLForConditionalGeneration"]}
-    text, rope = config["text_config"], config["text_config"]["rope_parameters"]
-    text |= {"rope_theta": rope["rope_theta"], "architectures": ["Qwen2ForCausalLM"]}
-    if rope["rope_type"] != "default":
-        text["rope_scaling"] = {"rope_type": rope["rope_type"], "type": rope["rope_type"], "factor": rope["factor"]}
-    weights = {_published(name): tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    directory.mkdir(parents=True, exist_ok=True)
-    for section in (config, text, config["vision_config"]):
-        for key in _AFTER_CONVERSION:
-            section.pop(key, None)
-        section["torch_dtype"] = "bfloat16"
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+def _write_perceptual(directory: Path, preset: Preset) -> None:
+    """Write the networks under their published names; the heads of LPIPS are positive, as trained ones are."""
+    network, generator = PerceptualDistance(convnext=True), torch.Generator().manual_seed(0)
+    directory.mkdir(parents=True)
+    for name, file in PERCEPTUAL_FILES.items():
+        weights = network.get_submodule(name).state_dict()
+        for key, weight in weights.items():
+            if weight.dim() > 1:
+                weight.normal_(std=(2 / weight[0].numel()) ** 0.5, generator=generator)
+            else:
+                weight.fill_(0.0 if key.endswith("bias") else 1.0)
+        torch.save(
+            {key: weight.abs() for key, weight in weights.items()} if name == "lpips" else weights, directory / file
+        )
 
 
-def _published(name: str) -> str:
-    moved, placed = next((one for one in _MOVED.items() if name.startswith(one[0])), ("", ""))
-    return placed + name.removeprefix(moved)
-
-
-def _diffusion(preset: Preset, directory: Path) -> None:
-    model = preset.diffusion.build()
-    initialise(model, SEED)
-    preset.diffusion.save(model, directory)
-
-
-def _autoencoder(preset: Preset, directory: Path) -> None:
-    model = preset.autoencoder.build()
-    initialise(model, SEED)
-    preset.autoencoder.save(model, directory)
-
-
-WRITERS: dict[str, Callable[[Preset, Path], None]] = {
-    "mllm": _mllm,
-    "diffusion": _diffusion,
-    "pixel_autoencoder": _autoencoder,
+WRITERS: dict[str, Callable[[Path, Preset], None]] = {
+    "mllm": write_mllm,
+    "diffusion": write_diffusion,
+    "pixel_autoencoder": write_autoencoder,
+    "perceptual": _write_perceptual,
 }
 """Name of a published part -> what writes it."""

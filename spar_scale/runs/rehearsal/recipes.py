@@ -14,12 +14,17 @@ from typing import Any
 
 from parallel.errors import UserError
 from spar_scale.config.recipe import Recipe, beside, load_recipe
+from spar_scale.data.order import Order, SourceShape
 from spar_scale.models.presets import PRESETS, REHEARSED, Preset
 from spar_scale.phases import named, parents_of, phase_names, phase_of
+from spar_scale.runs.parity import PARITY_LAYOUTS, ParityLayout
+from spar_scale.runs.rehearsal.photographs import COUNT
 
+WITHOUT_LANGUAGE, WITH_LANGUAGE = PARITY_LAYOUTS["dp2-z2"], PARITY_LAYOUTS["pp2"]
+"""Layouts at which phases are resumed. In a pipeline two processes hold the vocabulary's matrices once."""
 STEPS, SAVED = 3, 2
 """Steps of a phase, and the step that is saved and resumed; the steps after it are trained twice and compared."""
-BATCH, BLOCK, MICRO_BATCH = 4, 2, 2
+BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,29 @@ class Rehearsed:
     name: str
     recipe: Recipe
     preset: Preset
+    resumed_at: ParityLayout
+    """The layout after the kill."""
     changes: Mapping[str, tuple[Any, Any]]
     """Dotted key -> (as written, here)."""
     written_parts: Mapping[str, Path]
     """Published part -> the directory that it is read from, under the directory of the rehearsal."""
+
+    def tasks(self) -> dict[str, int]:
+        """Return task -> the samples of it in all steps together; {} for a phase without text, which has one task."""
+        if self.resumed_at is WITHOUT_LANGUAGE:
+            return {}
+        sources, blocks = self.recipe.data.sources, self.recipe.global_batch // self.recipe.data.task_block
+        order = Order(
+            self.recipe.seed,
+            [SourceShape(source.name, source.weight, (COUNT,)) for source in sources],
+            self.recipe.global_batch,
+            self.recipe.data.task_block,
+        )
+        counts = dict.fromkeys((source.task or source.name for source in sources), 0)
+        for block in range(STEPS * blocks):
+            source = sources[order.source(block)]
+            counts[source.task or source.name] += self.recipe.data.task_block
+        return counts
 
     def told(self) -> str:
         """Return the changes as one line each."""
@@ -74,6 +98,7 @@ def _rehearsed(path: Path, original: Recipe, out: Path, form: str, trained: set[
             " the miniature are rehearsed by `spar-scale demo --size smoke`"
         )
     name, preset = phase_of(original).name, PRESETS[sizes[original.model.preset]]
+    layout = WITH_LANGUAGE if "mllm" in phase_of(original).requires else WITHOUT_LANGUAGE
     run_dir, values = out / name, original.model_dump(mode="json")
     changed: dict[str, Any] = {"run_dir": str(run_dir), "model.preset": preset.name}
     written = {}
@@ -85,15 +110,16 @@ def _rehearsed(path: Path, original: Recipe, out: Path, form: str, trained: set[
             changed[f"model.pretrained.{part}"] = f"../pretrained/{part}"
             directory = beside(run_dir, f"../pretrained/{part}")
         written[part] = directory
-    changed |= dict(_settings(original, preset, out))
+    changed |= dict(_settings(original, preset, out, layout))
     differing = {key: value for key, value in changed.items() if _at(values, key) != value}
     recipe = load_recipe(path, [f"{key}={_yaml(value)}" for key, value in differing.items()])
     shown = {key: (_at(values, key), value) for key, value in differing.items() if key != "run_dir"}
-    return Rehearsed(name, recipe, preset, shown, written)
+    return Rehearsed(name, recipe, preset, layout, shown, written)
 
 
-def _settings(original: Recipe, preset: Preset, out: Path) -> Iterator[tuple[str, Any]]:
+def _settings(original: Recipe, preset: Preset, out: Path, layout: ParityLayout) -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value in the rehearsal); a value that is as written is no change."""
+    block = layout.data  # so that its ranks share a block, and a pipeline's batch has blocks of several tasks
     yield from {
         "precision": "fp32",
         "attention": "auto",
@@ -101,20 +127,21 @@ def _settings(original: Recipe, preset: Preset, out: Path) -> Iterator[tuple[str
         "train.steps": STEPS,
         "train.log_every": 1,
         "optimizer.warmup_steps": min(1, original.optimizer.warmup_steps),
-        "data.task_block": min(BLOCK, original.data.task_block),
+        "data.task_block": block,
         "data.workers": min(1, original.data.workers),
         "data.encoded": None,
         "checkpoint.every": SAVED,
         "tracking.mirror": False,
         "parallel.tensor": 1,
         "parallel.pipeline": 1,
-        "parallel.micro_batch": MICRO_BATCH,
+        "parallel.micro_batch": block,
     }.items()
     for index, source in enumerate(original.data.sources):
-        kind = "edits" if source.name == "editing" else "pairs"
+        kind = "edits" if (source.task or source.name) == "editing" else "pairs"
         yield f"data.sources.{index}.shards", str(out / "data" / f"{kind}-*.tar")
-    if original.objective.adversarial_start > SAVED and original.objective.adversarial_weight > 0:
-        yield "objective.adversarial_start", SAVED  # so that its state is in the checkpoint that is resumed
+        yield f"data.sources.{index}.text", None
+    if original.objective.adversarial_start >= SAVED and original.objective.adversarial_weight > 0:
+        yield "objective.adversarial_start", SAVED - 1  # so that its state is in the checkpoint that is resumed
     if "objective.align_block" in phase_of(original).reads:
         yield "objective.align_block", min(original.objective.align_block, preset.diffusion.layers)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spar_scale.runs.curves import LOSS_RELATIVE, NORM_RELATIVE, Curve, distance
@@ -23,13 +23,17 @@ class Row:
     faults: list[str] = field(default_factory=lambda: ["not finished"])
     measured: Measured = field(default_factory=Measured)
 
-    def compare(self, killed: Curve, resumed: Curve, saved: int, layouts: str) -> None:
-        """Take the curves of the killed and of the resumed run, which was saved after step `saved`."""
+    def compare(self, killed: Curve, resumed: Curve, saved: int, layouts: str, tasks: Mapping[str, int]) -> None:
+        """Take the curves of the killed and of the resumed run, which was saved after step `saved`.
+
+        `tasks`: task -> samples of it, where the phase has several.
+        """
         losses = [loss for loss, _ in resumed]
         loss, norm = distance(resumed[saved:], killed[saved:])
-        self.trained = f"{len(losses)} steps, loss {losses[0]:.4f} to {losses[-1]:.4f}"
+        of = "".join(f", {number} {task}" for task, number in tasks.items())
+        self.trained = f"{len(losses)} steps{of}, loss {losses[0]:.4f} to {losses[-1]:.4f}"
         self.resumed = f"step {saved}, {layouts}: {loss:.0e} in loss, {norm:.0e} in norm"
-        self.faults = []
+        self.faults = [f"no sample of {task}" for task, number in tasks.items() if number == 0]
         if not all(math.isfinite(value) for step in (*killed, *resumed) for value in step):
             self.faults.append("a loss or gradient is not finite")
         if len(set(losses)) == 1:
