@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,6 @@ from parallel.launch.children import sigterm_interrupts
 from spar_scale.config.recipe import Recipe
 from spar_scale.files.outputs import make_directory
 from spar_scale.inference import commands
-from spar_scale.inference.ask import ask
 from spar_scale.phases import phase_of
 from spar_scale.runs.curves import curve
 from spar_scale.runs.processes import import_before_forks, threads
@@ -36,12 +35,14 @@ from spar_scale.runs.rehearsal.text import check_source, write_tokenizer
 from spar_scale.training.progress import progress_sent_to
 from spar_scale.training.trainer import train
 
+EXPORTED = "exported"
 TEXTS = {
+    "export": "",
     "generate": "A red bicycle leans against a wall of bricks, in the rain.",
     "edit": "Make it night, and add 3 lanterns!",
     "ask": "What's the colour of the sky?",
 }
-"""Command on the last run -> the free text that it is given."""
+"""Command on the last run, or on what was exported of it -> the free text that it is given."""
 DRAWING = commands.SamplingOptions(steps=2)
 
 
@@ -74,7 +75,7 @@ def rehearse(
             with meter.measure() as rows[-1].measured:
                 _train(phase, rows[-1])
         for command in (use for use in TEXTS if use in phase_of(phases[-1].recipe).used_by):
-            rows.append(Row(command, trained=f'"{TEXTS[command]}"'))
+            rows.append(Row(command, trained=TEXTS[command]))
             with meter.measure() as rows[-1].measured:
                 run_ranks(functools.partial(_use, command, phases[-1].recipe.run_dir, out), 1)
             rows[-1].faults = []
@@ -142,12 +143,13 @@ def _attempt(recipe: Recipe, killed_after: int | None = None) -> None:
 
 
 def _use(command: str, run_dir: Path, out: Path) -> None:
-    """Run one of the commands on a run; its picture is written to `out`."""
+    """Export a run, or use the exported directory by one of the commands; its picture is written to `out`."""
     torch.set_num_threads(threads(1))
-    picture, drawn = out / "data" / PHOTOGRAPH, out / f"{command}.png"
-    if command == "ask":
-        print(ask(run_dir, picture, TEXTS[command]), flush=True)
-    elif command == "edit":
-        print(commands.edit(run_dir, picture, TEXTS[command], drawn, DRAWING), flush=True)
-    else:
-        print(commands.generate(run_dir, TEXTS[command], drawn, DRAWING), flush=True)
+    exported, picture, text, drawn = out / EXPORTED, out / "data" / PHOTOGRAPH, TEXTS[command], out / f"{command}.png"
+    uses: dict[str, Callable[[], str]] = {
+        "export": lambda: commands.export(run_dir, exported, None),
+        "generate": lambda: commands.generate(exported, text, drawn, DRAWING),
+        "edit": lambda: commands.edit(exported, picture, text, drawn, DRAWING),
+        "ask": lambda: commands.ask(exported, picture, text),
+    }
+    print(uses[command](), flush=True)
