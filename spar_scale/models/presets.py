@@ -28,6 +28,7 @@ and compression, so that it resizes where they do, at the least widths and 112 p
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -100,6 +101,24 @@ class Preset:
         """Tokens of the longest prompt, its picture between `<img>` and `</img>`, and the queries."""
         return self.conditioning.max_words + self.image_tokens + 2 + self.conditioning.num_queries
 
+    def at(self, image_size: int) -> Preset:
+        """Return the preset for pictures of another size: the same weights, with interpolated positions.
+
+        The roles whose shapes are bound to the preset's own size (conditioning, diffusion) are then absent. Raises
+        UserError for a size that is not whole in tokens and latent positions.
+        """
+        whole = math.lcm(round(self.vision.pixels_per_token), self.autoencoder.compression)
+        if image_size % whole:
+            near = max(1, round(image_size / whole)) * whole
+            raise UserError(
+                f"model.image_size: found {image_size}, must be a multiple of {whole}: tokens of preset '{self.name}'"
+                f" have {self.vision.pixels_per_token:g} pixels on a side, its latent positions"
+                f" {self.autoencoder.compression}; nearest: {near}"
+            )
+        vision = replace(cast(Any, self.vision), read_size=image_size)
+        bound = {role: Absent(self.name, role) for role in ("conditioning", "diffusion", "sampling")}
+        return replace(self, image_size=image_size, vision=vision, **cast(Any, bound))
+
     @property
     def members(self) -> dict[str, Member]:
         """Role -> its member, for the roles that are there and hold modules."""
@@ -126,8 +145,8 @@ _HOLDS: dict[str, Callable[[float, float], bool]] = {
     "be below": operator.lt,
 }
 _RULES = (
-    ("vision.image_size", "equal", "image_size"),
-    ("vision.pixels_per_token", "divide", "vision.image_size"),
+    ("vision.picture_size", "equal", "image_size"),
+    ("vision.pixels_per_token", "divide", "vision.picture_size"),
     ("vision.heads", "divide", "vision.width"),
     ("vision.output_width", "equal", "language.width"),
     ("tokenizer.pixel_heads", "divide", "vision.output_width"),
