@@ -107,6 +107,8 @@ class Preset:
         The roles whose shapes are bound to the preset's own size (conditioning, diffusion) are then absent. Raises
         UserError for a size that is not whole in tokens and latent positions.
         """
+        if image_size == self.image_size:
+            return self
         whole = math.lcm(round(self.vision.pixels_per_token), self.autoencoder.compression)
         if image_size % whole:
             near = max(1, round(image_size / whole)) * whole
