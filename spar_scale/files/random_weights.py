@@ -123,7 +123,7 @@ def write_perceptual(directory: Path, network: PerceptualDistance) -> None:
 
 
 def perceptual_networks(convnext: bool = True) -> PerceptualDistance:
-    """Return the perceptual networks with weights of sizes that keep activations near 1, each from a seed of its own."""
+    """Return the perceptual networks with weights that keep activations near 1, each from a seed of its own."""
     network = PerceptualDistance(convnext)
     for index, (name, weight) in enumerate(sorted(network.state_dict().items(), reverse=True)):
         drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(index))

@@ -117,9 +117,8 @@ class Preset:
                 f" have {self.vision.pixels_per_token:g} pixels on a side, its latent positions"
                 f" {self.autoencoder.compression}; nearest: {near}"
             )
-        vision = replace(cast(Any, self.vision), read_size=image_size)
         bound = {role: Absent(self.name, role) for role in ("conditioning", "diffusion", "sampling")}
-        return replace(self, image_size=image_size, vision=vision, **cast(Any, bound))
+        return replace(self, image_size=image_size, vision=self.vision.at(image_size), **cast(Any, bound))
 
     @property
     def members(self) -> dict[str, Member]:
