@@ -9,6 +9,7 @@ from pathlib import Path
 from parallel.optimizers import OPTIMIZERS
 from spar_scale import phases
 from spar_scale.cli import commands as do
+from spar_scale.data.tables import FORMS
 
 Body = Callable[[argparse.Namespace], int]
 Commands = argparse._SubParsersAction
@@ -64,6 +65,7 @@ def _data(commands: Commands) -> None:
     index.add_argument("paths", nargs="+", metavar="PATH", help="shards (paths or globs)")
     imported = _command(data, "import", do.import_data)
     imported.add_argument("folder", type=Path, help="pictures with texts of their names, or captions.csv or .jsonl")
+    imported.add_argument("--task", choices=FORMS, default="generation", help="what the samples train (%(default)s)")
     imported.add_argument("--out", type=Path, required=True, help="directory of the shards, new or empty")
     imported.add_argument("--size", type=_positive, help="shrink pictures to this shorter side, in pixels")
     imported.add_argument("--check-words", action="store_true", help="count words that the miniature does not know")

@@ -72,7 +72,8 @@ def import_data(arguments: argparse.Namespace) -> int:
     """Write the user's pictures and captions as shards."""
     from spar_scale.data.importing import import_folder
 
-    return _print_text(import_folder(arguments.folder, arguments.out, arguments.size, arguments.check_words))
+    given = arguments.folder, arguments.out, arguments.size, arguments.check_words, arguments.task
+    return _print_text(import_folder(*given))
 
 
 def show(arguments: argparse.Namespace) -> int:
