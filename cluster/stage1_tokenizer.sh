@@ -5,7 +5,8 @@
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@300
-# Training stage 1: a phase of the tokenizer (tokenizer_init, tokenizer_decoder, tokenizer_encoder).
+# Training stage 1: a phase of the tokenizer (tokenizer_init, tokenizer_decoder, tokenizer_encoder,
+# tokenizer_high_resolution).
 # The variables RECIPE and RUN_DIR select the recipe and the run directory; nodes, GPUs and time are options of sbatch;
 # arguments after the script are overrides of the recipe:
 #   RECIPE=recipes/spar_1b/tokenizer_init.yaml sbatch --nodes=8 --gres=gpu:8 cluster/stage1_tokenizer.sh train.log_every=20

@@ -1,5 +1,5 @@
-"""The command line: `spar-scale train | parity | plan | data | checkpoint | track | doctor | cluster | demo | evaluate
-| report | ablate`, and for a trained run `export | generate | edit | routes | reconstruct | ask`.
+"""The command line: `spar-scale train | parity | plan | data | checkpoint | track | doctor | cluster | demo | rehearse
+| evaluate | report | ablate`, and for a trained run `export | generate | edit | routes | reconstruct | ask`.
 
 Slow imports happen only in the command that needs them, so `--help` and the error of a bad recipe take a fraction of a
 second, while importing torch takes a second. A `UserError` is printed as one message on stderr with exit code 2; an

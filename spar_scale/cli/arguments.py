@@ -9,6 +9,7 @@ from pathlib import Path
 from parallel.optimizers import OPTIMIZERS
 from spar_scale import phases
 from spar_scale.cli import commands as do
+from spar_scale.data.tables import FORMS
 
 Body = Callable[[argparse.Namespace], int]
 Commands = argparse._SubParsersAction
@@ -64,6 +65,7 @@ def _data(commands: Commands) -> None:
     index.add_argument("paths", nargs="+", metavar="PATH", help="shards (paths or globs)")
     imported = _command(data, "import", do.import_data)
     imported.add_argument("folder", type=Path, help="pictures with texts of their names, or captions.csv or .jsonl")
+    imported.add_argument("--task", choices=FORMS, default="generation", help="what the samples train (%(default)s)")
     imported.add_argument("--out", type=Path, required=True, help="directory of the shards, new or empty")
     imported.add_argument("--size", type=_positive, help="shrink pictures to this shorter side, in pixels")
     imported.add_argument("--check-words", action="store_true", help="count words that the miniature does not know")
@@ -114,6 +116,21 @@ def _demo(commands: Commands) -> None:
     demo.add_argument("--size", choices=("demo", "smoke", "full"), default="demo", help="which recipes (default demo)")
     demo.add_argument("--seed", type=_seed, default=0, help="seed of the runs (default 0)")
     demo.add_argument("--jobs", type=_positive, help="phases side by side (default 2; 1 where there is one core)")
+
+
+def _rehearse(commands: Commands) -> None:
+    parser = _command(commands, "rehearse", do.rehearse)
+    parser.add_argument("folder", type=Path, metavar="RECIPE_DIR", help="folder of recipes, such as recipes/spar_1b")
+    parser.add_argument("--out", type=Path, help="new directory of all that it writes (default runs/rehearse-FOLDER)")
+    parser.add_argument(
+        "--preset",
+        choices=("thin", "nano"),
+        default="thin",
+        help="published widths, few layers (default); or tiny ones",
+    )
+    parser.add_argument("--phases", nargs="+", default=[], metavar="PHASE", help="these, and what they start from")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory with a published tokenizer.json")
+    parser.add_argument("--no-train", action="store_true", help="only write the recipes, pictures and random weights")
 
 
 def _evaluate(commands: Commands) -> None:
@@ -186,7 +203,7 @@ def _ask(commands: Commands) -> None:
 
 _COMMANDS = (
     *(_train, _parity, _plan, _data, _checkpoint, _track, _doctor, _cluster),
-    *(_demo, _evaluate, _ablate, _report),
+    *(_demo, _rehearse, _evaluate, _ablate, _report),
     *(_export, _generate, _edit, _routes, _reconstruct, _ask),
 )
 """In the order of `--help`."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 DIFFERS = 1
-"""Exit code of `parity` if a layout gives another curve."""
+"""Exit code of `parity` if a layout gives another curve, and of `rehearse` if something was not shown."""
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -71,7 +72,8 @@ def import_data(arguments: argparse.Namespace) -> int:
     """Write the user's pictures and captions as shards."""
     from spar_scale.data.importing import import_folder
 
-    return _print_text(import_folder(arguments.folder, arguments.out, arguments.size, arguments.check_words))
+    given = arguments.folder, arguments.out, arguments.size, arguments.check_words, arguments.task
+    return _print_text(import_folder(*given))
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -158,6 +160,17 @@ def demo(arguments: argparse.Namespace) -> int:
         print("stopped; the same command again resumes from here", file=sys.stderr)
         raise
     return 0
+
+
+def rehearse(arguments: argparse.Namespace) -> int:
+    """Train all phases of a folder of full-size recipes for some steps on this machine, with random thin models."""
+    from spar_scale.runs.rehearsal import rehearse
+
+    out = arguments.out or Path("runs") / f"rehearse-{arguments.folder.resolve().name}"
+    shown = rehearse(
+        arguments.folder, out, arguments.preset, arguments.phases, arguments.tokenizer, not arguments.no_train
+    )
+    return 0 if shown else DIFFERS
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

@@ -91,6 +91,8 @@ class ModelConfig(Section):
 
     preset: Text
     """Named shapes, e.g. `tiny`."""
+    image_size: Count | None = None
+    """Side of the pictures in pixels, to which the vision tower's positions are interpolated; null is the preset's."""
     pretrained: dict[str, PathText] = {}
     """Part name -> directory of its published layout, relative to the run directory."""
     routing: Literal["dynamic", "last_layer", "uniform"] = "dynamic"

@@ -1,7 +1,9 @@
-"""Find pairs of picture and caption in a folder, and note every file that gives no pair.
+"""Find the samples in a folder, pictures with their texts, and note every file that gives none.
 
 A caption is in a text file with the picture's name, or in one table for the whole folder. The text file has exactly the
-picture's name, or is the only one whose name differs in the case of the extension or in the Unicode normal form.
+picture's name, or is the only one whose name differs in the case of the extension or in the Unicode normal form. An
+edit is NAME.input.jpg, NAME.output.jpg and its instruction in NAME.txt, or a row of a table. Questions with answers,
+several to a picture, are rows of a table.
 """
 
 from __future__ import annotations
@@ -17,9 +19,8 @@ from pathlib import Path
 from parallel.errors import UserError
 from spar_scale.data.images import EXTENSIONS
 from spar_scale.data.left_out import LeftOut, is_utf8
-from spar_scale.data.tables import read_table
+from spar_scale.data.tables import Form, read_table
 
-TABLES = ("captions.csv", "captions.jsonl")
 READ = {*EXTENSIONS, "apng", "jfif", "jpe", "mpo"}  # files of these extensions are PNG, JPEG or WebP
 NOT_READ = {
     "avif", "bmp", "cr2", "cr3", "dib", "dng", "exr", "gif", "hdr", "heic", "heif", "ico", "j2k", "jp2", "jxl", "nef",
@@ -29,35 +30,61 @@ _ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A picture and its caption; `name` is the path of `file` relative to the folder, with '/'."""
+class Found:
+    """A sample: `name` is the path of its last picture relative to the folder, with '/', without the column's name.
+
+    `files` maps the prefix of a picture's member to its file; `texts` has a text for each of the form's text columns.
+    """
 
     name: str
-    file: Path
-    caption: str
+    files: dict[str, Path]
+    texts: tuple[str, ...]
 
 
-def find_pairs(folder: Path, left_out: LeftOut) -> Iterator[Pair]:
-    """Yield the pairs of a folder (a path without links) in the table's order, or by name if there is no table.
+def find_samples(folder: Path, form: Form, left_out: LeftOut) -> Iterator[Found]:
+    """Yield the samples of a folder (a path without links) in the table's order, or by name if there is no table.
 
-    Raises UserError for two tables, a table outside the folder, and a table that cannot be read.
+    Raises UserError for two tables, a table outside the folder or that cannot be read, and none where one must be.
     """
-    tables = [table for name in TABLES if (table := folder / name).is_file()]
+    tables = [table for name in form.tables if (table := folder / name).is_file()]
     if len(tables) > 1:
-        raise UserError(f"{folder}: holds {' and '.join(TABLES)}, expected one table; remove the other")
+        raise UserError(f"{folder}: holds {' and '.join(form.tables)}, expected one table; remove the other")
     if tables and not _is_inside(folder, tables[0]):
         raise UserError(f"{tables[0]}: is a link to a file outside the folder")
+    if not tables and len(form.texts) > 1:
+        raise UserError(
+            f"{folder}: holds no {' or '.join(form.tables)}; expected a table with the columns"
+            f" {', '.join(form.columns)}"
+        )
     spellings = _Spellings(folder)
-    for name, caption in read_table(tables[0], left_out) if tables else _read_texts(folder, left_out):
-        located = _locate(folder, name, spellings)
-        if isinstance(located, str):
-            left_out.add(located, name)
-        elif not caption.strip():
-            left_out.add("no text", name)
-        elif "\0" in caption:
-            left_out.add("its text holds NUL characters", name)
+    for row in read_table(tables[0], form, left_out) if tables else _read_files(folder, form, left_out):
+        files = {column: _locate(folder, row[column], spellings) for column in form.pictures}
+        lost = next((column for column, file in files.items() if isinstance(file, str)), None)
+        last, texts = row[list(form.pictures)[-1]], [row[column] for column in form.texts]
+        if lost is not None:
+            left_out.add(str(files[lost]), row[lost])
+        elif not all(text.strip() for text in texts):
+            left_out.add("no text", last)
+        elif any("\0" in text for text in texts):
+            left_out.add("its text holds NUL characters", last)
         else:
-            yield Pair(_relative(folder, located), located, caption.strip())
+            found = {form.pictures[column]: file for column, file in files.items() if isinstance(file, Path)}
+            yield Found(_name(folder, form, list(found.values())[-1]), found, tuple(text.strip() for text in texts))
+
+
+def _name(folder: Path, form: Form, last: Path) -> str:
+    """Return the name of a sample: of `a.output.jpg` it is `a.jpg`, for each column has its name."""
+    stem, extension = os.path.splitext(_relative(folder, last))
+    sample, column = _parted(stem, form)
+    return (sample if column else stem) + extension
+
+
+def _parted(stem: str, form: Form) -> tuple[str, str | None]:
+    """Return the sample's part of a picture's name without extension, and its column; (stem, None) if it names none."""
+    if len(form.pictures) == 1:
+        return stem, next(iter(form.pictures))
+    sample, _, column = stem.rpartition(".")
+    return (sample, column.lower()) if sample and column.lower() in form.pictures else (stem, None)
 
 
 def _locate(folder: Path, name: str, spellings: _Spellings) -> Path | str:
@@ -128,30 +155,51 @@ def _walk(folder: Path, left_out: LeftOut) -> Iterator[str]:
                 yield Path(where, name).relative_to(folder).as_posix()
 
 
-def _read_texts(folder: Path, left_out: LeftOut) -> Iterator[tuple[str, str]]:
-    """Yield (picture, caption) sorted by name, each caption from its text file; note every file that gives no pair."""
+def _read_files(folder: Path, form: Form, left_out: LeftOut) -> Iterator[dict[str, str]]:
+    """Yield samples as rows of a table, by name, each text from its text file; note every file that gives no sample."""
     names = _utf8_names(folder, left_out)
     texts: dict[str, list[str]] = {}
     for name in names:
         if _extension(name) == "txt":
-            texts.setdefault(_stem_nfc(name), []).append(name)
+            texts.setdefault(_nfc(_stem(name)), []).append(name)
     pictures = [name for name in names if _extension(name) in READ]
     used: set[str | None] = set()
-    for name in pictures:
-        text = _text_of(name, texts.get(_stem_nfc(name), []))
+    described = set(texts)
+    for sample, row in _group(pictures, form, left_out):
+        text = _text_of(sample, texts.get(_nfc(sample), []))
         used.add(text)
-        caption = _caption(folder, name, text, left_out)
-        if caption is not None:
-            yield name, caption
-    described = texts.keys() - {_stem_nfc(name) for name in pictures}
+        described.discard(_nfc(sample))
+        if missing := [column for column in form.pictures if column not in row]:
+            left_out.add(f"no {missing[0]} picture", *row.values())
+            continue
+        content = _content(folder, list(row.values())[-1], text, left_out)
+        if content is not None:
+            yield {**row, form.texts[0]: content}
     for name in names:
-        extension, stem = _extension(name), _stem_nfc(name)
-        if extension in NOT_READ or (stem in described and extension != "txt"):
+        extension, sample = _extension(name), _nfc(_parted(_stem(name), form)[0])
+        if extension in NOT_READ or (sample in described and extension not in {"txt", *READ}):
             left_out.add("picture type not read" if extension in NOT_READ else "file type not read", name)
-            used.update(texts.get(stem, []))
+            used.update(texts.get(sample, []))
     for name in names:
         if _extension(name) == "txt" and name not in used:
             left_out.add("text without a picture", name)
+
+
+def _group(pictures: list[str], form: Form, left_out: LeftOut) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield each sample's name without extension, and its pictures by column; note pictures of no column."""
+    rows: dict[str, tuple[str, dict[str, str]]] = {}
+    for name in pictures:
+        sample, column = _parted(_stem(name), form)
+        if column is None:
+            left_out.add(f"its name does not end in {' or '.join(f'.{one}' for one in form.pictures)}", name)
+            continue
+        if len(form.pictures) == 1:
+            yield sample, {column: name}
+            continue
+        _, row = rows.setdefault(_nfc(sample), (sample, {}))
+        if row.setdefault(column, name) != name:
+            left_out.add("duplicate key", name, f"as {row[column]}")
+    yield from rows.values()
 
 
 def _utf8_names(folder: Path, left_out: LeftOut) -> list[str]:
@@ -165,13 +213,13 @@ def _utf8_names(folder: Path, left_out: LeftOut) -> list[str]:
     return names
 
 
-def _text_of(picture: str, texts: list[str]) -> str | None:
-    """Choose a picture's text file among those with its name: the exact name, else the only candidate, such as .TXT."""
-    exact = f"{os.path.splitext(picture)[0]}.txt"
+def _text_of(sample: str, texts: list[str]) -> str | None:
+    """Choose a sample's text file among those with its name: the exact name, else the only candidate, such as .TXT."""
+    exact = f"{sample}.txt"
     return exact if exact in texts else texts[0] if len(texts) == 1 else None
 
 
-def _caption(folder: Path, picture: str, text: str | None, left_out: LeftOut) -> str | None:
+def _content(folder: Path, picture: str, text: str | None, left_out: LeftOut) -> str | None:
     """Return the text of a picture: '' if it has no text file; None, with a note, if the file cannot be used."""
     if text is None:
         return ""
@@ -191,8 +239,8 @@ def _nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _stem_nfc(name: str) -> str:
-    return _nfc(os.path.splitext(name)[0])
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
 
 
 def _extension(name: str) -> str:

@@ -1,8 +1,8 @@
-"""Import a user's pictures and captions as shards: `spar-scale data import`.
+"""Import a user's pictures with captions, instructions or questions as shards: `spar-scale data import`.
 
-Two forms of input: pictures with a text file of the same name beside them (`img_001.jpg`, `img_001.txt`), at any depth
-of the folder; or one table (`captions.csv` with a header, or `captions.jsonl`) with the columns `image` and `caption`,
-whose images are paths in the folder. The bytes of a picture are copied unchanged unless it must be shrunk. Samples are
+Two forms of input: files whose names belong together (`img_001.jpg`, `img_001.txt`), at any depth of the folder; or one
+table (`captions.csv` with a header, or `captions.jsonl`) whose pictures are paths in the folder. `tables.FORMS` has the
+names and columns of each task. The bytes of a picture are copied unchanged unless it must be shrunk. Samples are
 sorted by name. Nothing outside the folder is read. Files that cannot be trained on are left out and reported. Pictures
 that differ only in the extension would be one sample, so only the first is used.
 """
@@ -16,26 +16,33 @@ import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from parallel.errors import UserError, nearest
-from spar_scale.data.captions import Pair, find_pairs
+from spar_scale.data.captions import Found, find_samples
 from spar_scale.data.images import BadSample, Picture, read_picture
 from spar_scale.data.left_out import NAME_CHARACTERS, NAMED, LeftOut, printable
 from spar_scale.data.prompts import TOKENS, miniature_text
 from spar_scale.data.shards import write_shard
+from spar_scale.data.tables import FORMS, Form
 
 SHARD_SAMPLES, SHARD_BYTES = 1000, 1 << 28
+_EXPECTED = {
+    "generation": "a sample is a picture with a text file of the same name; --task takes edits or questions instead",
+    "editing": "a sample is NAME.input.jpg and NAME.output.jpg with the instruction in NAME.txt",
+    "questions": "a sample is a picture with at least one row of the table",
+}
+"""Task -> what is missing in a folder without samples."""
 
 
 @dataclass
 class ImportResult:
     """The numbers of shards, samples and samples with transparent pixels of an import, and what was left out.
 
-    `unknown` maps each word outside the miniature's vocabulary to the number of captions with it; `with_unknown` counts
-    the captions with any such word.
+    `unknown` maps each word outside the miniature's vocabulary to the number of samples with it; `with_unknown` counts
+    the samples with any such word.
     """
 
     shards: int = 0
@@ -46,33 +53,33 @@ class ImportResult:
     with_unknown: int = 0
 
 
-def import_folder(folder: Path, out: Path, size: int | None = None, check_words: bool = False) -> str:
-    """Write the pictures and captions of `folder` as shards under `out`; return a report.
+def import_folder(
+    folder: Path, out: Path, size: int | None = None, check_words: bool = False, task: str = "generation"
+) -> str:
+    """Write the samples of `folder` for a task of `FORMS` as shards under `out`; return a report.
 
     Pictures whose shorter side exceeds `size` pixels are shrunk to it. Raises UserError for a folder without samples,
     an `out` that is not empty, and a table that cannot be read.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected a folder with pictures and their captions")
+        raise UserError(f"{folder}: no such folder; expected a folder with pictures and their texts")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists and is not empty; give --out a new or empty folder")
-    result = ImportResult()
-    samples = _samples(list(find_pairs(folder.resolve(), result.left_out)), result, size, check_words)
+    result, form = ImportResult(), FORMS[task]
+    found = list(find_samples(folder.resolve(), form, result.left_out))
+    samples = _samples(_questions_together(found) if len(form.texts) > 1 else found, result, size, check_words)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         _write(samples, temporary, result)
         if not result.samples:
-            raise UserError(
-                f"{folder}: holds no sample{result.left_out.report()}\n"
-                "a sample is a picture with a text file of the same name"
-            )
+            raise UserError(f"{folder}: holds no sample{result.left_out.report()}\n{_EXPECTED[task]}")
         os.replace(temporary, out)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return _report(out, result, check_words)
+    return _report(out, form, result, check_words)
 
 
 def _write(samples: Iterator[dict[str, Any]], folder: Path, result: ImportResult) -> None:
@@ -96,28 +103,59 @@ def _write(samples: Iterator[dict[str, Any]], folder: Path, result: ImportResult
         flush()
 
 
-def _samples(pairs: list[Pair], result: ImportResult, size: int | None, check_words: bool) -> Iterator[dict[str, Any]]:
+def _questions_together(found: list[Found]) -> list[Found]:
+    """Return one sample for each picture, with the texts of all its rows in their order."""
+    together: dict[str, Found] = {}
+    for one in found:
+        before = together.get(one.name)
+        together[one.name] = one if before is None else replace(one, texts=before.texts + one.texts)
+    return list(together.values())
+
+
+def _samples(found: list[Found], result: ImportResult, size: int | None, check_words: bool) -> Iterator[dict[str, Any]]:
     """Yield samples in the form that `write_shard` takes, each key once."""
     seen: dict[str, str] = {}
-    for pair in pairs:
-        key = sample_key(pair.name)
+    for one in found:
+        key = sample_key(one.name)
         if key in seen:
-            result.left_out.add("duplicate key", pair.name, f"as {seen[key]}")
+            result.left_out.add("duplicate key", one.name, f"as {seen[key]}")
             continue
-        try:
-            data = pair.file.read_bytes()
-            picture = read_picture(data)
-            extension, data = _stored(picture, data, size)
-        except (BadSample, OSError) as error:
-            result.left_out.add("unreadable image", pair.name, getattr(error, "strerror", None) or str(error))
+        pictures = _pictures(one, result, size)
+        if pictures is None:
             continue
-        seen[key] = pair.name
-        result.transparent += picture.transparent
+        seen[key] = one.name
         if check_words:
-            unknown = {word for word in pair.caption.split() if word not in TOKENS}
+            unknown = {word for text in one.texts for word in text.split() if word not in TOKENS}
             result.unknown.update(unknown)
             result.with_unknown += bool(unknown)
-        yield {"__key__": key, extension: data, "txt": pair.caption.encode()}
+        yield {"__key__": key, **pictures, **_text_member(one.texts)}
+
+
+def _pictures(one: Found, result: ImportResult, size: int | None) -> dict[str, bytes] | None:
+    """Return the members of a sample's pictures, or None, with a note, if one of them cannot be read."""
+    members, transparent = {}, False
+    for prefix, file in one.files.items():
+        try:
+            data = file.read_bytes()
+            picture = read_picture(data)
+            extension, stored = _stored(picture, data, size)
+        except (BadSample, OSError) as error:
+            name = one.name if len(one.files) == 1 else f"{prefix[:-1]} of {one.name}"
+            result.left_out.add("unreadable image", name, getattr(error, "strerror", None) or str(error))
+            return None
+        members[f"{prefix}{extension}"] = stored
+        transparent = transparent or picture.transparent
+    result.transparent += transparent
+    return members
+
+
+def _text_member(texts: tuple[str, ...]) -> dict[str, bytes]:
+    """Return the member with a sample's text; of questions with answers, in turns, a json that lists them."""
+    if len(texts) == 1:
+        return {"txt": texts[0].encode()}
+    pairs = zip(texts[::2], texts[1::2], strict=True)
+    listed = [{"type": "question", "question": question, "answer": answer} for question, answer in pairs]
+    return {"json": json.dumps({"questions": listed}, ensure_ascii=False).encode()}
 
 
 def sample_key(name: str) -> str:
@@ -148,21 +186,22 @@ def _stored(picture: Picture, data: bytes, size: int | None) -> tuple[str, bytes
     return "png", buffer.getvalue()
 
 
-def _report(out: Path, result: ImportResult, check_words: bool) -> str:
+def _report(out: Path, form: Form, result: ImportResult, check_words: bool) -> str:
     shards = "1 shard" if result.shards == 1 else f"{result.shards} shards"
     lines = [f"{printable(str(out))}: {result.samples} samples in {shards}{result.left_out.report()}"]
     if result.transparent:
         lines.append(f"  pictures with transparency, composited over white: {result.transparent}")
     if check_words:
-        lines.append(f"  captions with words outside the miniature's vocabulary: {result.with_unknown}")
+        lines.append(f"  samples with words outside the miniature's vocabulary: {result.with_unknown}")
         lines += [
             f"    '{printable(word, NAME_CHARACTERS)}' in {number}{nearest(word, miniature_text().words)}"
             for word, number in result.unknown.most_common(NAMED)
         ]
+    where = "phase bootstrap/mllm" if form.task == "questions" else "training stage align"
     lines += [
-        "to train on them, add to a recipe of training stage align:",
+        f"to train on them, add to a recipe of {where}:",
         "data:",
         "  sources:",
-        f"    - {{name: generation, shards: {json.dumps(str(out / 'images-*.tar'))}, weight: 1.0}}",
+        f"    - {{name: {form.task}, shards: {json.dumps(str(out / 'images-*.tar'))}, weight: 1.0}}",
     ]
     return "\n".join(lines)

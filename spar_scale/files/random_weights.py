@@ -18,11 +18,18 @@ from torch import Tensor, nn
 from parallel.files import write_file
 from spar_scale.models import internvl
 from spar_scale.models.presets import Preset
+from spar_scale.objectives.perceptual import PerceptualDistance
 
 Layout = Literal["older", "newer"]
 """Names of InternVL's weights: `language_model.model...`, as its `-hf` repositories have them, or
 `model.language_model...`, as later versions of transformers name the modules."""
 
+PERCEPTUAL_FILES = {
+    "vgg16": "vgg16-397923af.pth",
+    "lpips": "vgg.pth",
+    "convnext_small": "convnext_small-0c510722.pth",
+}
+"""Perceptual network -> the name of its published file."""
 _DEVIATION = 0.02
 
 
@@ -101,6 +108,34 @@ def write_autoencoder(directory: Path, preset: Preset, dtype: torch.dtype = torc
     for name in ("decoder_conv_act_fn", "decoder_in_shortcut", "encoder_out_shortcut"):  # keys of later versions
         del config[name]
     _write(directory, _public(config), _random(model, dtype), "diffusion_pytorch_model")
+
+
+def write_perceptual(directory: Path, network: PerceptualDistance) -> None:
+    """Write the files of the perceptual networks under their published names, those of torchvision and of lpips."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, file in PERCEPTUAL_FILES.items():
+        part: nn.Module | None = getattr(network, name)
+        if part is not None:
+            classifier = (
+                {"classifier.0.weight": torch.zeros(1, 1)} if name == "vgg16" else {}
+            )  # published, and not used
+            torch.save({**part.state_dict(), **classifier}, directory / file)
+
+
+def perceptual_networks(convnext: bool = True) -> PerceptualDistance:
+    """Return the perceptual networks with weights that keep activations near 1, each from a seed of its own."""
+    network = PerceptualDistance(convnext)
+    for index, (name, weight) in enumerate(sorted(network.state_dict().items(), reverse=True)):
+        drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(index))
+        if name.startswith("lpips"):  # which are not negative, so that a distance is not
+            weight.copy_(drawn.abs())
+        elif "layer_scale" in name:
+            weight.copy_(0.3 * drawn)
+        elif weight.dim() == 1:
+            weight.copy_(0.1 * drawn + (1.0 if name.endswith("weight") else 0.0))
+        else:
+            weight.copy_(drawn * (2 / weight[0].numel()) ** 0.5)
+    return network
 
 
 def _older_name(name: str) -> str:

@@ -20,10 +20,15 @@ the DC-AE f32c32 of SANA, and SANA 0.6B or 1.6B at 512 pixels. In between stand 
 routing, connector and alignment head. A prompt has at most 767 tokens and `<img>`, so that with the 256
 queries it has 1024; the picture to edit comes on top. SPAR-3B's own streams, routing and connector are
 not published: they keep SPAR-1B's depths and heads.
+
+`thin_1b` and `thin_3b` are these in a rehearsal on a laptop: every published width, the vocabulary, 448 pixels and 256
+queries, with few layers and a small autoencoder. `rehearsal_nano` has the published vocabulary, patch, pixel shuffle
+and compression, so that it resizes where they do, at the least widths and 112 pixels.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -96,6 +101,25 @@ class Preset:
         """Tokens of the longest prompt, its picture between `<img>` and `</img>`, and the queries."""
         return self.conditioning.max_words + self.image_tokens + 2 + self.conditioning.num_queries
 
+    def at(self, image_size: int) -> Preset:
+        """Return the preset for pictures of another size: the same weights, with interpolated positions.
+
+        The roles whose shapes are bound to the preset's own size (conditioning, diffusion) are then absent. Raises
+        UserError for a size that is not whole in tokens and latent positions.
+        """
+        if image_size == self.image_size:
+            return self
+        whole = math.lcm(round(self.vision.pixels_per_token), self.autoencoder.compression)
+        if image_size % whole:
+            near = max(1, round(image_size / whole)) * whole
+            raise UserError(
+                f"model.image_size: found {image_size}, must be a multiple of {whole}: tokens of preset '{self.name}'"
+                f" have {self.vision.pixels_per_token:g} pixels on a side, its latent positions"
+                f" {self.autoencoder.compression}; nearest: {near}"
+            )
+        bound = {role: Absent(self.name, role) for role in ("conditioning", "diffusion", "sampling")}
+        return replace(self, image_size=image_size, vision=self.vision.at(image_size), **cast(Any, bound))
+
     @property
     def members(self) -> dict[str, Member]:
         """Role -> its member, for the roles that are there and hold modules."""
@@ -122,8 +146,8 @@ _HOLDS: dict[str, Callable[[float, float], bool]] = {
     "be below": operator.lt,
 }
 _RULES = (
-    ("vision.image_size", "equal", "image_size"),
-    ("vision.pixels_per_token", "divide", "vision.image_size"),
+    ("vision.picture_size", "equal", "image_size"),
+    ("vision.pixels_per_token", "divide", "vision.picture_size"),
     ("vision.heads", "divide", "vision.width"),
     ("vision.output_width", "equal", "language.width"),
     ("tokenizer.pixel_heads", "divide", "vision.output_width"),
@@ -272,4 +296,49 @@ SPAR_3B = resized(
     diffusion={"layers": 20, "heads": 70, "cross_heads": 20, "cross_head_width": 112},
 )
 
-PRESETS = {preset.name: preset for preset in (TINY, TINY_48, SPAR_1B, SPAR_3B)}
+_THIN: dict[str, dict[str, Any]] = {
+    "vision": {"layers": 2},
+    "autoencoder": {
+        "channels": (32, 64, 64, 128, 128, 128),
+        "encoder_layers": (1,) * 6,
+        "decoder_layers": (1,) * 6,
+    },
+    "tokenizer": {"residual_blocks": 1, "pixel_layers": 1},
+    "language": {"layers": 4},
+    "conditioning": {"connector_layers": 1},
+}
+THIN_1B = resized(SPAR_1B, name="thin_1b", **_THIN, diffusion={"layers": 6})
+THIN_3B = resized(SPAR_3B, name="thin_3b", **_THIN, diffusion={"layers": 2})
+
+REHEARSAL_NANO = resized(
+    SPAR_1B,
+    name="rehearsal_nano",
+    image_size=112,
+    vision={"image_size": 112, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64, "output_width": 32},
+    autoencoder={
+        "channels": (8, 8, 16, 32, 32, 32),
+        "encoder_layers": (1,) * 6,
+        "decoder_layers": (1,) * 6,
+        "attention_head_dim": 16,
+    },
+    tokenizer={"residual_blocks": 1, "pixel_layers": 2, "pixel_heads": 2},
+    language={"width": 32, "layers": 4, "heads": 4, "mlp_width": 64, "max_positions": 1024},
+    conditioning={"num_queries": 16, "connector_layers": 1},
+    diffusion={
+        "sample_size": 4,
+        "layers": 2,
+        "heads": 2,
+        "head_width": 16,
+        "cross_heads": 2,
+        "cross_head_width": 16,
+        "caption_channels": 32,
+        "align_hidden": 32,
+    },
+)
+
+PRESETS = {preset.name: preset for preset in (TINY, TINY_48, SPAR_1B, SPAR_3B, THIN_1B, THIN_3B, REHEARSAL_NANO)}
+REHEARSED: dict[str, dict[str, str]] = {
+    "thin": {"spar_1b": "thin_1b", "spar_3b": "thin_3b"},
+    "nano": {"spar_1b": "rehearsal_nano", "spar_3b": "rehearsal_nano"},
+}
+"""Form of a rehearsal -> published preset -> the preset that takes its place."""

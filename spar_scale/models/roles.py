@@ -43,6 +43,15 @@ class VisionEncoder(Member, Protocol):
         ...
 
     @property
+    def pixels_per_token(self) -> float:
+        """Pixels on a side of a token."""
+        ...
+
+    def at(self, image_size: int) -> VisionEncoder:
+        """Return the encoder for pictures of another size, with the same weights."""
+        ...
+
+    @property
     def grid(self) -> int:
         """Tokens on a side of a picture."""
         ...

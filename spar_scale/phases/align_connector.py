@@ -6,6 +6,7 @@ generates only, so a source may have any name.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from spar_scale.phases import Phase
@@ -39,13 +40,12 @@ def build(recipe: Recipe) -> Stage:
     parts = pretrained_parts(recipe)
     preset = preset_of(recipe)
     pixels, spar = preset.autoencoder, preset.conditioning
-    sample = align.conditioned_sample(
-        recipe, preset, task="generation"
-    )  # refuses a wrong tokenizer before weights load
+    side = preset.grid * pixels.compression  # pixels: the size whose latent has the tokens' grid
+    # Refuses a wrong tokenizer before weights load. Only the autoencoder sees the picture: it is loaded at its size.
+    sample = replace(align.conditioned_sample(recipe, preset, task="generation"), image_size=side)
     tokenizer, scale = pixels.load(parts["pixel_autoencoder"])
     model = align.build_spar(recipe, preset, parts, tokenizer, aligned=False)
     encoder, decoder = (tokenizer.get_submodule(name) for name in ("encoder", "decoder"))
-    side = preset.grid * pixels.compression  # the size whose latent has the tokens' grid
     return Stage(
         model=model,
         layers=[

@@ -21,6 +21,7 @@ PHASE = Phase(
     trains="streams, fusion, pixel decoder and vision tower",
     losses="reconstruction, L_s, L_GAN",
     reads=(
+        "model.image_size",
         "model.streams",
         "model.encoder",
         "model.semantic_distillation",

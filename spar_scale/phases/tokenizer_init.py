@@ -21,6 +21,7 @@ PHASE = Phase(
     trains="streams and fusion",
     losses="reconstruction, L_p",
     reads=(
+        "model.image_size",
         "model.streams",
         "model.pixel_alignment",
         "objective.perceptual",

@@ -38,6 +38,7 @@ def run_ranks(work: Callable[[], object], num_ranks: int) -> None:
     traceback is printed). In all cases the other ranks are ended.
     """
     ranks: list[_Rank] = []
+    store: TCPStore | None = None
     try:
         for number in range(num_ranks):
             with signals_blocked():
@@ -48,6 +49,9 @@ def run_ranks(work: Callable[[], object], num_ranks: int) -> None:
         _wait_for(ranks)
     finally:
         stop([rank.process for rank in ranks], GRACE_S)
+        # An exception keeps this frame in a cycle. Were the store in it, the collector of a later fork would wait for
+        # the server's thread, which is not there.
+        store = None
 
 
 @dataclass(frozen=True)

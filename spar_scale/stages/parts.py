@@ -21,11 +21,15 @@ _log = logging.getLogger(__name__)
 
 
 def preset_of(recipe: Recipe) -> Preset:
-    """Return the preset that `model.preset` names. Raises UserError for an unknown one."""
+    """Return the preset that `model.preset` names, for pictures of `model.image_size`.
+
+    Raises UserError for an unknown preset, and a size that does not fit it.
+    """
     name = recipe.model.preset
     if name not in PRESETS:
         raise UserError(f"model.preset: '{name}' is not one of {', '.join(sorted(PRESETS))}{nearest(name, PRESETS)}")
-    return PRESETS[name]
+    size = recipe.model.image_size
+    return PRESETS[name] if size is None else PRESETS[name].at(size)
 
 
 def pretrained_parts(recipe: Recipe) -> dict[str, PretrainedPart]:

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.program import Apply, Layer
@@ -106,10 +107,9 @@ def tokenizer_layers(
         layers.append(Apply(semantic_distillation, ("features", "initial_features"), "semantic_distillation"))
     layers += preset.tokenizer.latent_layers(model)
     if hasattr(model, "pixel_encoder"):
-        side = preset.grid * pixels.compression  # pixels: the size whose latent has the tokens' grid
         encoder = model.get_submodule("pixel_encoder")
         layers += [
-            pixels.encoding_layer(encoder, frozen=True, side=side, writes="teacher_latent"),
+            pixels.encoding_layer(encoder, frozen=True, writes="teacher_latent"),
             Apply(_pixel_alignment, ("pixel_latent", "teacher_latent"), "pixel_alignment"),
         ]
     decoder = pixels.reconstruction_layers(model.get_submodule("decoder"), preset.image_size)
@@ -175,8 +175,15 @@ def _load_pretrained(model: nn.Module, parts: dict[str, PretrainedPart], preset:
 
 
 def _pixel_alignment(pixel_latent: Tensor, teacher_latent: Tensor) -> Tensor:
-    """Return L_p (B,) of z_p (B, N, C) against the pixel encoder's latent (B, C, g, g)."""
-    return mean_squared_error(to_grid(pixel_latent), teacher_latent)
+    """Return L_p (B,) of z_p (B, N, C) against the pixel encoder's latent (B, C, h, h).
+
+    Where the autoencoder has fewer positions than the tower has tokens (14 and 16 on a side of the published parts at
+    448 pixels), its latent is interpolated, as in the authors' code: the teacher sees the picture at its own size.
+    """
+    grid = to_grid(pixel_latent)
+    if teacher_latent.shape != grid.shape:
+        teacher_latent = F.interpolate(teacher_latent.float(), size=grid.shape[-2:], mode="bilinear")
+    return mean_squared_error(grid, teacher_latent)
 
 
 def _with_defaults(section: Any, schema: type[Section]) -> Callable[[str], Any]:

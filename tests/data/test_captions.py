@@ -57,7 +57,7 @@ def left_out(report: str) -> list[str]:
     return [line.strip().removeprefix("left out, ") for line in report.splitlines() if "left out, " in line]
 
 
-FIELDS = "more or fewer fields than the header; put captions with commas in double quotes: 1"
+FIELDS = "more or fewer fields than the header; put texts with commas in double quotes: 1"
 ROWS_OF_CSV = {
     "comma without quotes": ("0.png,a circle, on the left", f"{FIELDS} (row 1 at line 2 (3 instead of 2))"),
     "no caption": ("0.png", f"{FIELDS} (row 1 at line 2 (1 instead of 2))"),

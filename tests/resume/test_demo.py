@@ -22,11 +22,10 @@ STEPS, LAST = 40, "bootstrap_mllm"
 
 def write_recipes(folder: Path) -> None:
     """Recipes of size smoke on the nano preset; the language model's take long enough to be caught."""
-    from spar_scale.phases import phase_names
     from spar_scale.runs.chain import RECIPES
 
     (folder / "smoke").mkdir(parents=True)
-    for name in (*phase_names(), "world"):
+    for name in (path.stem for path in (RECIPES / "smoke").glob("*.yaml")):
         changes: dict[str, Any] = {"extends": str(RECIPES / "smoke" / f"{name}.yaml")}
         if name != "world":
             changes["model"] = {"preset": NANO.name}

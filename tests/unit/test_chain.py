@@ -10,9 +10,9 @@ from parallel.errors import UserError
 from spar_scale.phases import phase_names
 from spar_scale.runs import demo
 from spar_scale.runs.ablation import CURVE, ROWS, ablate, curve, is_significant, table, verdict
-from spar_scale.runs.chain import Chain
+from spar_scale.runs.chain import RECIPES, Chain
 
-PHASES = phase_names()
+PHASES = [phase for phase in phase_names() if (RECIPES / "tiny" / f"{phase}.yaml").exists()]
 
 
 @pytest.fixture

@@ -152,7 +152,8 @@ def test_published_recipes_make_a_chain_without_a_world(monkeypatch: pytest.Monk
     monkeypatch.chdir(ROOT)
     chain = submissions(Path("recipes/spar_1b"), Path("runs/a"))
     assert [one.name for one in chain] == [
-        "tokenizer_init", "tokenizer_decoder", "tokenizer_encoder", "align_connector", "align_joint", "instruct",
+        "tokenizer_init", "tokenizer_decoder", "tokenizer_encoder", "tokenizer_high_resolution", "align_connector",
+        "align_joint", "instruct",
     ]  # fmt: skip
     assert not chain[0].words_behind and not chain[0].after
 

@@ -1,8 +1,8 @@
 """The perceptual loss: its values are those of the packages `lpips` and torchvision, and only whole files are read.
 
 The stored numbers are of lpips 0.1.4 (`LPIPS(net="vgg", pretrained=False, pnet_rand=True)`, `normalize=True`) and
-torchvision 0.28.0 (`convnext_small(weights=None)`), with the weights of `seeded_network` copied into both. The packages
-themselves are no requirement of the tests, because torchvision demands one exact version and build of torch.
+torchvision 0.28.0 (`convnext_small(weights=None)`), with the weights of `perceptual_networks` copied into both. The
+packages are no requirement of the tests, because torchvision demands one exact version and build of torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from perceptual_files import NAMES, seeded_network, write_perceptual
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from parallel.costs import layer_costs
 from parallel.errors import UserError
 from parallel.program import Apply
 from spar_scale.config.recipe import Recipe
+from spar_scale.files.random_weights import PERCEPTUAL_FILES, perceptual_networks, write_perceptual
 from spar_scale.models.published import PretrainedPart
 from spar_scale.objectives.perceptual import PerceptualDistance
 from spar_scale.stages.perceptual import PerceptualLoss, perceptual_loss
@@ -35,7 +35,7 @@ BOTH_ALONG_NOISE = [2.2216415405273438, 2.2235207557678223]
 
 @pytest.fixture(scope="module")
 def networks() -> dict[str, PerceptualDistance]:
-    return {"lpips": seeded_network(convnext=False), "lpips_convnext": seeded_network()}
+    return {"lpips": perceptual_networks(convnext=False), "lpips_convnext": perceptual_networks()}
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +115,11 @@ def test_published_files_are_read_in_each_of_their_forms(networks, tmp_path: Pat
     both = networks["lpips_convnext"]
     write_perceptual(tmp_path / "new", both)
     assert frozen_digests(loaded(tmp_path / "new", perceptual="lpips_convnext")) == frozen_digests(both)
-    write_perceptual(tmp_path / "old", both, convnext=False)
-    vgg = torch.load(tmp_path / "old" / NAMES["vgg16"], weights_only=True)
-    torch.save(vgg, tmp_path / "old" / NAMES["vgg16"], _use_new_zipfile_serialization=False)  # as torchvision's file is
+    write_perceptual(tmp_path / "old", networks["lpips"])
+    vgg16 = tmp_path / "old" / PERCEPTUAL_FILES["vgg16"]
+    torch.save(torch.load(vgg16, weights_only=True), vgg16, _use_new_zipfile_serialization=False)  # as is torchvision's
     save_file(both.lpips.state_dict(), tmp_path / "old" / "vgg.safetensors")
-    (tmp_path / "old" / NAMES["lpips"]).unlink()
+    (tmp_path / "old" / PERCEPTUAL_FILES["lpips"]).unlink()
     assert frozen_digests(loaded(tmp_path / "old")) == frozen_digests(networks["lpips"])
 
 
@@ -130,7 +130,7 @@ class Harmful:
 
 def test_files_that_are_missing_doubled_foreign_or_harmful_are_refused(networks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = write_perceptual(tmp_path / "files", networks["lpips"], convnext=False)
+    write_perceptual(folder := tmp_path / "files", networks["lpips"])
     with pytest.raises(
         UserError, match=r"model.pretrained.perceptual: found none of convnext_small\*.*expected one file"
     ):
@@ -139,7 +139,7 @@ def test_files_that_are_missing_doubled_foreign_or_harmful_are_refused(networks,
     with pytest.raises(UserError, match=r"found vgg16-397923af\.pth, vgg16\.pt of vgg16"):
         loaded(folder)
     (folder / "vgg16.pt").unlink()
-    heads = folder / NAMES["lpips"]
+    heads = folder / PERCEPTUAL_FILES["lpips"]
     torch.save({f"lin{i}.model.1.weight": torch.ones(1, 64, 1, 1) for i in range(5)}, heads)  # of another trunk
     with pytest.raises(UserError, match=r"vgg.pth does not hold the weights of lpips: .*size mismatch for lin1"):
         loaded(folder)

@@ -264,9 +264,9 @@ def test_another_rotary_scaling_is_refused():
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("image_size", 224, "vision.image_size = 448 must equal image_size = 224"),
-        ("vision.image_size", 512, "vision.image_size = 512 must equal image_size = 448"),
-        ("vision.patch_size", 15, "vision.pixels_per_token = 30.0 must divide vision.image_size = 448"),
+        ("image_size", 224, "vision.picture_size = 448 must equal image_size = 224"),
+        ("vision.image_size", 512, "vision.picture_size = 512 must equal image_size = 448"),
+        ("vision.patch_size", 15, "vision.pixels_per_token = 30.0 must divide vision.picture_size = 448"),
         ("vision.heads", 15, "vision.heads = 15 must divide vision.width = 1024"),
         ("vision.output_width", 1536, "vision.output_width = 1536 must equal language.width = 896"),
         ("tokenizer.pixel_heads", 15, "tokenizer.pixel_heads = 15 must divide vision.output_width = 896"),

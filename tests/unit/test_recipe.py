@@ -59,15 +59,17 @@ def test_each_phase_starts_from_the_one_before_in_its_own_folder(folder: str):
         for phase, recipe in recipes.items()
         if recipe.init_from is not None
     }
+    last = "tokenizer_high_resolution" if "tokenizer_high_resolution" in phases else "tokenizer_encoder"
     assert before == {
         "tokenizer_decoder": "tokenizer_init",
         "tokenizer_encoder": "tokenizer_decoder",
+        **({last: "tokenizer_encoder"} if last != "tokenizer_encoder" else {}),
         "align_joint": "align_connector",
         "instruct": "align_joint",
     }
     for phase in ("align_joint", "instruct"):
         tokenizer = Path(os.path.normpath(recipes[phase].run_dir / recipes[phase].model.pretrained["tokenizer"]))
-        assert (runs[tokenizer.parent], tokenizer.name) == ("tokenizer_encoder", "pretrained")
+        assert (runs[tokenizer.parent], tokenizer.name) == (last, "pretrained")
     assert len({recipe.model.preset for recipe in recipes.values()}) == 1
 
 
@@ -131,7 +133,10 @@ OVERRIDES = [
     (["data.task_block=9"], ["data.task_block: found 9, must not be above global_batch (8)"]),
     (["model.routing=uniform"], ['model.routing: found "uniform", but stage tokenizer does not read it']),
     (["tracking.uri=somewhere"], ['tracking.uri: found "somewhere", must be null, an MLflow server']),
-    (["init_from=../x"], ["init_from: found", "tokenizer/encoder and align/joint and instruct would"]),
+    (
+        ["init_from=../x"],
+        ["init_from: found", "tokenizer/encoder and tokenizer/high_resolution and align/joint and instruct would"],
+    ),
     (["objective.latent_power_weight=0.5"], ["objective.latent_power_weight: found 0.5", "only bootstrap/auto"]),
     (["train.steps"], ["override: found 'train.steps', must be dotted.key=value"]),
     (["train..steps=1"], ["override: found 'train..steps=1', must be dotted.key=value"]),

@@ -31,10 +31,11 @@ TINY: Any = PRESETS["tiny"]
 def recipe_of(stage, phase, run_dir=".", pretrained=None, preset="tiny", **objective) -> Any:
     defaults = {"perceptual_weight": 0.1, "latent_noise": 0.1, "latent_power_weight": 1e-3, "pixel_alignment_weight": 1,
                 "align_weight": 0.5, "align_block": 3, "caption_dropout": 0.1, "timestep_shift": 1.0,
-                "adversarial_weight": 0}  # fmt: skip
+                "adversarial_weight": 0, "perceptual": "gradient_difference"}  # fmt: skip
     return SimpleNamespace(
         stage=stage, phase=phase, seed=0, run_dir=Path(run_dir),
-        model=SimpleNamespace(preset=preset, pretrained=pretrained or {}, routing="dynamic", alignment="self"),
+        model=SimpleNamespace(preset=preset, pretrained=pretrained or {}, routing="dynamic", alignment="self",
+                              image_size=None),
         objective=SimpleNamespace(**{**defaults, **objective}),
         data=SimpleNamespace(long_captions="cut"),
     )  # fmt: skip

@@ -273,7 +273,11 @@ def test_an_encoder_that_trains_from_random_weights_is_said(stage_of, caplog):
 
 
 UNREAD = [
-    ("init", {"encoder": "frozen"}, "model.encoder: .*tokenizer/init does not read it .only tokenizer/encoder would"),
+    (
+        "init",
+        {"encoder": "frozen"},
+        "model.encoder: .*tokenizer/init does not read it .only tokenizer/encoder and tokenizer/high_resolution would",
+    ),
     ("init", {"semantic_distillation": False}, "model.semantic_distillation: "),
     ("decoder", {"pixel_alignment": False}, "model.pixel_alignment: .*only tokenizer/init would"),
     ("decoder", {"pixel_alignment_weight": 0.5}, "objective.pixel_alignment_weight: "),

@@ -8,10 +8,10 @@ import pytest
 import torch
 from launching import WorldError, run_world
 from nano import NANO
-from perceptual_files import NAMES, seeded_network, write_perceptual
 from tiny_parts import make_parts
 from tiny_runs import make_data, metrics, phase_values, train_all
 
+from spar_scale.files.random_weights import PERCEPTUAL_FILES, perceptual_networks, write_perceptual
 from spar_scale.runs.curves import LOSS_RELATIVE, NORM_RELATIVE, curve, distance
 
 LAYOUTS = {"serial": (1, 1, 1), "data": (2, 3, 1), "pipeline": (2, 1, 2)}
@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("perceptual")
     make_data(folder / "data", scenes=16)
     make_parts(folder / "parts", NANO)
-    write_perceptual(folder / "files", seeded_network(convnext=False), convnext=False)
+    write_perceptual(folder / "files", perceptual_networks(convnext=False))
     run_world(1, train_all, [values(folder, "serial")], initialise=False)
     run_world(2, train_all, [values(folder, name) for name in ("data", "pipeline")], initialise=False)
     return folder
@@ -57,7 +57,7 @@ def test_the_perceptual_loss_is_the_same_under_every_layout(runs: Path, name: st
 
 
 def test_a_run_does_not_go_on_with_other_networks(runs: Path) -> None:
-    heads = runs / "files" / NAMES["lpips"]
+    heads = runs / "files" / PERCEPTUAL_FILES["lpips"]
     torch.save({name: 2 * weight for name, weight in torch.load(heads, weights_only=True).items()}, heads)
     with pytest.raises(WorldError, match="the frozen part 'lpips' differs from the one that this run trained with"):
         run_world(1, train_all, [values(runs, "serial")], initialise=False)

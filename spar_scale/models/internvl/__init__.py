@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +37,10 @@ class Vision(VisionShape):
     def published_names(self) -> tuple[str, ...]:
         """Beginnings of the names of its weights in the published layout."""
         return weights.VISION_PARTS
+
+    def at(self, image_size: int) -> Vision:
+        """Return the encoder for pictures of another size; its positions are then interpolated."""
+        return replace(self, read_size=image_size)
 
     def build(self) -> nn.Module:
         """Return a module with parts `vision_tower` and `projector`, weights uninitialised."""

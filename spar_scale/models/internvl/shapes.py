@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class VisionShape:
-    """InternVL's vision tower and projector; tokens on a side = image_size / patch_size * downsample_ratio."""
+    """InternVL's vision tower and projector; tokens on a side = picture_size / patch_size * downsample_ratio."""
 
-    image_size: int  # pixels
+    image_size: int  # pixels, for which it has position embeddings
     patch_size: int  # pixels
     width: int
     layers: int
@@ -19,11 +19,17 @@ class VisionShape:
     output_width: int  # D, the width of the features: that of the language model
     attention_bias: bool = True
     layer_scale: float = 0.1
+    read_size: int | None = None  # pixels of the pictures, where others than image_size: the positions are interpolated
+
+    @property
+    def picture_size(self) -> int:
+        """Pixels on a side of the pictures that it reads."""
+        return self.read_size or self.image_size
 
     @property
     def grid(self) -> int:
         """Tokens on a side after the pixel shuffle."""
-        return int(self.image_size // self.patch_size * self.downsample_ratio)
+        return int(self.picture_size // self.patch_size * self.downsample_ratio)
 
     @property
     def tokens(self) -> int:
