@@ -287,6 +287,11 @@ def test_a_text_over_the_limit_is_cut_at_its_end_and_the_marks_behind_it_stay(ma
     assert prompts(batch)[0].endswith(f"{prompt} <img>") and batch["tokens"][0, -1] == TOKENS["<img>"]
 
 
+def test_a_text_of_which_nothing_fits_is_a_bad_sample_and_no_unconditional_one(make_shard):
+    batch = read(make_shard({"a": {"png": columns(0), "txt": b"a red circle"}}), "generation", num_tokens=4)
+    assert batch["weight"].tolist() == [0] and "7 tokens; the maximum is 4" in batch["errors"][0]["reason"]
+
+
 RECORD = {
     "short": "a circle",
     "long": "a red circle",
