@@ -37,8 +37,8 @@ def trained_forward(run_dir: Path) -> tuple[Forward, Path]:
 
 
 def ema_stage(recipe: Recipe, path: Path) -> Stage:
-    """Return the recipe's stage with the EMA of the checkpoint at `path` (eval mode, CPU, only this process)."""
-    stage = started_stage(recipe)
+    """Return the recipe's stage with the EMA of the checkpoint at `path` (fp32, eval mode, CPU, only this process)."""
+    stage = started_stage(recipe.model_copy(update={"precision": "fp32"}))  # that of the EMA
     overwrite(stage.model, checkpoint.read(path, "ema"), path)
     stage.model.eval()
     return stage

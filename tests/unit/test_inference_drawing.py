@@ -35,7 +35,7 @@ def stage_of(parts, stage, phase, routing="dynamic", shift=1.0) -> Any:
         align_weight=0.5, align_block=3, caption_dropout=0.1, timestep_shift=shift, adversarial_weight=0
     )
     data = SimpleNamespace(long_captions="cut")
-    settings = {"stage": stage, "phase": phase, "seed": 0, "run_dir": "."}
+    settings = {"stage": stage, "phase": phase, "seed": 0, "run_dir": ".", "precision": "fp32"}
     recipe: Any = SimpleNamespace(**settings, model=model, objective=objective, data=data)
     return build(recipe)
 
