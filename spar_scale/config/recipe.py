@@ -177,7 +177,7 @@ class ObjectiveConfig(Section):
     adversarial_weight: NotNegative = 0.0
     """lambda_GAN, the coefficient of the generator's loss; 0 trains without a discriminator."""
     adversarial_start: Annotated[int, Field(ge=0)] = 0
-    """First step with the discriminator."""
+    """Last step without the discriminator."""
     lecam_weight: NotNegative = 0.001
     """Coefficient of the LeCam regulariser in the discriminator's loss."""
     latent_noise: NotNegative = 0.0
@@ -192,6 +192,21 @@ class ObjectiveConfig(Section):
     """Shift s of the training times towards noise, sigma -> s sigma / (1 + (s - 1) sigma); the paper has 1."""
     caption_dropout: Share = 0.1
     """Share of samples trained without their caption."""
+
+
+class DiscriminatorConfig(Section):
+    """The discriminator's own AdamW and schedule, counted from `objective.adversarial_start`."""
+
+    lr: Positive | None = None
+    """Peak learning rate; null follows the rate of `optimizer`, times `optimizer.groups.discriminator`."""
+    min_lr: NotNegative = 0.0
+    """Learning rate at the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0 to `lr`, from the discriminator's first step on."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Decay from `lr` to `min_lr` after the warm-up (`constant` stays at `lr`)."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay of its matrices and convolutions."""
 
 
 class SourceConfig(Section):
@@ -301,6 +316,7 @@ class Recipe(Section):
     train: TrainConfig
     optimizer: OptimizerConfig
     objective: ObjectiveConfig = ObjectiveConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
     data: DataConfig
     checkpoint: CheckpointConfig
     guards: GuardsConfig = GuardsConfig()

@@ -28,6 +28,7 @@ from parallel.tensor import apply_tensor_parallel
 from parallel.topology import Layout, Topology
 from parallel.zero.engine import Engine, name_parameters
 from spar_scale.config.recipe import Recipe
+from spar_scale.config.schedule import learning_rate
 from spar_scale.data.loader import Loader
 from spar_scale.data.spec import sources_of
 from spar_scale.models.sharding import tensor_plan
@@ -46,7 +47,6 @@ from spar_scale.training.parent import choose_parent, started_stage
 from spar_scale.training.preemption import StopRequest, WaitInterrupted
 from spar_scale.training.progress import Progress
 from spar_scale.training.run_directory import RunDirectory
-from spar_scale.training.schedule import learning_rate
 from spar_scale.training.tracking import RunLog, run_id
 
 log = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ from spar_scale.config.recipe import Recipe
 from spar_scale.files.random_weights import PERCEPTUAL_FILES, perceptual_networks, write_perceptual
 from spar_scale.models.published import PretrainedPart
 from spar_scale.objectives.perceptual import PerceptualDistance
+from spar_scale.planning.plan import plan
 from spar_scale.stages.perceptual import PerceptualLoss, perceptual_loss
 from spar_scale.training.admission import refusals
 from spar_scale.training.encode import frozen_digests
@@ -102,6 +103,14 @@ def recipe(directory: Path | None, **objective: Any) -> Recipe:
             "data": {"task_block": 2, "sources": [{"name": "images", "shards": "x.tar"}]}, "checkpoint": {"every": 2},
         }
     )  # fmt: skip
+
+
+def test_a_plan_counts_its_operations_and_the_memory_of_its_weights(tmp_path: Path):
+    own, plain = (plan(made, 1, "h200") for made in (recipe(tmp_path), recipe(None, perceptual="gradient_difference")))
+    weights = sum(parameter.numel() for parameter in PerceptualDistance(convnext=False).parameters())
+    assert own.estimates[0].memory["companions"] == 4 * weights
+    assert "companions" not in plain.estimates[0].memory
+    assert plain.flops["losses"] == 0 < own.flops["losses"]
 
 
 def loaded(directory: Path, **objective: Any) -> PerceptualDistance:
