@@ -19,8 +19,8 @@ from parallel.launch.run_lock import check_free
 from parallel.topology import Layout
 from spar_scale.config.recipe import Recipe, behind_link, beside
 from spar_scale.data import encoded
-from spar_scale.data.spec import sources_of
-from spar_scale.data.storage import expand_shards
+from spar_scale.data.spec import shards_of, sources_of
+from spar_scale.data.tar_index import read_header
 from spar_scale.data.tasks import source_task
 from spar_scale.models.presets import Preset
 from spar_scale.models.published import PretrainedPart
@@ -54,6 +54,15 @@ def check_layout(recipe: Recipe, world: int) -> None:
     engine_settings(recipe, data_size)
 
 
+def check_shards(recipe: Recipe) -> None:
+    """Raise UserError for a source without shards, or whose first shard has no index of its present size.
+
+    The loader checks all shards, but only after the weights are loaded and the run directory has the recipe.
+    """
+    for _, shards in shards_of(sources_of(recipe)):
+        read_header(shards[0])
+
+
 def refusals(recipe: Recipe, world: int, stage: Stage | None) -> list[str]:
     """Return everything that `train` would refuse of a recipe in a world of so many processes; empty where nothing.
 
@@ -81,7 +90,7 @@ def stored_bytes(recipe: Recipe, source: str, num_tokens: int) -> int:
     manifest = encoded.read_manifest(directory / encoded.MANIFEST)
     if manifest is None:
         return 0
-    shards = [(one, expand_shards(one.shards)) for one in sources_of(recipe) if one.name == source]
+    shards = shards_of([one for one in sources_of(recipe) if one.name == source])
     stored = encoded.Encoded(directory, manifest["made_of"], shards, "spar-scale data encode RECIPE")
     return sum(tensor.nbytes for tensor in stored.empty(source, 1, num_tokens).values())
 
@@ -134,6 +143,4 @@ def _check_encoded(recipe: Recipe, stage: Stage | None) -> None:
             wanted["text"] = stage.sample.text.digest
     if differing := encoded.differences(manifest["made_of"], wanted):
         raise UserError(f"data.encoded: {path} was made of other things ({differing}); run `{command}`")
-    encoded.check_sources(
-        path, manifest, [(source, expand_shards(source.shards)) for source in sources_of(recipe)], command
-    )
+    encoded.check_sources(path, manifest, shards_of(sources_of(recipe)), command)

@@ -83,7 +83,7 @@ EXPECTED = {
     "not a tar": r"text-0\.tar",
     "no index": r"spar-scale data index",
     "stale index": r"stale-0\.tar",
-    "no shards": r"none-\*\.tar",
+    "no shards": r"error: data\.sources: source 'images': shards: .*none-\*\.tar: no such shard",
     "too many bad images": r"guards\.max_bad_fraction",
     "no usable image": r"step 1: none of its 12 samples could be used.*bad_samples\.jsonl",
     "not an image": r"text\.png: not an image",
@@ -240,6 +240,7 @@ def test_nothing_was_executed_lost_or_left_half_done(results: dict[str, Any]) ->
     assert not list((folder / "e" / "checkpoints").glob("step-*"))
     assert not list(folder.glob("*/checkpoints/.tmp-*"))
     assert not (folder / "x.png").exists()
+    assert not any((folder / name).exists() for name in ("a", "b", "c")), "a start without its shards left a run"
     assert (folder / "in-the-way").read_text() == "a file"
 
 
