@@ -375,7 +375,8 @@ SHAPES = {"generation": ((1, 3, 8, 8), 14), "editing": ((2, 3, 8, 8), 20)}
 def stream(world: Path, micro_batch=TASK_BLOCK, size=1, workers=0, first_step=0) -> dict[int, dict[str, torch.Tensor]]:
     """Sample number -> its tensors, over all ranks; each micro-batch has the shapes of its own task."""
     sources = [
-        Source("generation", str(world / "scenes-*.tar"), 0.6),
+        Source("generation", str(world / "scenes-*.tar"), 0.4),
+        Source("more", str(world / "scenes-*.tar"), 0.2, task="generation", texts=("txt",), fit="stretch"),
         Source("editing", str(world / "edits-*.tar"), 0.4),
     ]
     found: dict[int, dict[str, torch.Tensor]] = {}
@@ -395,6 +396,9 @@ def stream(world: Path, micro_batch=TASK_BLOCK, size=1, workers=0, first_step=0)
                 assert number not in found and values["weight"] == 1
                 found[number] = values
     return found
+
+
+SHAPES |= {"more": SHAPES["generation"]}  # a second source of the same task
 
 
 @pytest.fixture(scope="module")
