@@ -326,7 +326,7 @@ class Recipe(Section):
     @classmethod
     def contradictions(cls, value: Lookup) -> Iterator[Contradiction]:
         """Yield (dotted key, found value and rule) for contradictory keys."""
-        for rule in (*RULES, _read_by_this_stage):
+        for rule in (*RULES, _read_by_this_stage, _has_parts_that_it_asks_for):
             with contextlib.suppress(KeyError):  # a key of this rule is invalid itself, which is reported already
                 yield from rule(value)
 
@@ -400,6 +400,14 @@ def _read_by_this_stage(value: Lookup) -> Iterator[Contradiction]:
                 some = any(reader.startswith(f"{stage}/") for reader in those)
                 reader = f"{stage}/{phase}" if some else f"stage {stage}"
                 yield key, f"found {show(value(key))}, but {reader} does not read it ({only})"
+
+
+def _has_parts_that_it_asks_for(value: Lookup) -> Iterator[Contradiction]:
+    declared, given = find(value("stage"), value("phase")), value("model.pretrained")
+    for part, (key, *kinds) in ({} if declared is None else declared.requires_when).items():
+        if value(key) in kinds and part not in given:
+            need = f"{key} {show(value(key))} needs it; name its directory, relative to run_dir"
+            yield f"model.pretrained.{part}", f"missing, but {need}"
 
 
 def _default(key: str) -> Any:
