@@ -37,9 +37,12 @@ def trained_forward(run_dir: Path) -> tuple[Forward, Path]:
 
 
 def ema_stage(recipe: Recipe, path: Path) -> Stage:
-    """Return the recipe's stage with the EMA of the checkpoint at `path` (fp32, eval mode, CPU, only this process)."""
+    """Return the recipe's stage with the EMA of a checkpoint (fp32, eval mode, CPU, only this process).
+
+    `path` is one that `checkpoint.find` has just returned: its files are not verified again.
+    """
     stage = started_stage(recipe.model_copy(update={"precision": "fp32"}))  # that of the EMA
-    overwrite(stage.model, checkpoint.read(path, "ema"), path)
+    overwrite(stage.model, checkpoint.read(path, "ema", verify=False), path)
     stage.model.eval()
     return stage
 

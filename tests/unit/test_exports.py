@@ -63,12 +63,12 @@ def use(place: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> list[b
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run, its model, and exported directories of it."""
+    """A run in bf16, its average, and exported directories of it in fp32 and in the run's precision."""
     folder = tmp_path_factory.mktemp("exports")
     parts = make_parts(folder / "parts")
-    run = make_run(folder, "align", "joint", parts, moved=0.01)
-    assert main(["export", str(run), "--out", str(folder / "spar")]) == 0
-    assert main(["export", str(run), "--out", str(folder / "half"), "--precision", "bf16"]) == 0
+    run = make_run(folder, "align", "joint", parts, moved=0.01, precision="bf16")
+    assert main(["export", str(run), "--out", str(folder / "spar"), "--precision", "fp32"]) == 0
+    assert main(["export", str(run), "--out", str(folder / "half")]) == 0
     model = trained_forward(run)[0].stage.model.state_dict()
     return {"run": run, "parts": folder / "parts", "model": model, "spar": folder / "spar", "half": folder / "half"}
 
