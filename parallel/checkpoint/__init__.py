@@ -144,8 +144,8 @@ def find(root: Path, group: Group = None) -> Path | None:
 def read(path: Path, kind: str | None, verify: bool = True) -> dict[str, Tensor]:
     """Read one kind of every parameter as CPU tensors by name (None: the whole tensors), only in this process.
 
-    Use `verify=False` only for a path that `find` has just returned. Raises UserError if the checkpoint is damaged or has
-    nothing of that kind.
+    Use `verify=False` only for a path that `find` has just returned. Raises UserError if the checkpoint is damaged or
+    has nothing of that kind.
     """
     manifest = read_manifest(path)
     if verify:
