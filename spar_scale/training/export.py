@@ -10,7 +10,7 @@ import torch
 
 from parallel import checkpoint
 from parallel.errors import UserError
-from parallel.launch.agreement import run_on_all_ranks, run_on_first_rank
+from parallel.launch.agreement import run_long_on_first_rank, run_on_all_ranks
 from parallel.topology import Topology
 from spar_scale.config.recipe import Recipe, load_recipe
 from spar_scale.stages import LatentScale, Stage
@@ -68,8 +68,7 @@ def export(
     if calibrated:
         assert stage is not None
         scale = measured_scale(recipe, Forward(stage, preset_of(recipe)), topology, device, report)
-    report("writing")
-    run_on_first_rank(group, lambda: _write(stage, recipe.run_dir, scale))
+    run_long_on_first_rank(group, lambda: _write(stage, recipe.run_dir, scale), lambda text: report(f"writing {text}"))
 
 
 def _write(stage: Stage | None, run_dir: Path, scale: LatentScale | None) -> None:
