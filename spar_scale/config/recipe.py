@@ -263,8 +263,7 @@ class GuardsConfig(Section):
     """Accepted share of bad samples among the latest 1000; of the first 100, this share of 100."""
     timeout_s: Annotated[float, Field(ge=5)] = 600
     """Seconds that a rank may wait for another rank or a batch, or send no heartbeat, before the run ends and names it.
-    It must exceed the time by which ranks can differ: the export of weights, which only the first rank does, or a slow
-    disk of one node."""
+    It must exceed the time by which ranks can differ, such as that of a slow disk of one node."""
 
 
 class TrackingConfig(Section):
