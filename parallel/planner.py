@@ -46,7 +46,7 @@ class CountedProgram:
     """The counts of a program under one tensor-parallel size, on one rank, for one micro-batch.
 
     `parameter_names` are the names of each layer's parameters, `weights` all parameters in the model's order, `states`
-    the optimizer's state by group.
+    the optimizer's state by group, `beside_bytes` those of the modules beside each layer, with their optimizers.
     """
 
     parameter_names: Sequence[Collection[str]]
@@ -55,6 +55,7 @@ class CountedProgram:
     num_groups: int
     states: Sequence[GroupState]
     whole_matrices: Collection[int] = ()
+    beside_bytes: Sequence[int] = ()
 
     def zero_shape(self, layout: Layout, data_size: int, half: bool) -> ZeroShape:
         """Return the parameters that determine how the engine lays out its state."""
@@ -135,6 +136,7 @@ class _PipelineStage:
         self.reduced = sum(cost.reduced_bytes for cost in self.costs)
         self.trained = sum(weight.numel for weight in self.weights if weight.group is not None)
         self.all = sum(weight.numel for weight in self.weights)
+        self.beside = sum(counted.beside_bytes[first:end])
 
 
 def _memory(stage: _PipelineStage, number: int, stages: int, micro_steps: int, shape: ZeroShape) -> dict[str, int]:
@@ -145,6 +147,8 @@ def _memory(stage: _PipelineStage, number: int, stages: int, micro_steps: int, s
     item, in_flight = 2 if shape.half else 4, min(stages - number, micro_steps)
     kinds = largest_state_bytes(stage.weights, stage.num_groups, shape)
     kinds["activations"] = in_flight * (activation_bytes(stage.costs) + stage.received)
+    if stage.beside:
+        kinds["companions"] = stage.beside
     kinds["buckets"] = BUCKET * 4
     if shape.zero == 3:  # also holds gathered weights
         kinds["buckets"] += min(stage.all, 2 * BUCKET) * item

@@ -21,23 +21,29 @@ class Replica:
     """One module with its optimizer. `name` is the prefix of its tensors in a checkpoint."""
 
     def __init__(
-        self, name: str, module: nn.Module, topology: Topology, device: torch.device, betas: tuple[float, float]
+        self,
+        name: str,
+        module: nn.Module,
+        topology: Topology,
+        device: torch.device,
+        betas: tuple[float, float],
+        weight_decay: float = 0.0,
     ):
         self.name, self.module = name, module.float().to(device)
         self.group: dist.ProcessGroup = topology.grid.get_data_parallel_group()
         self.parameters = dict(module.named_parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0, betas=betas, weight_decay=0.0)
+        decays = {True: weight_decay, False: 0.0}  # as in the engine: vectors, which are biases and norms, have none
+        groups = [
+            {"params": [p for p in self.parameters.values() if (p.dim() > 1) is matrix], "weight_decay": decay}
+            for matrix, decay in decays.items()
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas)
         for parameter in self.parameters.values():
             self.optimizer.state[parameter] = {
                 "step": torch.zeros(()),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-
-    def frozen(self, *inputs: Tensor) -> Tensor:
-        """Run the module with its current weights; gradients reach the inputs but not the weights."""
-        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        return torch.func.functional_call(self.module, weights, inputs)
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over the data-parallel ranks."""

@@ -13,10 +13,10 @@ from spar_scale.config.recipe import load_recipe
 from spar_scale.stages import build
 
 
-def make_run(folder: Path, stage: str, phase: str, parts: dict[str, str], moved: float = 0.0) -> Path:
+def make_run(folder: Path, stage: str, phase: str, parts: dict[str, str], moved: float = 0.0, **keys: str) -> Path:
     """Write a run of the tiny preset under `folder`, with the parts it starts from, and one checkpoint.
 
-    Its averages are the weights of the seed with noise of deviation `moved`.
+    Its averages are the weights of the seed with noise of deviation `moved`; `keys` are further ones of its recipe.
     """
     run_dir, source = folder / f"{stage}_{phase}", "captions" if phase == "mllm" else "generation"
     run_dir.mkdir(parents=True)
@@ -25,6 +25,7 @@ def make_run(folder: Path, stage: str, phase: str, parts: dict[str, str], moved:
         f"stage: {stage}\nphase: {phase}\nmodel: {{preset: tiny, pretrained: {{{pretrained}}}}}\n"
         f"run_dir: {run_dir}\nglobal_batch: 4\ntrain: {{steps: 1}}\noptimizer: {{lr: 1.0e-3}}\n"
         f"data: {{task_block: 4, sources: [{{name: {source}, shards: none}}]}}\ncheckpoint: {{every: 1}}\n"
+        + "".join(f"{key}: {value}\n" for key, value in keys.items())
     )
     built = build(load_recipe(run_dir / "recipe.yaml"))
     noise = torch.Generator().manual_seed(6)

@@ -6,7 +6,9 @@ they cost one all-reduce of a number; texts are exchanged only after a failure.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,8 @@ import torch.distributed as dist
 from parallel.errors import UserError
 
 T = TypeVar("T")
+POLL_S = 1.0
+"""Seconds between two agreements that a long function still runs."""
 
 
 def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -59,6 +63,29 @@ def run_on_first_rank(group: dist.ProcessGroup | None, function: Callable[[], T]
     box = [result]
     dist.broadcast_object_list(box, src=dist.get_global_rank(_or_default_group(group), 0), group=group)
     return box[0]  # type: ignore[return-value]
+
+
+def run_long_on_first_rank(
+    group: dist.ProcessGroup | None, function: Callable[[], None], report: Callable[[str], None]
+) -> None:
+    """Run `function` in a thread of the group's first rank; no rank waits for another longer than POLL_S at a time.
+
+    Every rank's `report` gets the progress after each wait. Failures are raised as by `run_on_all_ranks`.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(function) if rank_and_size(group)[0] == 0 else None
+        for waits in itertools.count():
+            report(f"for {waits * POLL_S:g} s")
+            if run_on_first_rank(group, lambda: _has_ended(running)):
+                return
+
+
+def _has_ended(running: Future[None] | None) -> bool:
+    assert running is not None
+    if running not in wait([running], timeout=POLL_S).done:
+        return False
+    running.result()
+    return True
 
 
 def gather_if_any(group: dist.ProcessGroup | None, value: Any) -> dict[int, Any]:

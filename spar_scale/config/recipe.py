@@ -178,7 +178,7 @@ class ObjectiveConfig(Section):
     adversarial_weight: NotNegative = 0.0
     """lambda_GAN, the coefficient of the generator's loss; 0 trains without a discriminator."""
     adversarial_start: Annotated[int, Field(ge=0)] = 0
-    """First step with the discriminator."""
+    """Last step without the discriminator."""
     lecam_weight: NotNegative = 0.001
     """Coefficient of the LeCam regulariser in the discriminator's loss."""
     latent_noise: NotNegative = 0.0
@@ -193,6 +193,21 @@ class ObjectiveConfig(Section):
     """Shift s of the training times towards noise, sigma -> s sigma / (1 + (s - 1) sigma); the paper has 1."""
     caption_dropout: Share = 0.1
     """Share of samples trained without their caption."""
+
+
+class DiscriminatorConfig(Section):
+    """The discriminator's own AdamW and schedule, counted from `objective.adversarial_start`."""
+
+    lr: Positive | None = None
+    """Peak learning rate; null follows the rate of `optimizer`, times `optimizer.groups.discriminator`."""
+    min_lr: NotNegative = 0.0
+    """Learning rate at the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0 to `lr`, from the discriminator's first step on."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Decay from `lr` to `min_lr` after the warm-up (`constant` stays at `lr`)."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay of its matrices and convolutions."""
 
 
 class SourceConfig(Section):
@@ -252,8 +267,7 @@ class GuardsConfig(Section):
     """Accepted share of bad samples among the latest 1000; of the first 100, this share of 100."""
     timeout_s: Annotated[float, Field(ge=5)] = 600
     """Seconds that a rank may wait for another rank or a batch, or send no heartbeat, before the run ends and names it.
-    It must exceed the time by which ranks can differ: the export of weights, which only the first rank does, or a slow
-    disk of one node."""
+    It must exceed the time by which ranks can differ, such as that of a slow disk of one node."""
 
 
 class TrackingConfig(Section):
@@ -305,6 +319,7 @@ class Recipe(Section):
     train: TrainConfig
     optimizer: OptimizerConfig
     objective: ObjectiveConfig = ObjectiveConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
     data: DataConfig
     checkpoint: CheckpointConfig
     guards: GuardsConfig = GuardsConfig()
@@ -314,7 +329,7 @@ class Recipe(Section):
     @classmethod
     def contradictions(cls, value: Lookup) -> Iterator[Contradiction]:
         """Yield (dotted key, found value and rule) for contradictory keys."""
-        for rule in (*RULES, _read_by_this_stage):
+        for rule in (*RULES, _read_by_this_stage, _has_parts_that_it_asks_for):
             with contextlib.suppress(KeyError):  # a key of this rule is invalid itself, which is reported already
                 yield from rule(value)
 
@@ -388,6 +403,14 @@ def _read_by_this_stage(value: Lookup) -> Iterator[Contradiction]:
                 some = any(reader.startswith(f"{stage}/") for reader in those)
                 reader = f"{stage}/{phase}" if some else f"stage {stage}"
                 yield key, f"found {show(value(key))}, but {reader} does not read it ({only})"
+
+
+def _has_parts_that_it_asks_for(value: Lookup) -> Iterator[Contradiction]:
+    declared, given = find(value("stage"), value("phase")), value("model.pretrained")
+    for part, (key, *kinds) in ({} if declared is None else declared.requires_when).items():
+        if value(key) in kinds and part not in given:
+            need = f"{key} {show(value(key))} needs it; name its directory, relative to run_dir"
+            yield f"model.pretrained.{part}", f"missing, but {need}"
 
 
 def _default(key: str) -> Any:

@@ -45,6 +45,15 @@ def _rate_falls(value: Lookup) -> Iterator[Contradiction]:
         yield "optimizer.min_lr", f"found {show(low)}, must not be above optimizer.lr ({show(high)})"
 
 
+def _discriminator_has_a_schedule(value: Lookup) -> Iterator[Contradiction]:
+    low, high = value("discriminator.min_lr"), value("discriminator.lr")
+    if high is not None and low > high:
+        yield "discriminator.min_lr", f"found {show(low)}, must not be above discriminator.lr ({show(high)})"
+    for key in ("min_lr", "warmup_steps") if high is None else ():
+        if found := value(f"discriminator.{key}"):
+            yield f"discriminator.{key}", f"found {show(found)}, but discriminator.lr is null; give it a rate"
+
+
 def _block_fits_batch(value: Lookup) -> Iterator[Contradiction]:
     block, batch = value("data.task_block"), value("global_batch")
     if block > batch:
@@ -70,6 +79,7 @@ RULES: tuple[Callable[[Lookup], Iterator[Contradiction]], ...] = (
     _pipeline_needs_zero_1,
     _optimizer_demands,
     _rate_falls,
+    _discriminator_has_a_schedule,
     _block_fits_batch,
     _tracking_uri_is_an_address,
     _perceptual_loss_counts,

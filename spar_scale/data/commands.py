@@ -99,7 +99,8 @@ def _unread(index: ShardIndex) -> list[str]:
     ]
     if not unread:
         return []
-    return [f"no task reads: {_list(unread)}; pictures are read as {', '.join(EXTENSIONS)}, texts as txt, json"]
+    read = f"pictures are read as {', '.join(EXTENSIONS)}, texts as txt, json or what data.sources[].text names"
+    return [f"no task reads: {_list(unread)}; {read}"]
 
 
 def _list(names: list[str]) -> str:

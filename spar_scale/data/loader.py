@@ -35,8 +35,8 @@ from parallel.launch.children import end_with_parent
 from spar_scale.data.encoded import Encoded, EncodedShard
 from spar_scale.data.images import BadSample
 from spar_scale.data.order import PADDING, BatchLayout, Blocks, Order, SourceShape, draw_generator
-from spar_scale.data.spec import Draw, SampleSpec, Source
-from spar_scale.data.storage import ShardReader, expand_shards
+from spar_scale.data.spec import Draw, SampleSpec, Source, shards_of
+from spar_scale.data.storage import ShardReader
 from spar_scale.data.tar_index import ShardIndex, check_fresh, digest, read_header, read_index
 from spar_scale.data.tasks import Conditioned, Members, source_task
 
@@ -82,7 +82,7 @@ class Loader:
         timeout_s: float = WAIT_S,
         while_waiting: Callable[[], None] = lambda: None,
     ):
-        shards = [expand_shards(source.shards) for source in sources]
+        shards = [group for _, group in shards_of(sources)]
         shapes = [
             SourceShape(source.name, source.weight, tuple(read_header(shard).samples for shard in group))
             for source, group in zip(sources, shards, strict=True)

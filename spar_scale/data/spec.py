@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from parallel.errors import UserError
+from spar_scale.data.storage import expand_shards
+
 if TYPE_CHECKING:
     from spar_scale.config.recipe import Recipe
     from spar_scale.data.text import TextTokenizer
@@ -39,6 +42,17 @@ def sources_of(recipe: Recipe) -> list[Source]:
         return (given,) if isinstance(given, str) else tuple(given or ())
 
     return [Source(one.name, one.shards, one.weight, one.task, texts(one.text), one.fit) for one in recipe.data.sources]
+
+
+def shards_of(sources: Sequence[Source]) -> list[tuple[Source, list[str]]]:
+    """Return each source with its shards, sorted. Raises UserError, which names the source, if one has none."""
+    found = []
+    for source in sources:
+        try:
+            found.append((source, expand_shards(source.shards)))
+        except UserError as error:
+            raise UserError(f"data.sources: source '{source.name}': shards: {error}") from None
+    return found
 
 
 @dataclass(frozen=True)

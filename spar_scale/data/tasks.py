@@ -234,11 +234,14 @@ class Conditioned:
 
     def _tokens(self, text: str, spec: SampleSpec) -> np.ndarray:
         tokens, limit = _as_bad_sample(lambda: self.prompt(text, spec)), self.length(spec)
-        while len(tokens) > limit and text and spec.long_captions == "cut":
+        while len(tokens) > limit and spec.long_captions == "cut":
             text = spec.tokenizer.shorten(text, len(tokens) - limit)
+            if not text:  # the prompt of an empty text is the unconditional one, which the sample must not become
+                break
             tokens = self.prompt(text, spec)
         if len(tokens) > limit:
-            raise BadSample(f"{len(tokens)} tokens; the maximum is {limit}")
+            remedy = "; data.long_captions=cut shortens such texts" if spec.long_captions == "refuse" else ""
+            raise BadSample(f"{len(tokens)} tokens; the maximum is {limit}{remedy}")
         return np.array(tokens, np.int64)
 
 

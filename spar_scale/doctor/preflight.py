@@ -26,7 +26,8 @@ from parallel.launch.environment import read_environment
 from parallel.launch.exit_codes import DEFECT, DONE, REFUSED
 from parallel.launch.probes import probe_gpu, probe_world, why_no_gpu
 from spar_scale.config.recipe import Recipe
-from spar_scale.data.storage import expand_shards, read_member, shard_bytes
+from spar_scale.data.spec import shards_of, sources_of
+from spar_scale.data.storage import read_member, shard_bytes
 from spar_scale.data.tar_index import check_fresh, read_index
 from spar_scale.doctor.machine import Finding
 
@@ -160,7 +161,6 @@ def _shared_memory(recipe: Recipe, stage: Stage | None, environment: Mapping[str
 
 def sample_bytes(recipe: Recipe, stage: Stage) -> int:
     """Return the bytes of the largest sample of a batch: its task's slots, its draws and its stored values."""
-    from spar_scale.data.spec import sources_of
     from spar_scale.stages.costs import sample_slots
     from spar_scale.training.admission import stored_bytes
 
@@ -228,9 +228,9 @@ def _checkpoint_bytes(recipe: Recipe, stage: Stage | None) -> int | None:
 
 def _shards(recipe: Recipe) -> Iterator[Finding]:
     """Check that the first and last shard of every source have a current index and a readable last sample."""
-    for source in recipe.data.sources:
+    for source in sources_of(recipe):
         try:
-            shards = expand_shards(source.shards)
+            ((_, shards),) = shards_of([source])
             for shard in dict.fromkeys((shards[0], shards[-1])):
                 index = read_index(shard)
                 check_fresh(shard, index.tar_bytes, shard_bytes(shard))

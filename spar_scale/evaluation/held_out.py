@@ -40,7 +40,7 @@ def held_out_terms(
     latest = checkpoint.find(run_dir / "checkpoints")
     if latest is None:
         raise UserError(f"{run_dir}: holds no checkpoint yet; train it further")
-    stage = started_stage(recipe)
+    stage = started_stage(recipe.model_copy(update={"precision": "fp32"}))  # that of the EMA
     overwrite(stage.model, checkpoint.read(latest, "ema"), latest)
     return stage_terms(stage, shards, samples, shuffled, mirrored)
 

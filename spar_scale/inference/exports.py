@@ -33,7 +33,7 @@ from spar_scale.config.recipe import Recipe, Section
 from spar_scale.files.json_files import read_json
 from spar_scale.inference.card import card
 from spar_scale.inference.sampler import scheduler
-from spar_scale.models.presets import PRESETS, Preset
+from spar_scale.models.presets import Preset
 from spar_scale.stages import Stage
 from spar_scale.stages.align import CONDITIONING
 from spar_scale.stages.parts import preset_of, pretrained_part
@@ -129,8 +129,7 @@ def exported_recipe(directory: Path) -> Recipe:
         found = error.errors(include_url=False)[0]
         where = ".".join(map(str, found["loc"]))
         raise UserError(f"{directory / RECORD}: recipe.{where}: {found['msg']}; {_REMEDY}") from None
-    preset = PRESETS.get(record.preset)
-    sizes = {} if preset is None else _sizes(preset)
+    sizes = _sizes(preset_of(recipe))
     for name, value in record.sizes.items():
         if sizes.get(name) != value:
             raise UserError(
@@ -141,7 +140,8 @@ def exported_recipe(directory: Path) -> Recipe:
         update={"pretrained": {part: str(directory / name) for part, name in PARTS.items()}, "alignment": "none"}
     )
     data = recipe.data.model_copy(update={"encoded": None})
-    return recipe.model_copy(update={"model": model, "data": data, "init_from": None, "run_dir": directory})
+    changes = {"model": model, "data": data, "init_from": None, "run_dir": directory, "precision": record.precision}
+    return recipe.model_copy(update=changes)
 
 
 def exported_stage(directory: Path) -> Stage:

@@ -23,7 +23,7 @@ not published: they keep SPAR-1B's depths and heads.
 
 `thin_1b` and `thin_3b` are these in a rehearsal on a laptop: every published width, the vocabulary, 448 pixels and 256
 queries, with few layers and a small autoencoder. `rehearsal_nano` has the published vocabulary, patch, pixel shuffle
-and compression, so that it resizes where they do, at the least widths and 112 pixels.
+and compression, so that it resizes where they do, at the least widths and 224 pixels.
 """
 
 from __future__ import annotations
@@ -101,6 +101,11 @@ class Preset:
         """Tokens of the longest prompt, its picture between `<img>` and `</img>`, and the queries."""
         return self.conditioning.max_words + self.image_tokens + 2 + self.conditioning.num_queries
 
+    @property
+    def smallest_size(self) -> int:
+        """Pixels on a side of the smallest picture that is whole in tokens and in latent positions."""
+        return math.lcm(round(self.vision.pixels_per_token), self.autoencoder.compression)
+
     def at(self, image_size: int) -> Preset:
         """Return the preset for pictures of another size: the same weights, with interpolated positions.
 
@@ -109,7 +114,7 @@ class Preset:
         """
         if image_size == self.image_size:
             return self
-        whole = math.lcm(round(self.vision.pixels_per_token), self.autoencoder.compression)
+        whole = self.smallest_size
         if image_size % whole:
             near = max(1, round(image_size / whole)) * whole
             raise UserError(
@@ -307,14 +312,14 @@ _THIN: dict[str, dict[str, Any]] = {
     "language": {"layers": 4},
     "conditioning": {"connector_layers": 1},
 }
-THIN_1B = resized(SPAR_1B, name="thin_1b", **_THIN, diffusion={"layers": 6})
-THIN_3B = resized(SPAR_3B, name="thin_3b", **_THIN, diffusion={"layers": 2})
+THIN_1B = resized(SPAR_1B, name="thin_1b", image_size=None, **_THIN, diffusion={"layers": 6})
+THIN_3B = resized(SPAR_3B, name="thin_3b", image_size=None, **_THIN, diffusion={"layers": 2})
 
 REHEARSAL_NANO = resized(
     SPAR_1B,
     name="rehearsal_nano",
-    image_size=112,
-    vision={"image_size": 112, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64, "output_width": 32},
+    image_size=224,
+    vision={"image_size": 224, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64, "output_width": 32},
     autoencoder={
         "channels": (8, 8, 16, 32, 32, 32),
         "encoder_layers": (1,) * 6,
@@ -323,9 +328,9 @@ REHEARSAL_NANO = resized(
     },
     tokenizer={"residual_blocks": 1, "pixel_layers": 2, "pixel_heads": 2},
     language={"width": 32, "layers": 4, "heads": 4, "mlp_width": 64, "max_positions": 1024},
-    conditioning={"num_queries": 16, "connector_layers": 1},
+    conditioning={"num_queries": 64, "connector_layers": 1},
     diffusion={
-        "sample_size": 4,
+        "sample_size": 8,
         "layers": 2,
         "heads": 2,
         "head_width": 16,

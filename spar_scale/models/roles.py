@@ -66,17 +66,12 @@ class VisionEncoder(Member, Protocol):
         """Width of the features."""
         ...
 
-    @property
-    def published_names(self) -> tuple[str, ...]:
-        """Beginnings of the names of its weights in the published layout that it is read from."""
-        ...
-
     def build(self) -> nn.Module:
         """Return a module with parts `vision_tower` and `projector`, weights uninitialised."""
         ...
 
     def load(self, part: PretrainedPart) -> nn.Module:
-        """Return the same with pretrained weights, fp32."""
+        """Return the same with pretrained weights in the part's precision."""
         ...
 
     def feature_layers(
@@ -120,7 +115,10 @@ class LanguageModel(Member, Protocol):
         ...
 
     def load(self, part: PretrainedPart, vision: VisionEncoder) -> nn.Module:
-        """Return the model with pretrained weights, fp32; `vision` is the preset's vision encoder, if it has one."""
+        """Return the model with pretrained weights in the part's precision.
+
+        `vision` is the preset's vision encoder, if it has one.
+        """
         ...
 
     def parts(self, mllm: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -199,7 +197,7 @@ class Autoencoder(Member, Protocol):
         ...
 
     def load(self, part: PretrainedPart) -> tuple[nn.Module, float]:
-        """Return the model with pretrained weights, fp32, and the scale of its latents."""
+        """Return the model with pretrained weights in the part's precision, and the scale of its latents."""
         ...
 
     def save(self, autoencoder: nn.Module, directory: Path, scale: float | None = None) -> None:
@@ -226,7 +224,7 @@ class ImageTokenizer(Member, Protocol):
     """A tokenizer that reads features of a vision encoder and is drawn by the decoder of a pixel autoencoder."""
 
     def load(self, part: PretrainedPart, vision: VisionEncoder, autoencoder: Autoencoder) -> tuple[nn.Module, float]:
-        """Return the model with pretrained weights, fp32, and the scale of its latents.
+        """Return the model with pretrained weights in the part's precision, and the scale of its latents.
 
         It has parts `vision_tower`, `projector` and `decoder`.
         """
@@ -269,7 +267,7 @@ class DiffusionModel(Member, Protocol):
         ...
 
     def load(self, part: PretrainedPart) -> nn.Module:
-        """Return the model with pretrained weights, fp32."""
+        """Return the model with pretrained weights in the part's precision."""
         ...
 
     def save(self, diffusion: nn.Module, directory: Path) -> None:

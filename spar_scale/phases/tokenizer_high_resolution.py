@@ -20,6 +20,7 @@ PHASE = replace(
     phase="high_resolution",
     trains="the same, on larger pictures",
     starts_from=("tokenizer_encoder",),
+    evaluated_as=None,  # the evaluation scores the miniature, whose last phase of the tokenizer is `tokenizer_encoder`
 )
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from parallel.costs import layer_costs
 from parallel.errors import UserError
@@ -34,6 +35,7 @@ from spar_scale.stages.parts import preset_of
 from spar_scale.training.optimizers import parameter_groups
 
 SHOWN = 10
+FP32_BYTES = 4
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -101,6 +103,14 @@ def count(recipe: Recipe, tensor: int) -> CountedProgram:
         num_groups=len(groups),
         states=[OPTIMIZERS[recipe.optimizer.name].state_of(group) for group in groups],
         whole_matrices=whole_matrix_groups(groups),
+        beside_bytes=[sum(map(_whole_bytes, layer.beside)) for layer in stage.layers],
+    )
+
+
+def _whole_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module that a rank holds whole in fp32; trained, it has a gradient and two moments."""
+    return sum(
+        FP32_BYTES * parameter.numel() * (4 if parameter.requires_grad else 1) for parameter in module.parameters()
     )
 
 

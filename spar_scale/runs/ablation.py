@@ -257,6 +257,7 @@ def _chosen(names: Sequence[str] | None) -> list[str]:
 @torch.no_grad()
 def _measure_tokenizer(recipe: Recipe, run_dir: Path, out: Path, samples: int) -> dict[str, float]:
     model, preset = trained_forward(run_dir)[0], preset_of(recipe)
+    recipe = recipe.model_copy(update={"precision": "fp32"})  # that of the EMA
     parts = {part: pretrained_part(recipe, part) for part in recipe.model.pretrained}
     scenes = torch.stack([scene.image for scene in scenes_of(out / "data", samples)])
     reconstructions = torch.cat([model.reconstruct(part) for part in scenes.split(64)])

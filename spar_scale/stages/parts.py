@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 
 from parallel.errors import UserError, nearest
@@ -18,6 +19,8 @@ from spar_scale.models.published import PretrainedPart, shapes_only
 from spar_scale.phases import phase_of
 
 _log = logging.getLogger(__name__)
+_INNER = ("transformer", "vae")
+"""Folders of a whole pipeline of diffusers that are parts."""
 
 
 def preset_of(recipe: Recipe) -> Preset:
@@ -54,11 +57,18 @@ def pretrained_parts(recipe: Recipe) -> dict[str, PretrainedPart]:
 
 
 def pretrained_part(recipe: Recipe, name: str) -> PretrainedPart:
-    """Return a part that `model.pretrained` names. Raises UserError where its directory holds no config."""
+    """Return a part that `model.pretrained` names, to be read in the precision of the recipe.
+
+    Raises UserError where its directory holds no config.
+    """
     run_dir, given = Path(recipe.run_dir), recipe.model.pretrained[name]
-    part = PretrainedPart(name, beside(run_dir, given), recipe.model.preset)
+    # The engine rounds all weights to its precision, so one that is never updated needs no fp32 copy before.
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    part = PretrainedPart(name, beside(run_dir, given), recipe.model.preset, dtype)
     if not shapes_only() and name != "perceptual" and not part.config_path.is_file():  # whose files have no config
-        raise part.error(f"no config.json in {part.directory}{behind_link(run_dir, given)}")
+        inner = [path.name for path in map(part.directory.joinpath, _INNER) if (path / "config.json").is_file()]
+        hint = f"; its folders {', '.join(inner)} have one each: name the one that is this part" if inner else ""
+        raise part.error(f"no config.json in {part.directory}{hint}{behind_link(run_dir, given)}")
     return part
 
 

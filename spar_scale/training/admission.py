@@ -1,7 +1,7 @@
 """What keeps a recipe from being trained, found in seconds and all at once: the check before a job waits for its nodes.
 
 Where `train` has a function that refuses before anything big is built, that very function is called here. Weights are
-never read: of a pretrained part the headers of its files are held against the shapes of the preset, of a parent's
+never read: of a pretrained part the config and the headers of its files are held against the preset, of a parent's
 checkpoint its manifest is read, of stored values their manifest is compared except for the hashes of weights. So what
 is refused here is refused by `train`, and `train` may still refuse damaged weights.
 """
@@ -9,10 +9,9 @@ is refused here is refused by `train`, and `train` may still refuse damaged weig
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from parallel.errors import UserError
@@ -20,8 +19,8 @@ from parallel.launch.run_lock import check_free
 from parallel.topology import Layout
 from spar_scale.config.recipe import Recipe, behind_link, beside
 from spar_scale.data import encoded
-from spar_scale.data.spec import sources_of
-from spar_scale.data.storage import expand_shards
+from spar_scale.data.spec import shards_of, sources_of
+from spar_scale.data.tar_index import read_header
 from spar_scale.data.tasks import source_task
 from spar_scale.models.presets import Preset
 from spar_scale.models.published import PretrainedPart
@@ -38,8 +37,9 @@ _LOADERS: dict[str, Callable[[PretrainedPart, Preset], nn.Module]] = {
     "diffusion": lambda part, preset: preset.diffusion.load(part),
     "tokenizer": lambda part, preset: preset.tokenizer.load(part, preset.vision, preset.autoencoder)[0],
     "mllm": lambda part, preset: preset.language.load(part, preset.vision),
+    "vision": lambda part, preset: preset.vision.load(part),
 }
-"""Published part -> what reads it. A part of which only the vision tower is read is in the layout of `mllm`."""
+"""Published part -> what reads it; `vision` is one of which only the vision tower is read."""
 
 
 def check_layout(recipe: Recipe, world: int) -> None:
@@ -52,6 +52,15 @@ def check_layout(recipe: Recipe, world: int) -> None:
     if layout.pipeline > 1:
         layout.check_layers(len(meta_stage(recipe).layers), world)
     engine_settings(recipe, data_size)
+
+
+def check_shards(recipe: Recipe) -> None:
+    """Raise UserError for a source without shards, or whose first shard has no index of its present size.
+
+    The loader checks all shards, but only after the weights are loaded and the run directory has the recipe.
+    """
+    for _, shards in shards_of(sources_of(recipe)):
+        read_header(shards[0])
 
 
 def refusals(recipe: Recipe, world: int, stage: Stage | None) -> list[str]:
@@ -81,7 +90,7 @@ def stored_bytes(recipe: Recipe, source: str, num_tokens: int) -> int:
     manifest = encoded.read_manifest(directory / encoded.MANIFEST)
     if manifest is None:
         return 0
-    shards = [(one, expand_shards(one.shards)) for one in sources_of(recipe) if one.name == source]
+    shards = shards_of([one for one in sources_of(recipe) if one.name == source])
     stored = encoded.Encoded(directory, manifest["made_of"], shards, "spar-scale data encode RECIPE")
     of_a_token = sum(state.nbytes for state in stored.token_states(source).values())
     return sum(tensor.nbytes for tensor in stored.empty(source, 1).values()) + num_tokens * of_a_token
@@ -96,28 +105,16 @@ def _messages(checks: list[Callable[[], object]]) -> Iterator[str]:
 
 
 def _check_part(recipe: Recipe, part: str) -> None:
-    """Raise UserError where a pretrained part is not there, or is of shapes that the preset has not."""
-    found = _found(recipe, part)
-    preset, where = preset_of(recipe), f"model.pretrained.{part}: {found.directory}"
-    if part == "tokenizer" and (other := found.config().get("preset")) != preset.name:
-        raise UserError(f"{where} has preset '{other}', this recipe has '{preset.name}'")
+    """Raise UserError where a pretrained part is not there, or its config or headers do not fit the preset."""
+    found, preset = replace(_found(recipe, part), headers_only=True), preset_of(recipe)
     if part == PART:
         perceptual_files(recipe, found)
         return
-    read = preset.vision.published_names if part in phase_of(recipe).vision_only else None
-    load = _LOADERS.get("mllm" if read else part)
-    if load is None:  # a name that no phase takes, which the stage refuses
-        return
-    with torch.device("meta"):
-        model = load(found, preset)
-    wanted = {_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in _shapes(where, found.directory).items():
-        key = _name(name)
-        if (read is None or key[0] in read) and wanted.get(key, shape) != shape:
-            raise UserError(
-                f"{where} has {name} of shape {shape}, preset '{preset.name}' needs {wanted[key]};"
-                " name a part of this preset, or set model.preset"
-            )
+    vision_only = part in phase_of(recipe).vision_only
+    load = _LOADERS.get("vision" if vision_only else part)
+    if load is not None:  # else a name that no phase takes, which the stage refuses
+        with torch.device("meta"):
+            load(found, preset)
 
 
 def _found(recipe: Recipe, part: str) -> PretrainedPart:
@@ -126,26 +123,6 @@ def _found(recipe: Recipe, part: str) -> PretrainedPart:
     except UserError as error:
         run = beside(recipe.run_dir, recipe.model.pretrained[part]).parent
         raise UserError(f"{error}; train the phase that writes it first (spar-scale train, run_dir={run})") from None
-
-
-def _name(name: str) -> tuple[str, ...]:
-    """A parameter's name without `model`, which transformers (5.0) puts at another place in files, and our wrapper."""
-    return tuple(part for part in name.split(".") if part not in ("model", "transformer"))
-
-
-def _shapes(where: str, directory: Path) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape out of the headers of a directory's safetensors files."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{where} holds no *.safetensors file; export the part again")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{where}: {path.name} cannot be read ({error}); export the part again") from None
-    return shapes
 
 
 def _check_encoded(recipe: Recipe, stage: Stage | None) -> None:
@@ -167,6 +144,4 @@ def _check_encoded(recipe: Recipe, stage: Stage | None) -> None:
             wanted["text"] = stage.sample.text.digest
     if differing := encoded.differences(manifest["made_of"], wanted):
         raise UserError(f"data.encoded: {path} was made of other things ({differing}); run `{command}`")
-    encoded.check_sources(
-        path, manifest, [(source, expand_shards(source.shards)) for source in sources_of(recipe)], command
-    )
+    encoded.check_sources(path, manifest, shards_of(sources_of(recipe)), command)

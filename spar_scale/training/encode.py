@@ -43,8 +43,8 @@ from spar_scale.data.encoded import (
     source_digest,
 )
 from spar_scale.data.images import BadSample
-from spar_scale.data.spec import SampleSpec, Source, sources_of
-from spar_scale.data.storage import ShardReader, expand_shards
+from spar_scale.data.spec import SampleSpec, Source, shards_of, sources_of
+from spar_scale.data.storage import ShardReader
 from spar_scale.data.tar_index import check_fresh, read_index
 from spar_scale.data.tasks import Conditioned, Members, source_task
 from spar_scale.stages import Encoding, Stage
@@ -135,7 +135,7 @@ def _encoding(stage: Stage) -> Encoding:
 
 
 def _sources(recipe: Recipe) -> list[tuple[Source, list[str]]]:
-    return [(source, expand_shards(source.shards)) for source in sources_of(recipe)]
+    return shards_of(sources_of(recipe))
 
 
 def _task(sample: SampleSpec, source: Source) -> Conditioned:

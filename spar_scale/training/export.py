@@ -10,7 +10,7 @@ import torch
 
 from parallel import checkpoint
 from parallel.errors import UserError
-from parallel.launch.agreement import run_on_all_ranks, run_on_first_rank
+from parallel.launch.agreement import run_long_on_first_rank, run_on_all_ranks
 from parallel.topology import Topology
 from spar_scale.config.recipe import Recipe, load_recipe
 from spar_scale.stages import LatentScale, Stage
@@ -37,9 +37,12 @@ def trained_forward(run_dir: Path) -> tuple[Forward, Path]:
 
 
 def ema_stage(recipe: Recipe, path: Path) -> Stage:
-    """Return the recipe's stage with the EMA of the checkpoint at `path` (eval mode, CPU, only this process)."""
-    stage = started_stage(recipe)
-    overwrite(stage.model, checkpoint.read(path, "ema"), path)
+    """Return the recipe's stage with the EMA of a checkpoint (fp32, eval mode, CPU, only this process).
+
+    `path` is one that `checkpoint.find` has just returned: its files are not verified again.
+    """
+    stage = started_stage(recipe.model_copy(update={"precision": "fp32"}))  # that of the EMA
+    overwrite(stage.model, checkpoint.read(path, "ema", verify=False), path)
     stage.model.eval()
     return stage
 
@@ -65,8 +68,7 @@ def export(
     if calibrated:
         assert stage is not None
         scale = measured_scale(recipe, Forward(stage, preset_of(recipe)), topology, device, report)
-    report("writing")
-    run_on_first_rank(group, lambda: _write(stage, recipe.run_dir, scale))
+    run_long_on_first_rank(group, lambda: _write(stage, recipe.run_dir, scale), lambda text: report(f"writing {text}"))
 
 
 def _write(stage: Stage | None, run_dir: Path, scale: LatentScale | None) -> None:

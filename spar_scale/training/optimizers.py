@@ -1,7 +1,7 @@
 """The parameter groups of the optimizer.
 
-A learning-rate group of the training stage is split by weight decay (vectors have none: norms, biases, scales) and, for
-Muon, into hidden matrices and other parameters.
+A learning-rate group of the training stage is split by weight decay (norms, biases, scales and embeddings have none, as
+in the authors' scripts: words, positions, patches, the class token) and, for Muon, into hidden matrices and others.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def _kind(name: str, parameter: nn.Parameter, hidden: set[str] | None) -> str:
         setattr(parameter, WHOLE_MATRICES, name in hidden)  # DeepSpeed reads this attribute
         if name in hidden:
             return "muon"
-    return "decay" if parameter.dim() > 1 else "plain"
+    embeds = "embeddings." in name or "embed_tokens" in name
+    return "decay" if parameter.dim() > 1 and not embeds else "plain"
 
 
 def _keys(group: str, kind: str, settings: OptimizerConfig) -> dict[str, Any]:

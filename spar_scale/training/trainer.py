@@ -28,12 +28,13 @@ from parallel.tensor import apply_tensor_parallel
 from parallel.topology import Layout, Topology
 from parallel.zero.engine import Engine, name_parameters
 from spar_scale.config.recipe import Recipe
+from spar_scale.config.schedule import learning_rate
 from spar_scale.data.loader import Loader
 from spar_scale.data.spec import sources_of
 from spar_scale.models.sharding import tensor_plan
 from spar_scale.stages.costs import pipeline_costs
 from spar_scale.stages.parts import preset_of
-from spar_scale.training.admission import check_layout
+from spar_scale.training.admission import check_layout, check_shards
 from spar_scale.training.attention_choice import attention_of
 from spar_scale.training.encode import frozen_digests, open_encoded
 from spar_scale.training.engine_settings import engine_settings
@@ -46,7 +47,6 @@ from spar_scale.training.parent import choose_parent, started_stage
 from spar_scale.training.preemption import StopRequest, WaitInterrupted
 from spar_scale.training.progress import Progress
 from spar_scale.training.run_directory import RunDirectory
-from spar_scale.training.schedule import learning_rate
 from spar_scale.training.tracking import RunLog, run_id
 
 log = logging.getLogger(__name__)
@@ -68,12 +68,15 @@ def train(recipe: Recipe) -> int:
         launch = start(recipe.guards.timeout_s)
         topology = Topology(layout)
         heartbeat = Heartbeat(topology, recipe.guards.timeout_s)
-        with StopRequest(topology) as stop, heartbeat, RunDirectory(recipe, topology) as directory:
-            trainer = Trainer(recipe, launch, topology, directory, heartbeat, stop)
-            try:
-                done = trainer.run()
-            finally:
-                trainer.close()
+        with StopRequest(topology) as stop, heartbeat:
+            # Before the run directory takes the recipe, so that a recipe with wrong paths leaves nothing behind.
+            run_on_first_rank(topology.agreement_group, lambda: check_shards(recipe))
+            with RunDirectory(recipe, topology) as directory:
+                trainer = Trainer(recipe, launch, topology, directory, heartbeat, stop)
+                try:
+                    done = trainer.run()
+                finally:
+                    trainer.close()
     if not done:
         raise SystemExit(STOPPED)
     return 0

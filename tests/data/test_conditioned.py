@@ -283,6 +283,11 @@ def test_a_text_over_the_limit_is_cut_at_its_end_and_the_marks_behind_it_stay(ma
     assert prompts(batch)[0].endswith(f"{prompt} <img>") and batch["tokens"][-1] == TOKENS["<img>"]
 
 
+def test_a_text_of_which_nothing_fits_is_a_bad_sample_and_no_unconditional_one(make_shard):
+    batch = read(make_shard({"a": {"png": columns(0), "txt": b"a red circle"}}), "generation", num_tokens=4)
+    assert batch["weight"].tolist() == [0] and "7 tokens; the maximum is 4" in batch["errors"][0]["reason"]
+
+
 RECORD = {
     "short": "a circle",
     "long": "a red circle",
@@ -366,7 +371,8 @@ SHAPES = {"generation": (1, 3, 8, 8), "editing": (2, 3, 8, 8)}
 def stream(world: Path, micro_batch=TASK_BLOCK, size=1, workers=0, first_step=0) -> dict[int, dict[str, torch.Tensor]]:
     """Sample number -> its tensors, over all ranks; each micro-batch has the shapes of its own task."""
     sources = [
-        Source("generation", str(world / "scenes-*.tar"), 0.6),
+        Source("generation", str(world / "scenes-*.tar"), 0.4),
+        Source("more", str(world / "scenes-*.tar"), 0.2, task="generation", texts=("txt",), fit="stretch"),
         Source("editing", str(world / "edits-*.tar"), 0.4),
     ]
     found: dict[int, dict[str, torch.Tensor]] = {}
@@ -385,6 +391,9 @@ def stream(world: Path, micro_batch=TASK_BLOCK, size=1, workers=0, first_step=0)
                 assert number not in found and values["weight"] == 1
                 found[number] = values
     return found
+
+
+SHAPES |= {"more": SHAPES["generation"]}  # a second source of the same task
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def test_questions_of_one_picture_are_one_sample_and_train(folder: Path, picture
     assert batch["errors"] == [] and batch["weight"].tolist() == [1]
     assert (
         sum(
-            f"question : {question} answer : {answer} ." in TEXT.decode(batch["tokens"][0].tolist())
+            f"question : {question} answer : {answer} ." in TEXT.decode(batch["tokens"].tolist())
             for question, answer in asked
         )
         == 2

@@ -94,6 +94,18 @@ def test_text_that_spells_a_mark_stays_text(published: TextTokenizer, library: T
             assert prompt.count(token) == plain.count(token)
 
 
+@pytest.mark.parametrize("string", [string for string in STRINGS if string.strip()])
+def test_a_shortened_text_is_a_beginning_that_has_so_many_tokens_less(published: TextTokenizer, string: str):
+    caption = f"{string}. " * 40
+    tokens = published.encode(caption)
+    for fewer in (1, 2, 3, len(tokens) // 2):
+        short = published.shorten(caption, fewer)
+        kept = published.encode(short)
+        assert caption.startswith(short) and short == short.rstrip() and "\ufffd" not in short
+        assert len(tokens) - fewer - 6 <= len(kept) <= len(tokens) - fewer
+    assert published.shorten(caption, len(tokens)) == published.shorten(caption, len(tokens) + 9) == ""
+
+
 @pytest.mark.parametrize("word", ["<bos>", "<img>", "<IMG_CONTEXT>", "mauve"])
 def test_a_mark_or_an_unknown_word_in_words_is_refused(word: str):
     text = miniature_text()

@@ -216,12 +216,24 @@ def test_a_run_that_gets_nowhere_stops(jobs: Jobs) -> None:
 
 
 def test_the_whole_chain_from_one_command_to_the_report(slurm: Cluster, jobs: Jobs) -> None:
-    began, root = time.monotonic(), jobs.folder / "chain"
-    line = ["cluster/submit_all.sh", "recipes/tiny", str(root), "--exclude=node4"]
-    told = slurm.run(*line, cwd=ROOT, env=SITE | {"SIZE": "smoke", "RECIPE": ""})
-    numbers = {line.split()[1]: line.split()[0] for line in told.splitlines()[:11]}
+    """That of the miniature, and the recipes of SPAR-3B as they are rehearsed before they cost a GPU."""
+    began, root, rehearsal = time.monotonic(), jobs.folder / "chain", jobs.folder / "rehearsal"
+    words = ["rehearse", "recipes/spar_3b", "--preset", "nano", "--out", str(rehearsal), "--no-train"]
+    run_command(words, ROOT)
+    numbers = submitted(slurm, ["recipes/tiny", str(root)], SITE | {"SIZE": "smoke", "RECIPE": ""})
+    rehearsed = submitted(slurm, [str(rehearsal / "recipes"), str(rehearsal)], SITE | {"RECIPE": ""})
     assert next(iter(numbers)) == "world" and list(numbers)[-1] == "evaluate"
+    assert list(rehearsed)[-1] == "instruct"
+    slurm.wait(rehearsed["instruct"], "COMPLETED", timeout=1600)
     slurm.wait(numbers["evaluate"], "COMPLETED", timeout=1600)
-    print(f"the chain took {time.monotonic() - began:.0f} s")
+    print(f"the chains took {time.monotonic() - began:.0f} s")
     assert "<html" in (root / "report.html").read_text()[:200] and (root / "scores.json").exists()
     assert all((root / name / "metrics.jsonl").exists() for name in list(numbers)[1:-1])
+    assert all((rehearsal / name / "checkpoints" / "latest").exists() for name in rehearsed)
+
+
+def submitted(slurm: Cluster, words: list[str], environment: dict[str, str]) -> dict[str, str]:
+    """Submit a chain; return the name of each job -> its number."""
+    told = slurm.run("cluster/submit_all.sh", *words, "--exclude=node4", cwd=ROOT, env=environment)
+    lines = (line.split() for line in told.splitlines())
+    return {words[1]: words[0] for words in lines if words[0].isdigit()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def _part_torn(recipe: Recipe, root: Path) -> Recipe:
 
 def _part_without_weights(recipe: Recipe, root: Path) -> Recipe:
     (root / "bare").mkdir()
-    (root / "bare/config.json").write_text("{}")
+    shutil.copy(Path(recipe.model.pretrained["pixel_autoencoder"]) / "config.json", root / "bare")
     return with_pretrained(recipe, pixel_autoencoder=str(root / "bare"))
 
 
@@ -182,9 +183,9 @@ REFUSALS: list[tuple[str, Callable[[Recipe, Path], Recipe], str]] = [
     ("tokenizer/decoder", _damaged_parent, "init_from: every checkpoint is damaged"),
     ("tokenizer/decoder", _parent_behind_a_link, "is a symbolic link, and"),
     ("tokenizer/init", _part_gone, "before/pretrained; train the phase that writes it first"),
-    ("tokenizer/init", _part_of_another_preset, "of shape"),
+    ("tokenizer/init", _part_of_another_preset, "preset 'tiny' needs"),
     ("tokenizer/init", _part_torn, ".safetensors cannot be read"),
-    ("tokenizer/init", _part_without_weights, "holds no *.safetensors file"),
+    ("tokenizer/init", _part_without_weights, "holds no diffusion_pytorch_model.safetensors"),
     ("align/joint", _part_of_another_preset, "has preset 'nano', this recipe has 'tiny'"),
     ("bootstrap/mllm", _other_recipe_there, "holds a run of another recipe; it differs in seed"),
     ("bootstrap/mllm", _too_many_tensor_ranks, "parallel: found tensor 2 x pipeline 1 in a world of 1 process"),

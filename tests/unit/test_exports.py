@@ -24,7 +24,6 @@ from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
 from parallel.errors import UserError
 from spar_scale import SparPipeline
 from spar_scale.cli import main
-from spar_scale.inference.drawing import padded
 from spar_scale.inference.sampler import scheduler
 from spar_scale.models.internvl.vision import normalise
 from spar_scale.models.presets import PRESETS
@@ -63,12 +62,12 @@ def use(place: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> list[b
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run, its model, and exported directories of it."""
+    """A run in bf16, its average, and exported directories of it in fp32 and in the run's precision."""
     folder = tmp_path_factory.mktemp("exports")
     parts = make_parts(folder / "parts")
-    run = make_run(folder, "align", "joint", parts, moved=0.01)
-    assert main(["export", str(run), "--out", str(folder / "spar")]) == 0
-    assert main(["export", str(run), "--out", str(folder / "half"), "--precision", "bf16"]) == 0
+    run = make_run(folder, "align", "joint", parts, moved=0.01, precision="bf16")
+    assert main(["export", str(run), "--out", str(folder / "spar"), "--precision", "fp32"]) == 0
+    assert main(["export", str(run), "--out", str(folder / "half")]) == 0
     model = trained_forward(run)[0].stage.model.state_dict()
     return {"run": run, "parts": folder / "parts", "model": model, "spar": folder / "spar", "half": folder / "half"}
 
@@ -118,7 +117,7 @@ def test_transformers_reads_the_language_model_with_the_trained_tower(places: di
     torch.testing.assert_close(features, forward.features(PICTURES), atol=1e-5, rtol=1e-5)
     prompt = forward.text.question_prompt("what color is the circle ?", 16)
     logits = published(torch.tensor([prompt] * 2), pixel_values=normalise(PICTURES)).logits[:, -1]
-    expected = forward.next_token(*padded([prompt] * 2), forward.features(PICTURES))
+    expected = forward.next_token([prompt] * 2, forward.features(PICTURES))
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     assert AutoTokenizer.from_pretrained(directory).encode("a red circle") == forward.text.encode("a red circle")
 
@@ -127,11 +126,11 @@ def test_transformers_reads_the_language_model_with_the_trained_tower(places: di
 def test_diffusers_reads_the_diffusion_transformer_and_the_solver(places: dict[str, Any]):
     forward = trained_forward(places["run"])[0]
     published = SanaTransformer2DModel.from_pretrained(places["spar"] / "transformer")
-    captions, keep = forward.condition(*padded([forward.text.generation_prompt("a red circle")] * 2))
+    captions, bounds = forward.condition([forward.text.generation_prompt("a red circle")] * 2)
     latents = torch.randn(2, *PRESETS["tiny"].latent_shape, generator=torch.Generator().manual_seed(1))
     times = torch.tensor([300.0, 900.0])
-    found = published(latents, captions, times, encoder_attention_mask=keep.float(), return_dict=False)[0]
-    torch.testing.assert_close(found, forward.velocity(latents, times, captions, keep), atol=1e-5, rtol=1e-5)
+    found = published(latents, captions.unflatten(0, (2, -1)), times, return_dict=False)[0]
+    torch.testing.assert_close(found, forward.velocity(latents, times, captions, bounds), atol=1e-5, rtol=1e-5)
     solvers: list[Any] = [DPMSolverMultistepScheduler.from_pretrained(places["spar"] / "scheduler"), scheduler(1.0)]
     for solver in solvers:
         solver.set_timesteps(5)

@@ -31,12 +31,13 @@ def parts(tmp_path_factory):
 
 
 def stage_of(parts, stage, phase, routing="dynamic", shift=1.0) -> Any:
-    model = SimpleNamespace(preset="tiny", pretrained=parts_of(stage, phase, parts), routing=routing, alignment="self")
+    chosen = {"preset": "tiny", "image_size": None, "routing": routing, "alignment": "self"}
+    model = SimpleNamespace(**chosen, pretrained=parts_of(stage, phase, parts))
     objective = SimpleNamespace(
         align_weight=0.5, align_block=3, caption_dropout=0.1, timestep_shift=shift, adversarial_weight=0
     )
     data = SimpleNamespace(long_captions="cut")
-    settings = {"stage": stage, "phase": phase, "seed": 0, "run_dir": "."}
+    settings = {"stage": stage, "phase": phase, "seed": 0, "run_dir": ".", "precision": "fp32"}
     recipe: Any = SimpleNamespace(**settings, model=model, objective=objective, data=data)
     return build(recipe)
 

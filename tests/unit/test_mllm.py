@@ -22,7 +22,8 @@ from parallel.program import Program
 from spar_scale.config.recipe import Recipe
 from spar_scale.data.patches import NUM_LABELS, UNKNOWN
 from spar_scale.data.prompts import TOKENS, miniature_text
-from spar_scale.inference.ask import answer, ask
+from spar_scale.inference.ask import answer
+from spar_scale.inference.commands import ask
 from spar_scale.models.internvl.language import Rotary, merge
 from spar_scale.models.internvl.layers import PromptPositions
 from spar_scale.models.internvl.model import mllm_config

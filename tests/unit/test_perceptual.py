@@ -18,14 +18,16 @@ from torch import Tensor
 from parallel.costs import layer_costs
 from parallel.errors import UserError
 from parallel.program import Apply
-from spar_scale.config.recipe import Recipe
+from spar_scale.config.recipe import Recipe, load_recipe
 from spar_scale.files.random_weights import PERCEPTUAL_FILES, perceptual_networks, write_perceptual
 from spar_scale.models.published import PretrainedPart
 from spar_scale.objectives.perceptual import PerceptualDistance
+from spar_scale.planning.plan import plan
 from spar_scale.stages.perceptual import PerceptualLoss, perceptual_loss
 from spar_scale.training.admission import refusals
 from spar_scale.training.encode import frozen_digests
 
+ROOT = Path(__file__).resolve().parents[2]
 LPIPS = [0.14518465101718903, 0.14281395077705383]
 ALONG_NOISE = [2.1984853744506836, 2.20072603225708]  # the gradient's scalar product with the noise, and its norm
 NORM = 0.06155345216393471
@@ -104,6 +106,14 @@ def recipe(directory: Path | None, **objective: Any) -> Recipe:
     )  # fmt: skip
 
 
+def test_a_plan_counts_its_operations_and_the_memory_of_its_weights(tmp_path: Path):
+    own, plain = (plan(made, 1, "h200") for made in (recipe(tmp_path), recipe(None, perceptual="gradient_difference")))
+    weights = sum(parameter.numel() for parameter in PerceptualDistance(convnext=False).parameters())
+    assert own.estimates[0].memory["companions"] == 4 * weights
+    assert "companions" not in plain.estimates[0].memory
+    assert plain.flops["losses"] == 0 < own.flops["losses"]
+
+
 def loaded(directory: Path, **objective: Any) -> PerceptualDistance:
     part = PretrainedPart("perceptual", directory, "tiny")
     (network,) = perceptual_loss(recipe(directory, **objective), part).beside
@@ -158,6 +168,11 @@ def test_a_recipe_that_wants_it_is_refused_without_its_files(tmp_path: Path):
 
     with pytest.raises(UserError, match=r"model\.pretrained\.perceptual: stage 'tokenizer', phase 'decoder' starts"):
         meta_stage(recipe(None))
+    wants = ["objective.perceptual=lpips", "objective.perceptual_weight=1.0"]
+    with pytest.raises(
+        UserError, match=r"model\.pretrained\.perceptual: missing, but objective.perceptual \"lpips\" needs"
+    ):
+        load_recipe(ROOT / "recipes/tiny/tokenizer_init.yaml", wants)  # as every command does, submit too
     assert meta_stage(recipe(tmp_path)).terms == {"mean_squared_error": 1.0, "perceptual": 1.0}
     assert any("perceptual: found none of vgg16*" in text for text in refusals(recipe(tmp_path), 1, None))
     with pytest.raises(ValueError, match=r"objective.perceptual_weight: found 0 with objective.perceptual lpips"):

@@ -235,7 +235,7 @@ def test_the_published_rotary_scaling_changes_nothing_below_its_limit():
 
 def test_a_directory_as_internvl_publishes_it_loads(tmp_path):
     """The published config.json has `rope_scaling` and no word on tied embeddings; its head is its own matrix."""
-    preset: Any = PRESETS["tiny"]
+    preset: Any = resized(PRESETS["tiny"], name="tiny", language={"rope_factor": 2.0})
     model = build_mllm(preset.vision, preset.language)
     initialise(model, seed=0)
     model.save_pretrained(str(tmp_path))

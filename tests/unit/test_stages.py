@@ -33,7 +33,7 @@ def recipe_of(stage, phase, run_dir=".", pretrained=None, preset="tiny", **objec
                 "align_weight": 0.5, "align_block": 3, "caption_dropout": 0.1, "timestep_shift": 1.0,
                 "adversarial_weight": 0, "perceptual": "gradient_difference"}  # fmt: skip
     return SimpleNamespace(
-        stage=stage, phase=phase, seed=0, run_dir=Path(run_dir),
+        stage=stage, phase=phase, seed=0, run_dir=Path(run_dir), precision="fp32",
         model=SimpleNamespace(preset=preset, pretrained=pretrained or {}, routing="dynamic", alignment="self",
                               image_size=None),
         objective=SimpleNamespace(**{**defaults, **objective}),
@@ -287,8 +287,10 @@ DAMAGE = {
     "a config that is not JSON": (lambda d: (d / "config.json").write_text("{"), "cannot be read as JSON"),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json in"),
     "a truncated file": (_truncate, "the weights in .* cannot be read"),
-    "no weights": (lambda d: (d / "diffusion_pytorch_model.safetensors").unlink(), "the weights in .* cannot be read"),
-    "a pickle only": (_only_pickle, "the weights in .* cannot be read"),
+    "no weights": (
+        lambda d: (d / "diffusion_pytorch_model.safetensors").unlink(), r"holds no diffusion_pytorch_model\.safetensors"
+    ),
+    "a pickle only": (_only_pickle, r"holds pickled weights only \(diffusion_pytorch_model\.bin\), which are never"),
 }  # fmt: skip
 
 

@@ -159,7 +159,6 @@ def cut(directory: Path) -> None:
 
 
 WEIGHT = "fusion.linear_2.bias"
-WRONG_WEIGHT = r"weight {} is missing, unexpected or of another shape in model\.safetensors$"
 TOKENIZER_DAMAGE = {
     "no config": (lambda d: (d / "config.json").unlink(), r"config\.json cannot be read as JSON"),
     "a config that is a list": (lambda d: (d / "config.json").write_text("[]"), "holds list, not a config"),
@@ -171,15 +170,18 @@ TOKENIZER_DAMAGE = {
     "no scale": (lambda d: edit_config(d, "latent_scale"), "config.json has latent_scale = None"),
     "a scale of 0": (lambda d: edit_config(d, "latent_scale", value=0.0), "config.json has latent_scale = 0.0"),
     "a scale of NaN": (lambda d: edit_config(d, "latent_scale", value=float("nan")), "has latent_scale = nan"),
-    "a missing weight": (lambda d: edit_weights(d, WEIGHT, None), WRONG_WEIGHT.format(WEIGHT)),
-    "an extra weight": (lambda d: edit_weights(d, "extra", torch.ones(1)), WRONG_WEIGHT.format("extra")),
-    "another shape": (lambda d: edit_weights(d, WEIGHT, torch.ones(5)), WRONG_WEIGHT.format(WEIGHT)),
+    "a missing weight": (lambda d: edit_weights(d, WEIGHT, None), f"missing weight {WEIGHT} in "),
+    "an extra weight": (lambda d: edit_weights(d, "extra", torch.ones(1)), "unexpected weight extra in "),
+    "another shape": (
+        lambda d: edit_weights(d, WEIGHT, torch.ones(5)),
+        rf"has {WEIGHT} of shape \(5,\), preset 'tiny' needs \(32,\)",
+    ),
     "the weights of two streams for one": (
         lambda d: edit_config(d, "streams", value="pixel"),
-        WRONG_WEIGHT.format("fusion.*"),
+        "unexpected weight fusion",
     ),
-    "a cut file": (cut, r"model\.safetensors cannot be read \("),
-    "no weights": (lambda d: (d / "model.safetensors").unlink(), r"model\.safetensors cannot be read \("),
+    "a cut file": (cut, r"model\.safetensors cannot be read: "),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), r"holds no model\.safetensors and no index"),
 }
 
 
@@ -189,7 +191,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_by_its_key(part, case):
     damage(directory)
     with pytest.raises(UserError, match=message) as refusal:
         load_tokenizer(directory)
-    assert str(refusal.value).startswith(f"model.pretrained.tokenizer: {directory}")
+    assert str(refusal.value).startswith("model.pretrained.tokenizer: ") and str(directory) in str(refusal.value)
 
 
 def retype(directory: Path, name: str) -> None:
@@ -223,7 +225,7 @@ PARTS_DAMAGE = {
         r"missing weight (model\.)?language_model\.(model\.)?norm\.weight in ",
     ),
     "mllm: no weights": (
-        "mllm", lambda d: (d / "model.safetensors").unlink(), "the weights in .* cannot be read",
+        "mllm", lambda d: (d / "model.safetensors").unlink(), r"holds no model\.safetensors and no index",
     ),
     "mllm: no config": ("mllm", lambda d: (d / "config.json").unlink(), "config.json cannot be read as JSON"),
     "mllm: other bytes": ("mllm", lambda d: retype(d, "x"), "the weights in .* cannot be read"),

@@ -7,16 +7,17 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from parallel.errors import UserError
 from parallel.optimizers import OPTIMIZERS
 from spar_scale.config.recipe import OptimizerConfig
+from spar_scale.config.schedule import learning_rate
 from spar_scale.data.spec import SampleSpec
 from spar_scale.stages import Stage
 from spar_scale.training.guards import BadSampleGuard, NonFiniteGuard
 from spar_scale.training.optimizers import parameter_groups
-from spar_scale.training.schedule import learning_rate
 from spar_scale.training.tracking import RunLog, ranges, read_lines
 
 
@@ -134,6 +135,16 @@ def test_groups_carry_their_multiplier_and_decay_only_matrices() -> None:
     assert groups["main.decay"]["weight_decay"] == 0.1
     assert groups["main.plain"]["weight_decay"] == 0.0
     assert [p.dim() for p in groups["main.plain"]["params"]] == [1]
+
+
+def test_embeddings_do_not_decay() -> None:
+    made = stage()
+    made.model.get_submodule("encoder").add_module("embeddings", holder := nn.Module())
+    for name in ("position_embeddings", "cls_token"):
+        holder.register_parameter(name, nn.Parameter(torch.zeros(1, 3, 2)))
+    groups = {group["name"]: group for group in parameter_groups(made, OptimizerConfig(lr=1e-3, weight_decay=0.1))}
+    assert groups["encoder.plain"]["weight_decay"] == 0.0
+    assert [p.dim() for p in groups["encoder.plain"]["params"]] == [1, 3, 3]
 
 
 def test_muon_takes_the_matrices_at_its_own_rate() -> None:

@@ -19,6 +19,9 @@ from launching import run_world
 from PIL import Image
 from tiny_runs import make_autoencoder, make_data, metrics, recipe_values
 
+from spar_scale.files import random_weights
+from spar_scale.models.presets import PRESETS
+
 Case = tuple[str, list[str], int | None]
 """Name, arguments, and the largest file in bytes that the process may write."""
 
@@ -80,7 +83,7 @@ EXPECTED = {
     "not a tar": r"text-0\.tar",
     "no index": r"spar-scale data index",
     "stale index": r"stale-0\.tar",
-    "no shards": r"none-\*\.tar",
+    "no shards": r"error: data\.sources: source 'images': shards: .*none-\*\.tar: no such shard",
     "too many bad images": r"guards\.max_bad_fraction",
     "no usable image": r"step 1: none of its 12 samples could be used.*bad_samples\.jsonl",
     "not an image": r"text\.png: not an image",
@@ -91,6 +94,10 @@ EXPECTED = {
     "full disk": r"File too large",
     "run directory in the way": r"in-the-way",
     "recipe of another run": r"optimizer\.lr",
+    "wrong kind of repository": r"pretrained\.mllm: .*model_type = internvl_chat, .*whose name ends in -hf",
+    "wrong epsilon": r"pretrained\.mllm: .*vision_config\.layer_norm_eps = 1e-05, preset 'tiny' needs 1e-06",
+    "pickled weights only": r"pretrained\.pixel_autoencoder: .*holds pickled weights only .*\.bin",
+    "half precision only": r"pretrained\.pixel_autoencoder: .*holds the variant 'fp16' only",
     "tensor that divides no heads": r"parallel\.tensor: .*; nearest that fit: parallel\.tensor=2",
     "layout that does not fit": r"parallel: .*; nearest that fit: parallel\.tensor=1 parallel\.pipeline=1",
 }
@@ -123,6 +130,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert {code for code, _ in made.values()} == {0}, made
     run = folder / "run"
     assert len(metrics(run)) == 2
+    wrong_kind, wrong_epsilon = folder / "chat", folder / "epsilon"
+    for mllm, section, change in (
+        (wrong_kind, None, {"model_type": "internvl_chat"}),
+        (wrong_epsilon, "vision_config", {"layer_norm_eps": 1e-5}),
+    ):
+        random_weights.write_mllm(mllm, PRESETS["tiny"])
+        config = json.loads((mllm / "config.json").read_text())
+        (config[section] if section else config).update(change)
+        (mllm / "config.json").write_text(json.dumps(config))
+    for name in ("bin", "fp16.safetensors"):
+        part = shutil.copytree(autoencoder, folder / name)
+        (part / "diffusion_pytorch_model.safetensors").rename(part / f"diffusion_pytorch_model.{name}")
     trap = folder / "executed"
     (folder / "bad.yaml").write_text("train: {steps: 3\n  - no")
     (folder / "tag.yaml").write_text(f'stage: !!python/object/apply:os.mkdir ["{trap}"]\n')
@@ -186,6 +205,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("full disk", ["train", recipe("e")], 200_000),
         ("run directory in the way", ["train", recipe("f"), f"run_dir={folder / 'in-the-way' / 'run'}"], None),
         ("recipe of another run", ["train", recipe("run"), "optimizer.lr=0.5"], None),
+        ("wrong kind of repository", ["train", recipe("i"), f"model.pretrained.mllm={wrong_kind}"], None),
+        ("wrong epsilon", ["train", recipe("i"), f"model.pretrained.mllm={wrong_epsilon}"], None),
+        ("pickled weights only", ["train", recipe("i"), f"model.pretrained.pixel_autoencoder={folder / 'bin'}"], None),
+        (
+            "half precision only",
+            ["train", recipe("i"), f"model.pretrained.pixel_autoencoder={folder / 'fp16.safetensors'}"],
+            None,
+        ),
         ("tensor that divides no heads", ["train", recipe("g"), "parallel.tensor=3"], None),
         ("layout that does not fit", ["train", recipe("g"), "parallel.pipeline=3"], None),
     ]
@@ -213,6 +240,7 @@ def test_nothing_was_executed_lost_or_left_half_done(results: dict[str, Any]) ->
     assert not list((folder / "e" / "checkpoints").glob("step-*"))
     assert not list(folder.glob("*/checkpoints/.tmp-*"))
     assert not (folder / "x.png").exists()
+    assert not any((folder / name).exists() for name in ("a", "b", "c")), "a start without its shards left a run"
     assert (folder / "in-the-way").read_text() == "a file"
 
 

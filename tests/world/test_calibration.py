@@ -1,10 +1,11 @@
-"""The scale of the latents does not depend on the number of ranks, and each batch moves the heartbeat."""
+"""The scale of the latents does not depend on the number of ranks; each batch and a long write move the heartbeat."""
 
 from __future__ import annotations
 
 import io
 import json
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,30 @@ def measure(rank: int, world: int, values: dict[str, Any]) -> tuple[float, int, 
     return scale.value, scale.pictures, len(set(reports))
 
 
+def write_for_long(rank: int, world: int) -> tuple[bool, int]:
+    """Return whether a function of the first rank ended after others had reported, and the number of reports."""
+    from parallel.launch.agreement import run_long_on_first_rank
+
+    reported, ended, reports = threading.Event(), [rank > 0], list[str]()
+
+    def report(text: str) -> None:
+        reports.append(text)
+        if len(reports) == 3:
+            reported.set()
+
+    run_long_on_first_rank(None, lambda: ended.append(reported.wait(60)), report)
+    return ended[-1], len(reports)
+
+
+def fail_for_long(rank: int, world: int) -> None:
+    from parallel.launch.agreement import run_long_on_first_rank
+
+    def fail() -> None:
+        raise UserError("disk full")
+
+    run_long_on_first_rank(None, fail, lambda text: None)
+
+
 @pytest.fixture(scope="module")
 def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("calibration")
@@ -68,3 +93,14 @@ def test_bad_pictures_do_not_count_and_without_a_good_one_the_shard_is_named(val
     with pytest.raises(Exception, match=r"none of the first 256 images of data\.sources could be used") as failed:
         run_world(2, measure, bad, initialise=False)
     assert isinstance(failed.value.__cause__, UserError) and "00000000" in str(failed.value)
+
+
+def test_ranks_that_wait_for_a_long_write_go_on_reporting():
+    for ended, reports in run_world(2, write_for_long):
+        assert ended and reports >= 3
+
+
+def test_a_write_that_fails_fails_on_every_rank():
+    with pytest.raises(Exception, match="disk full") as failed:
+        run_world(2, fail_for_long)
+    assert isinstance(failed.value.__cause__, UserError)

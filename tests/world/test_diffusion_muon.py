@@ -39,10 +39,10 @@ def plain_training(values: dict) -> dict[str, torch.Tensor]:
     """An ordinary loop; returns the averaged weights."""
     from parallel.program import Program
     from spar_scale.config.recipe import Recipe
+    from spar_scale.config.schedule import learning_rate
     from spar_scale.data.loader import Loader, Source
     from spar_scale.stages import build
     from spar_scale.training.optimizers import parameter_groups
-    from spar_scale.training.schedule import learning_rate
 
     recipe = Recipe.model_validate_json(json.dumps(values))
     stage = build(recipe)

@@ -43,7 +43,7 @@ def test_every_phase_of_the_folder_trained_and_was_resumed(shown: Path):
 
 def test_the_last_run_drew_and_edited(shown: Path):
     for name in ("generate", "edit"):
-        assert Image.open(shown / f"{name}.png").size == (112, 112)
+        assert Image.open(shown / f"{name}.png").size == (224, 224)
 
 
 def test_a_resumed_run_that_differs_is_a_fault():

@@ -69,20 +69,3 @@ def test_a_non_finite_gradient_leaves_it_as_it_was() -> None:
     assert not torch.isfinite(torch.tensor(norms[3]))
     assert {int(tensor) for name, tensor in tensors.items() if name.endswith(".step")} == {STEPS - 1}
     assert all(tensor.isfinite().all() for tensor in tensors.values())
-
-
-def frozen_gradients(rank: int, world: int) -> tuple[bool, bool]:
-    from parallel.launch.world import start
-    from parallel.replica import Replica
-    from parallel.topology import Layout, Topology
-
-    launch, topology = start(), Topology(Layout())
-    replica = Replica("judge", network(), topology, launch.device, BETAS)
-    x = inputs(0).requires_grad_()
-    replica.frozen(x).sum().backward()
-    assert x.grad is not None
-    return bool(x.grad.abs().sum() > 0), all(p.grad is None for p in replica.parameters.values())
-
-
-def test_a_frozen_pass_reaches_its_input_and_not_its_weights() -> None:
-    assert run_world(1, frozen_gradients, initialise=False) == [(True, True)]

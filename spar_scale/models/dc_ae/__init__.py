@@ -37,7 +37,7 @@ class Autoencoder(AutoencoderShape):
         model.begin_with_shortcuts(autoencoder)
 
     def load(self, part: PretrainedPart) -> tuple[nn.Module, float]:
-        """Return the model with pretrained weights, fp32, and the scale of its latents."""
+        """Return the model with pretrained weights in the part's precision, and the scale of its latents."""
         return weights.load_autoencoder(part, self)
 
     def save(self, autoencoder: nn.Module, directory: Path, scale: float | None = None) -> None:

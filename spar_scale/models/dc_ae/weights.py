@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
@@ -9,19 +10,37 @@ from torch import nn
 
 from spar_scale.models.dc_ae.model import build_autoencoder
 from spar_scale.models.dc_ae.shapes import AutoencoderShape
-from spar_scale.models.published import PretrainedPart, shapes_only
+from spar_scale.models.published import PretrainedPart, parameters_on_meta
+
+KIND, FILES = "AutoencoderDC", "diffusion_pytorch_model"
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(AutoencoderDC.__init__).parameters.items()
+    if name != "self"
+}
 
 
 def load_autoencoder(part: PretrainedPart, shape: AutoencoderShape) -> tuple[AutoencoderDC, float]:
-    """Load an autoencoder, fp32, checked against the shape; return it and its scaling factor."""
-    if shapes_only():
-        return build_autoencoder(shape), shape.scaling_factor
-    expected = shape.config()
-    del expected["scaling_factor"]  # no shape: what was measured when the autoencoder was trained
-    found = part.config()
-    part.check(found, expected)
-    scale = part.positive(found, "scaling_factor")
-    return part.read(AutoencoderDC, low_cpu_mem_usage=False), scale
+    """Load an autoencoder in the part's precision, checked against the shape; return it and its scaling factor.
+
+    The factor must be that of the shape where this has one, because a published diffusion transformer was trained with
+    it; else it is what was measured when the autoencoder was trained.
+    """
+    scale = shape.scaling_factor
+    if part.is_checked:
+        found = part.config()
+        part.check_kind(found, "_class_name", KIND, "the repository dc-ae-f32c32-sana-1.1-diffusers, or a run's")
+        if found.get("downsample_block_type") == "conv":  # as diffusers' converter spells it; the model is the same
+            found["downsample_block_type"] = "Conv"
+        scale = part.positive(_DEFAULTS | found, "scaling_factor")
+        expected = _DEFAULTS | shape.config()
+        if shape.scaling_factor == _DEFAULTS["scaling_factor"]:
+            del expected["scaling_factor"]
+        part.check(found, expected, _DEFAULTS)
+    with parameters_on_meta():
+        model = build_autoencoder(shape)
+    part.fill(model, FILES)
+    return model.eval(), scale
 
 
 def save_autoencoder(model: nn.Module, directory: Path, scale: float | None = None) -> None:

@@ -43,7 +43,7 @@ class DualStream(StreamShape):
         return model.UnifiedTokenizer(self, vision, autoencoder, streams, pixel_encoder, initial_encoder)
 
     def load(self, part: PretrainedPart, vision: VisionEncoder, autoencoder: Autoencoder) -> tuple[nn.Module, float]:
-        """Return the model with pretrained weights, fp32, without teachers, and the scale of its latents."""
+        """Return the model without teachers, with pretrained weights, and the scale of its latents."""
         return weights.load_tokenizer(part, self, vision, autoencoder)
 
     def save(self, tokenizer: nn.Module, directory: Path, preset: str, latent_scale: float, images: int) -> None:

@@ -33,11 +33,6 @@ class Vision(VisionShape):
         """The sizes that a tensor-parallel size must divide."""
         return {"heads": self.heads, "mlp_width": self.mlp_width}
 
-    @property
-    def published_names(self) -> tuple[str, ...]:
-        """Beginnings of the names of its weights in the published layout."""
-        return weights.VISION_PARTS
-
     def at(self, image_size: int) -> Vision:
         """Return the encoder for pictures of another size; its positions are then interpolated."""
         return replace(self, read_size=image_size)
@@ -47,7 +42,7 @@ class Vision(VisionShape):
         return vision.VisionEncoder(self)
 
     def load(self, part: PretrainedPart) -> nn.Module:
-        """Return the same with pretrained weights, fp32."""
+        """Return the same with pretrained weights in the part's precision."""
         return weights.load_vision(part, self)
 
     def feature_layers(
@@ -73,7 +68,7 @@ class Language(LanguageShape):
         return {name: getattr(self, name) for name in names}
 
     def load(self, part: PretrainedPart, vision: Any) -> nn.Module:
-        """Return InternVL with pretrained weights, fp32; `vision` is the preset's vision encoder."""
+        """Return InternVL with pretrained weights in the part's precision; `vision` is the preset's encoder."""
         return weights.load_mllm(part, vision, self)
 
     def parts(self, mllm: nn.Module) -> tuple[nn.Module, nn.Module]:

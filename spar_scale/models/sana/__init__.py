@@ -32,7 +32,7 @@ class Sana(DiffusionShape):
         return model.Diffusion(self)
 
     def load(self, part: PretrainedPart) -> nn.Module:
-        """Return the model with pretrained weights, fp32."""
+        """Return the model with pretrained weights in the part's precision."""
         return weights.load_diffusion(part, self)
 
     def save(self, diffusion: nn.Module, directory: Path) -> None:

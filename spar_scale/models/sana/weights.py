@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
 from torch import nn
 
-from spar_scale.models.published import PretrainedPart, copy_weights, shapes_only
+from spar_scale.models.published import PretrainedPart, parameters_on_meta
 from spar_scale.models.sana.model import Diffusion
 from spar_scale.models.sana.shapes import DiffusionShape
 
+KIND, FILES = "SanaTransformer2DModel", "diffusion_pytorch_model"
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(SanaTransformer2DModel.__init__).parameters.items()
+    if name not in ("self", "guidance_embeds_scale")  # of no effect without guidance_embeds
+}
+
 
 def load_diffusion(part: PretrainedPart, shape: DiffusionShape) -> Diffusion:
-    """Load a diffusion transformer, fp32, checked against the shape."""
-    diffusion = Diffusion(shape)
-    if not shapes_only():
-        part.check(part.config(), shape.config())
-        copy_weights(diffusion.transformer, part.read(SanaTransformer2DModel, low_cpu_mem_usage=False))
+    """Load a diffusion transformer in the part's precision, checked against the shape."""
+    if part.is_checked:
+        found = part.config()
+        part.check_kind(found, "_class_name", KIND, "the folder `transformer` of a repository Sana_..._diffusers")
+        part.check(found, _DEFAULTS | shape.config(), _DEFAULTS)
+    with parameters_on_meta():
+        diffusion = Diffusion(shape)
+    part.fill(diffusion.transformer, FILES)
     return diffusion
 
 

@@ -136,6 +136,9 @@ def _settings(original: Recipe, preset: Preset, out: Path, layout: ParityLayout)
         "parallel.pipeline": 1,
         "parallel.micro_batch": block,
     }.items()
+    if original.model.image_size is not None:  # the same share of the preset's, where there are such pictures
+        share = original.model.image_size / PRESETS[original.model.preset].image_size
+        yield "model.image_size", max(round(share * preset.image_size), preset.smallest_size)
     for index, source in enumerate(original.data.sources):
         kind = "edits" if (source.task or source.name) == "editing" else "pairs"
         yield f"data.sources.{index}.shards", str(out / "data" / f"{kind}-*.tar")
