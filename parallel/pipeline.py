@@ -95,6 +95,14 @@ def pipeline_module(
     return module
 
 
+def layers_of_rank(layers: Sequence[Layer], topology: Topology, costs: Sequence[float]) -> list[Layer]:
+    """Return the layers of this rank's pipeline stage that have parameters of its own, by the cut of `costs`."""
+    if topology.layout.pipeline == 1:
+        return list(layers)
+    bounds = stage_bounds(costs, topology.layout.pipeline)
+    return list(layers[bounds[topology.pipeline_stage] : bounds[topology.pipeline_stage + 1]])
+
+
 def stage_bounds(costs: Sequence[float], stages: int) -> list[int]:
     """Return the first layer of each pipeline stage, then the number of layers.
 

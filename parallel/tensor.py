@@ -57,8 +57,9 @@ COLUMN, ROW = Split("column"), Split("row")
 def apply_tensor_parallel(model: nn.Module, holders: Iterable[nn.Module], plan: Plan, group: Group) -> None:
     """Cut `model` over the ranks of `group`, in place; `holders` are other modules that refer to its parts.
 
-    The weights must be loaded already, equal on every rank. Raises ValueError with the module's name if a size is not
-    divisible by the number of ranks.
+    The weights must be equal on every rank. One on the meta device is cut in shape; its attribute `stored`, if it has
+    one, goes on to the part, so that its values can be read afterwards. Raises ValueError with the module's name if a
+    size is not divisible by the number of ranks.
     """
     if group.size() == 1:
         return
@@ -107,12 +108,21 @@ def _shard(whole: Tensor, dim: int, parts: int, group: Group) -> nn.Parameter:
     parameter: Any = nn.Parameter(torch.cat(pieces, dim).contiguous(), requires_grad=whole.requires_grad)
     parameter.tensor_cut = TensorCut(dim, tuple(whole.shape), segments)
     parameter.tensor_model_parallel = True
-    return parameter
+    return _as_stored(whole, parameter)
 
 
 def _replicated(parameter: Tensor | None) -> nn.Parameter | None:
     """Return a copy of a parameter that every tensor-parallel rank holds."""
-    return None if parameter is None else nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    if parameter is None:
+        return None
+    return _as_stored(parameter, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+
+
+def _as_stored(whole: Tensor, parameter: Any) -> nn.Parameter:
+    """Return a parameter with the note where its values are, if `whole` has one."""
+    if hasattr(whole, "stored"):
+        parameter.stored = whole.stored  # type: ignore[attr-defined]
+    return parameter
 
 
 # -- megatron-core's linears and embedding ---------------------------------------------------------

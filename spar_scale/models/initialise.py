@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from spar_scale.models.published import set_values, shapes_only
+
 Initialiser = Callable[[nn.Module], None]
 
 _UNIT_NORMS = ("RMSNorm",)  # diffusers' class has no reset of its own: weight 1, bias 0
@@ -23,8 +25,8 @@ _UNIT_NORMS = ("RMSNorm",)  # diffusers' class has no reset of its own: weight 1
 def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> None:
     """Initialise every parameter of `model` in place, on CPU; the global generator is left as it was.
 
-    The top-level parts named in `loaded` keep the weights that they were read with; what is on the meta
-    device has none.
+    The top-level parts named in `loaded` keep the weights that they were read with, as does what is still in
+    files. What has no values yet gets memory, except where only shapes are wanted.
 
     A module is initialised by `_init_weights` of the nearest module around it that has one (that is
     transformers' hook; our parts define it too), else by its own `reset_parameters`. Raises
@@ -36,7 +38,10 @@ def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> Non
                 continue
             own = dict(module.named_parameters(recurse=False))
             if all(parameter.is_meta for parameter in own.values()):
-                continue
+                if shapes_only() or any(hasattr(parameter, "stored") for parameter in own.values()):
+                    continue
+                for parameter in own.values():
+                    set_values(parameter, torch.empty_like(parameter, device="cpu"))
             for parameter in own.values():
                 if parameter.device.type != "cpu":
                     raise ValueError(f"initialise runs on CPU, {name} is on {parameter.device}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -44,10 +44,10 @@ class Stored:
     path: Path
     name: str
 
-    def read(self) -> Tensor:
-        """Return the whole tensor. Raises UserError where the file cannot be read."""
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the whole tensor in a precision, else that of the part. Raises UserError for an unreadable file."""
         with self.part.opened(self.path) as file:
-            return file.get_tensor(self.name).to(self.part.dtype)
+            return file.get_tensor(self.name).to(dtype or self.part.dtype)
 
 
 @dataclass(frozen=True)
@@ -256,10 +256,28 @@ def read_weights(module: nn.Module) -> None:
             set_values(parameter, value)
 
 
-def values_of(parameter: Tensor) -> Tensor:
-    """Return the values of a parameter, read from its file where it has none."""
-    stored = getattr(parameter, "stored", None)
-    return stored.read() if parameter.is_meta and stored is not None else parameter.detach()
+def fp32_values(parameter: Tensor) -> Tensor:
+    """Return the values of a parameter in fp32: those in its file, if it has one, not what they are rounded to."""
+    stored: Stored | None = getattr(parameter, "stored", None)
+    return parameter.detach().float() if stored is None else stored.read(torch.float32)
+
+
+def replace_values(parameter: Tensor, values: Tensor) -> None:
+    """Give a parameter other values than those in its file, in its precision."""
+    attributes: dict[str, Any] = vars(parameter)
+    stored: Stored | None = attributes.pop("stored", None)
+    if parameter.is_meta and stored is not None:
+        set_values(parameter, values.to(stored.part.dtype, copy=True))
+    else:
+        with torch.no_grad():
+            parameter.copy_(values)
+
+
+def forget_values(model: nn.Module, kept: Collection[int]) -> None:
+    """Free the memory of all parameters but those with the ids `kept`: another process has them."""
+    for parameter in model.parameters():
+        if id(parameter) not in kept and not parameter.is_meta:
+            set_values(parameter, torch.empty_like(parameter, device="meta"))
 
 
 def set_values(parameter: Tensor, values: Tensor) -> None:
@@ -271,15 +289,16 @@ def set_values(parameter: Tensor, values: Tensor) -> None:
 
 def copy_weights(target: nn.Module, source: nn.Module) -> None:
     """Give `target` the weights of `source`, whose names and shapes are the same; what is in files stays there."""
-    theirs = dict(source.named_parameters())
-    mine = dict(target.named_parameters())
+    theirs: dict[str, Any] = dict(source.named_parameters())
+    mine: dict[str, Any] = dict(target.named_parameters())
     assert mine.keys() == theirs.keys()
     for name, parameter in mine.items():
-        if parameter.is_meta and hasattr(theirs[name], "stored"):
-            parameter.stored = theirs[name].stored  # pyright: ignore[reportAttributeAccessIssue]
+        if theirs[name].is_meta and hasattr(theirs[name], "stored"):
+            set_values(parameter, torch.empty_like(theirs[name]))
+            parameter.stored = theirs[name].stored
         else:
             with torch.no_grad():
-                parameter.copy_(values_of(theirs[name]))
+                parameter.copy_(theirs[name])
 
 
 def _listed(found: Any, expected: Any) -> Any:

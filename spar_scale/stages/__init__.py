@@ -122,13 +122,19 @@ class Stage:
         return None
 
 
-def build(recipe: Recipe) -> Stage:
+def build(recipe: Recipe, read: bool = True) -> Stage:
     """Build the phase that (recipe.stage, recipe.phase) names, initialised from recipe.seed.
 
-    Parameters outside every group are frozen and their modules put in eval mode. Raises UserError for
-    a training stage, phase or preset that does not exist and for pretrained parts that cannot be read.
+    Parameters outside every group are frozen and their modules put in eval mode. Without `read` the weights of
+    pretrained parts stay in their files, for `models.published.read_weights`. Raises UserError for a training stage,
+    phase or preset that does not exist and for pretrained parts that cannot be read.
     """
-    stage = phase_of(recipe).build(recipe)
+    from spar_scale.models.published import deferred_weights, read_weights
+
+    with deferred_weights():
+        stage = phase_of(recipe).build(recipe)
+    if read:
+        read_weights(stage.model)
     for name, parameter in stage.model.named_parameters():
         parameter.requires_grad_(stage.group_of(name) is not None)
     stage.model.train()

@@ -38,7 +38,7 @@ from spar_scale.data.spec import Draw, SampleSpec
 from spar_scale.models.dual_stream import DualStream, Streams, to_grid
 from spar_scale.models.initialise import initialise
 from spar_scale.models.presets import Preset
-from spar_scale.models.published import PretrainedPart, copy_weights
+from spar_scale.models.published import PretrainedPart, copy_weights, parameters_on_meta
 from spar_scale.objectives.distillation import semantic_distillation
 from spar_scale.objectives.reconstruction import mean_squared_error
 from spar_scale.phases import phase_of
@@ -125,10 +125,14 @@ def tokenizer_stage(
     preset = preset_of(recipe)
     tokenizer = preset.tokenizer
     assert isinstance(tokenizer, DualStream)
-    model = tokenizer.build(preset.vision, preset.autoencoder, settings.streams, lambda_p > 0, lambda_s > 0)
+    with parameters_on_meta():  # most are read
+        model = tokenizer.build(preset.vision, preset.autoencoder, settings.streams, lambda_p > 0, lambda_s > 0)
     trains_encoder = "vision_tower" in groups.get("encoder", ())
-    initialise(model, recipe.seed)
     _load_pretrained(model, parts, preset)
+    initialise(model, recipe.seed)
+    if hasattr(model, "initial_encoder"):
+        for name in ("vision_tower", "projector"):
+            copy_weights(model.get_submodule(f"initial_encoder.{name}"), model.get_submodule(name))
     if "mllm" not in parts and trains_encoder:
         _log.warning(
             "model.pretrained.mllm is not given: the part is initialised from seed %d, and this phase trains it",
@@ -160,7 +164,7 @@ def tokenizer_stage(
 
 
 def _load_pretrained(model: nn.Module, parts: dict[str, PretrainedPart], preset: Preset) -> None:
-    """Copy the pretrained parts into the model, and the encoder it then has into the initial encoder."""
+    """Copy the pretrained parts into the model."""
     autoencoder, _ = preset.autoencoder.load(parts["pixel_autoencoder"])
     copies = [("decoder", autoencoder.get_submodule("decoder"))]
     if hasattr(model, "pixel_encoder"):
@@ -168,8 +172,6 @@ def _load_pretrained(model: nn.Module, parts: dict[str, PretrainedPart], preset:
     if "mllm" in parts:
         encoder = preset.vision.load(parts["mllm"])
         copies += [(name, encoder.get_submodule(name)) for name in ("vision_tower", "projector")]
-    if hasattr(model, "initial_encoder"):
-        copies += [(f"initial_encoder.{name}", model.get_submodule(name)) for name in ("vision_tower", "projector")]
     for name, source in copies:
         copy_weights(model.get_submodule(name), source)
 

@@ -47,6 +47,7 @@ from spar_scale.data.spec import SampleSpec, Source, shards_of, sources_of
 from spar_scale.data.storage import ShardReader
 from spar_scale.data.tar_index import check_fresh, read_index
 from spar_scale.data.tasks import Conditioned, Members, source_task
+from spar_scale.models.published import fp32_values
 from spar_scale.stages import Encoding, Stage
 from spar_scale.training.attention_choice import attention_of
 
@@ -112,13 +113,16 @@ def made_of_stage(recipe: Recipe, stage: Stage) -> MadeOf:
 
 
 def frozen_digests(model: nn.Module, used: set[int] | None = None) -> dict[str, str]:
-    """Return the sha256 of the frozen parameters by top-level part; with `used`, only of parameters with these ids."""
+    """Return the sha256 of the frozen parameters by top-level part; with `used`, only of parameters with these ids.
+
+    It is of whole tensors in fp32, whatever a run rounds them to; what is still in files is read one tensor at a time.
+    """
     hashes: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and (used is None or id(parameter) in used):
             part = hashes.setdefault(name.split(".")[0], hashlib.sha256())
             part.update(name.encode())
-            part.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            part.update(fp32_values(parameter).contiguous().view(-1).view(torch.uint8).numpy())
     return {part: value.hexdigest() for part, value in hashes.items()}
 
 

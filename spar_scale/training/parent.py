@@ -25,6 +25,7 @@ from parallel.files import write_file
 from parallel.launch.agreement import run_on_first_rank
 from spar_scale import stages
 from spar_scale.config.recipe import Recipe, behind_link, beside
+from spar_scale.models.published import replace_values
 from spar_scale.stages import Stage
 from spar_scale.training.run_directory import has_trained
 
@@ -74,9 +75,12 @@ def check_parent(recipe: Recipe) -> bool:
     )
 
 
-def started_stage(recipe: Recipe) -> Stage:
-    """Build the recipe's stage with the weights it starts from (each process by itself)."""
-    stage = stages.build(recipe)
+def started_stage(recipe: Recipe, read: bool = True) -> Stage:
+    """Build the recipe's stage with the weights it starts from (each process by itself).
+
+    Without `read`, those that no parent has trained stay in the files of their parts.
+    """
+    stage = stages.build(recipe, read)
     record = _recorded(recipe.run_dir) if recipe.init_from is not None else None
     if record is not None:
         path = _recorded_checkpoint(recipe, record)
@@ -93,8 +97,7 @@ def overwrite(model: nn.Module, weights: dict[str, torch.Tensor], origin: Path) 
         if own[name].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
             raise UserError(f"{origin}: {name} has another shape ({shapes}); is model.preset the same?")
-        with torch.no_grad():
-            own[name].copy_(tensor)
+        replace_values(own[name], tensor)
 
 
 def _checkpoints(recipe: Recipe) -> Path:

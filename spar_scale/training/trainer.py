@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from parallel import checkpoint
 from parallel.checkpoint.manifest import read_manifest
@@ -24,6 +25,7 @@ from parallel.launch.exit_codes import STOPPED
 from parallel.launch.heartbeat import WAITING, Heartbeat
 from parallel.launch.world import Launch, start
 from parallel.optimizers import OPTIMIZERS
+from parallel.pipeline import layers_of_rank
 from parallel.tensor import apply_tensor_parallel
 from parallel.topology import Layout, Topology
 from parallel.zero.engine import Engine, name_parameters
@@ -31,7 +33,9 @@ from spar_scale.config.recipe import Recipe
 from spar_scale.config.schedule import learning_rate
 from spar_scale.data.loader import Loader
 from spar_scale.data.spec import sources_of
+from spar_scale.models.published import forget_values, read_weights
 from spar_scale.models.sharding import tensor_plan
+from spar_scale.stages import Stage
 from spar_scale.stages.costs import pipeline_costs
 from spar_scale.stages.parts import preset_of
 from spar_scale.training.admission import check_layout, check_shards
@@ -100,13 +104,12 @@ class Trainer:
         self.stop = stop or StopRequest(topology)
         self.in_step = False
         choose_parent(recipe, topology.files_group)  # writes the record that started_stage reads
-        self.stage = started_stage(recipe)
+        self.stage = started_stage(recipe, read=False)
         self.encoded = open_encoded(recipe, self.stage)
         if self.encoded is not None:
             self.stage = self.stage.encoded()
-        self.frozen = frozen_digests(self.stage.model)  # of whole tensors: _build_engine shards them
-        for module in (module for layer in self.stage.layers for module in layer.beside):
-            self.frozen |= frozen_digests(module)
+        # Of whole tensors: _build_engine shards them. One rank reads them all, the others what they keep.
+        self.frozen = run_on_first_rank(topology.agreement_group, lambda: _frozen_digests(self.stage))
         self.engine = self._build_engine(launch)
         topology.limit_waits(recipe.guards.timeout_s)  # after DeepSpeed has made its groups, which have no limit
         for companion in self.stage.companions:
@@ -312,6 +315,9 @@ class Trainer:
         costs = run_on_first_rank(topology.agreement_group, lambda: pipeline_costs(recipe, stage))
         plan = tensor_plan(preset_of(recipe))
         apply_tensor_parallel(stage.model, stage.layers, plan, topology.tensor_group)
+        kept = nn.ModuleList(layers_of_rank(stage.layers, topology, costs))
+        forget_values(stage.model, {id(parameter) for parameter in kept.parameters()})
+        read_weights(kept)  # after the sharding: of a sharded weight this rank's part
         name_parameters(stage.model)  # after the sharding, which replaces parameters
         groups = parameter_groups(stage, recipe.optimizer)
         self.multipliers = {group["name"]: group.pop("multiplier") for group in groups}
@@ -353,6 +359,14 @@ class Trainer:
     def _announce(self, text: str) -> None:
         if self.topology.rank == 0:
             log.info("%s/%s %s", self.recipe.stage, self.recipe.phase, text)
+
+
+def _frozen_digests(stage: Stage) -> dict[str, str]:
+    """Return the digests of the frozen parts of a stage, also of those that stand beside the engine."""
+    digests = frozen_digests(stage.model)
+    for module in (module for layer in stage.layers for module in layer.beside):
+        digests |= frozen_digests(module)
+    return digests
 
 
 def _readable_state(path: Path) -> dict[str, Any]:

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from parallel.errors import UserError
 from spar_scale.files import random_weights
 from spar_scale.models.presets import PRESETS, resized
-from spar_scale.models.published import PretrainedPart, deferred_weights, read_weights
+from spar_scale.models.published import (
+    PretrainedPart,
+    copy_weights,
+    deferred_weights,
+    fp32_values,
+    read_weights,
+    replace_values,
+)
+from spar_scale.training.encode import frozen_digests
 
 PRESET: Any = resized(
     PRESETS["tiny"],
@@ -240,6 +248,37 @@ def test_weights_that_are_deferred_are_read_where_they_are_kept(tmp_path: Path):
     assert all(parameter.is_meta for parameter in blocks[1].parameters())
     read_weights(model)
     assert same(model, load("diffusion", tmp_path))
+
+
+def test_a_deferred_copy_is_read_like_its_source_and_what_a_parent_trained_replaces_both(tmp_path: Path):
+    random_weights.write_diffusion(tmp_path, PRESET)
+    other, whole = PRESET.diffusion.build(), load("diffusion", tmp_path)
+    with deferred_weights():
+        model = load("diffusion", tmp_path, torch.bfloat16)
+        copy_weights(other, model)
+    assert all(parameter.is_meta for parameter in other.parameters())  # what it had before takes no memory
+    bias = "transformer.proj_out.bias"
+    trained = torch.full_like(whole.get_parameter(bias), 1 / 3)
+    replace_values(other.get_parameter(bias), trained)
+    read_weights(other)
+    read_weights(model)
+    replace_values(model.get_parameter(bias), trained)
+    assert same(model, other) and {tensor.dtype for tensor in other.parameters()} == {torch.bfloat16}
+    assert torch.equal(other.get_parameter(bias), trained.bfloat16())
+    assert torch.equal(fp32_values(model.get_parameter(bias)), trained.bfloat16().float())  # its file's no longer
+
+
+def test_a_digest_is_of_what_is_in_the_files_whatever_the_precision(tmp_path: Path):
+    random_weights.write_diffusion(tmp_path, PRESET)
+    with deferred_weights():
+        models = [load("diffusion", tmp_path, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    models += [load("diffusion", tmp_path, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    models.append(PRESET.diffusion.build())
+    models[-1].load_state_dict(models[2].state_dict())  # which no file stands behind
+    for model in models:
+        model.requires_grad_(False)
+    first, *others = (frozen_digests(model) for model in models)
+    assert first.keys() == {"transformer"} and all(other == first for other in others)
 
 
 def _peak_bytes(act: Callable[[], Any]) -> tuple[Any, int]:

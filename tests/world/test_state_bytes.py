@@ -71,6 +71,7 @@ def test_every_kind_is_exact_on_every_rank(name: str, recipes: dict[str, Any], m
         expected = state_bytes(counted.stage_weights(first, end), counted.num_groups, shape, rank["data_rank"])
         print(name, expected)
         assert rank["bytes"] == expected
+        assert rank["left"] == []
         assert min(expected["weights"], expected["frozen"], expected["gradients"]) > 0
 
 
@@ -98,8 +99,15 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         gradients = watch_gradients(trainer.engine)
         trainer._train_step(iter(trainer.loader))
         found = kept_bytes(trainer.engine) | {"gradients": gradients[0]}
+        left = beside_engine(trainer.stage.model, trainer.engine.deepspeed.module)
         trainer.close()
-    return {"stage": topology.pipeline_stage, "data_rank": topology.data_rank, "bytes": found}
+    return {"stage": topology.pipeline_stage, "data_rank": topology.data_rank, "bytes": found, "left": left}
+
+
+def beside_engine(model: torch.nn.Module, held: torch.nn.Module) -> list[str]:
+    """The parameters of a model that take memory though the engine does not hold them."""
+    own = {id(parameter) for parameter in held.parameters()}
+    return [name for name, value in model.named_parameters() if id(value) not in own and not value.is_meta]
 
 
 def watch_gradients(engine: Any) -> list[int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from spar_scale.models.published import copy_weights
 from spar_scale.models.roles import LanguageModel
 
 
@@ -35,8 +36,8 @@ class Connector(nn.Module):
         """Start from the last layers and the final norm of the language model."""
         layers, norm = language.last_layers(trunk, len(self.layers))
         for mine, its in zip(self.layers, layers, strict=True):
-            mine.load_state_dict(its.state_dict(), strict=True)
-        self.norm.load_state_dict(norm.state_dict(), strict=True)
+            copy_weights(mine, its)
+        copy_weights(self.norm, norm)
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is self.projection:
