@@ -44,7 +44,7 @@ def opening() -> Any:
 
 
 def new_stage() -> Any:
-    model, objective = SimpleNamespace(preset="tiny", pretrained={}), SimpleNamespace()
+    model, objective = SimpleNamespace(preset="tiny", image_size=None, pretrained={}), SimpleNamespace()
     recipe: Any = SimpleNamespace(
         stage="bootstrap", phase="mllm", seed=0, run_dir=Path("."), model=model, objective=objective
     )
