@@ -25,6 +25,7 @@ from spar_scale.config.recipe import Recipe
 from spar_scale.data.encoded import Encoded
 from spar_scale.data.loader import Loader, Source
 from spar_scale.data.tar_index import read_index
+from spar_scale.models.published import replace_values
 from spar_scale.runs.curves import curve
 from spar_scale.stages import Stage, build
 from spar_scale.training.encode import encode, made_of_stage, open_encoded
@@ -131,8 +132,8 @@ def test_the_stage_without_its_frozen_part_reads_no_picture(folder):
 
 
 def disturb(stage: Stage, part: str) -> Stage:
-    with torch.no_grad():
-        next(stage.model.get_submodule(part).parameters()).view(-1)[0] += 1
+    parameter = next(stage.model.get_submodule(part).parameters())
+    replace_values(parameter, parameter.detach() + 1)
     return stage
 
 
