@@ -26,6 +26,7 @@ from parallel.topology import Layout
 from parallel.zero.state_bytes import Weight
 from spar_scale.config.recipe import Recipe, flatten
 from spar_scale.data.order import micro_steps
+from spar_scale.data.tasks import packed_slots
 from spar_scale.models.sharding import check_tensor, tensor_plan
 from spar_scale.planning.gpus import find_gpu
 from spar_scale.planning.model_parts import part_of
@@ -48,6 +49,7 @@ class Plan:
     gpus: int
     estimates: list[LayoutEstimate]
     flops: dict[str, int]
+    prompts: str | None = None
 
     def text(self) -> str:
         """Return a table of the best layouts with the recipe's own marked, and why others are refused."""
@@ -66,7 +68,7 @@ def plan(recipe: Recipe, gpus: int, gpu: str) -> Plan:
     counted = {1: count(recipe, 1)}
     estimates = [_estimate(recipe, layout, gpus, machine, counted) for layout in layouts(gpus, machine)]
     estimates.sort(key=lambda e: (e.refused is not None, e.step_s, e.memory_bytes))
-    return Plan(recipe, machine, gpus, estimates, _flops(recipe, counted[1], gpus))
+    return Plan(recipe, machine, gpus, estimates, _flops(recipe, counted[1], gpus), _prompts(recipe))
 
 
 def layouts(gpus: int, machine: Machine) -> Iterator[Layout]:
@@ -112,6 +114,17 @@ def _whole_bytes(module: nn.Module) -> int:
     return sum(
         FP32_BYTES * parameter.numel() * (4 if parameter.requires_grad else 1) for parameter in module.parameters()
     )
+
+
+def _prompts(recipe: Recipe) -> str | None:
+    """Describe the prompts that are counted; None for a phase without packed prompts."""
+    sample = meta_stage(recipe).sample
+    if not (packed_slots(sample) and sample.num_tokens):
+        return None
+    if recipe.data.plan_tokens is not None:
+        return f"prompts of {recipe.data.plan_tokens} tokens beside their picture (data.plan_tokens)"
+    longest = f"prompts of {sample.num_tokens} tokens, the longest that are read"
+    return f"{longest}: set data.plan_tokens to the mean of your data"
 
 
 def _in_optimizer_order(group: dict[str, Any]) -> list[Any]:
@@ -166,6 +179,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"{title}, on {plan.gpus} x {machine.name}"
     shares = ", ".join(f"{part} {flops / total:.0%}" for part, flops in plan.flops.items() if flops)
     yield f"{total / 1e12:,.1f} TFLOP per step of {recipe.global_batch} samples: {shares}"
+    if plan.prompts is not None:
+        yield plan.prompts
     yield ""
     yield "  tensor pipeline data zero   step   samples/s  GiB/GPU  compute tensor  data  pipe bubble  padding"
     good = [estimate for estimate in plan.estimates if estimate.refused is None]

@@ -79,6 +79,14 @@ def test_the_table_marks_the_recipes_own_layout_and_json_holds_everything(eight:
     assert "the recipe's own layout does not divide 8 GPUs" in odd.text()
 
 
+def test_prompts_are_counted_as_long_as_the_recipe_says(counted: CountedProgram, eight: Plan):
+    flops = {
+        tokens: sum(cost.flops for cost in count(recipe(data__plan_tokens=tokens), 1).costs) for tokens in (4, 9, 14)
+    }
+    assert flops[4] < flops[9] < flops[14] == sum(cost.flops for cost in counted.costs)
+    assert "prompts of 14 tokens, the longest that are read: set data.plan_tokens" in eight.text()
+
+
 def test_muon_is_refused_with_tensor_or_pipeline():
     with pytest.raises(UserError, match=r"parallel\.pipeline: found 2 with optimizer\.name muon"):
         planning.refuse(recipe(optimizer__name="muon", optimizer__clip=0), Layout(1, 2, 1), 2)

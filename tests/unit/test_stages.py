@@ -21,6 +21,7 @@ from spar_scale.models.initialise import initialise
 from spar_scale.models.internvl.vision import vision_config
 from spar_scale.models.presets import PRESETS
 from spar_scale.objectives.reconstruction import gradient_difference, mean_squared_error
+from spar_scale.ops import attention
 from spar_scale.phases import declared
 from spar_scale.stages import build
 from spar_scale.stages.forward import Forward
@@ -102,6 +103,20 @@ def test_layers_hold_the_models_parameters_and_none_twice_but_the_frozen_languag
         assert not again or (frozen and again == [first + 1]), own[key]
     left = [name for key, name in own.items() if key not in places]
     assert all(name.startswith(USED_LATER) and stage.group_of(name) is None for name in left), left
+
+
+def test_no_attention_of_a_phase_has_a_mask(stage, monkeypatch):
+    """So the kernels that read none (flash-attn 2, 3 and 4, torch's packed one) compute all of it."""
+    kinds = []
+    chosen = attention.resolve
+
+    def watched(device, dtype, *, masked=False, **given):
+        kinds.append(masked)
+        return chosen(device, dtype, masked=masked, **given)
+
+    monkeypatch.setattr(attention, "resolve", watched)
+    Program(stage.layers, stage.inputs, list(stage.terms))(batch_of(stage))
+    assert not any(kinds)
 
 
 def test_exactly_the_parameters_in_groups_get_a_gradient_and_frozen_parts_are_in_eval_mode(stage):
