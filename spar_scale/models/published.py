@@ -155,7 +155,7 @@ class PretrainedPart:
     def opened(self, path: Path) -> Iterator[Any]:
         """Open a file of weights. Raises UserError where it cannot be read."""
         try:
-            # A file that is mapped (the other backend) counts as memory of the process until it is closed.
+            # The other backend maps the file: a tensor that needs no conversion would stay a view of it.
             with safe_open(path, framework="pt", backend="pread") as file:  # pyright: ignore[reportCallIssue]
                 yield file
         except (OSError, SafetensorError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -225,6 +226,12 @@ def test_the_published_layout_round_trips_strictly(published, tmp_path):
     trained = build(recipe_of("bootstrap", "autoencoder"))
     trained.model.load_state_dict(first.state_dict())
     assert torch.equal(Forward(trained, TINY).reconstruct(images), expected)
+
+
+def test_a_whole_pipeline_of_diffusers_is_told_which_of_its_folders_is_the_part(published, tmp_path):
+    shutil.copytree(published, tmp_path / "vae")
+    with pytest.raises(UserError, match=r"no config\.json in .*; its folders vae have one each: name the one that is"):
+        build(recipe_of("tokenizer", "init", pretrained={"pixel_autoencoder": str(tmp_path)}))
 
 
 def test_relative_directories_start_at_the_run_directory(published):
