@@ -147,7 +147,7 @@ WRONG_KIND = [
     (
         "reconstruct",
         "bootstrap_mllm",
-        "or stage 'tokenizer', phase 'init', 'decoder' or 'encoder', or ",
+        "or stage 'tokenizer', phase 'init', 'decoder', 'encoder' or 'high_resolution', or ",
     ),
 ]
 
@@ -176,7 +176,7 @@ PROMPTS = {
     "a <img> circle": "unknown words: '<img>'",
     "": "the prompt is empty",
     " ., ": "the prompt is empty",
-    "red " * 120: "the prompt has 124 tokens; at most 112 fit before the 16 that follow in the 128 positions",
+    "red " * 120: "the prompt has 124 tokens; preset 'tiny' takes up to 32 before the 16 that follow",
 }
 
 
@@ -189,7 +189,7 @@ def test_a_prompt_that_cannot_be_read_is_refused(runs, prompt, tmp_path, capsys)
 
 def test_a_long_question_is_refused(runs, photograph, capsys):
     error = refused(capsys, "ask", runs["align_joint"], photograph, "red " * 100)
-    assert "the prompt has 124 tokens; at most 112 fit before the 16 that follow" in error
+    assert "the prompt has 124 tokens; preset 'tiny' takes up to 48 before the 16 that follow" in error
 
 
 def test_what_was_read_is_never_written_over(runs, photograph, tmp_path, capsys):
