@@ -93,7 +93,7 @@ def _track(commands: Commands) -> None:
 
 def _doctor(commands: Commands) -> None:
     doctor = _command(commands, "doctor", do.doctor, started_per_rank=True)
-    _recipe(doctor, f"{_RECIPE}: whether this machine can train it now, too", nargs="?")
+    _recipe(doctor, f"{_RECIPE}, or a folder of them: whether they can be trained here now, too", nargs="?")
 
 
 def _cluster(commands: Commands) -> None:

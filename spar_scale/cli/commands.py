@@ -116,13 +116,18 @@ def track_sync(arguments: argparse.Namespace) -> int:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Check the installation; with a recipe, check whether it can be trained here now."""
+    """Check the installation; with a recipe or a folder of them, check whether it can be trained here now."""
     if arguments.recipe is None:
         from spar_scale.doctor.machine import report
 
         return report()
-    from spar_scale.config.recipe import load_recipe
+    from spar_scale.config.recipe import load_folder, load_recipe
 
+    if arguments.recipe.is_dir():
+        recipes = load_folder(arguments.recipe, arguments.overrides)
+        from spar_scale.doctor.folder import check_folder
+
+        return check_folder(list(recipes.values()))
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from spar_scale.doctor.preflight import preflight
 

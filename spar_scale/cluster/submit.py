@@ -11,8 +11,8 @@ from pathlib import Path
 
 from parallel.errors import UserError
 from spar_scale.cluster import slurm
-from spar_scale.config.recipe import load_recipe
-from spar_scale.phases import SIZES, parents_of, phase_names, phase_of, shards_in
+from spar_scale.config.recipe import load_folder
+from spar_scale.phases import SIZES, parents_of, phase_of, shards_in
 
 WORLD, WORLD_SCRIPT, SCORES, SCORES_SCRIPT = "world", "stage0_world.sh", "evaluate", "evaluate.sh"
 
@@ -45,9 +45,7 @@ def submissions(folder: Path, root: Path) -> list[Submission]:
 
     For a folder with a world (`world.yaml`), the first job makes the data and the last one evaluates.
     """
-    recipes = {phase: load_recipe(folder / f"{phase}.yaml") for phase in phase_names() if _file(folder, phase).exists()}
-    if not recipes:
-        raise UserError(f"{folder}: holds no recipe of a phase ({', '.join(phase_names())}, each with .yaml)")
+    recipes = load_folder(folder)
     world = _file(folder, WORLD).exists()
     jobs = []
     if world:

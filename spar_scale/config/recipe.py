@@ -17,13 +17,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-from parallel.errors import nearest
+from parallel.errors import UserError, nearest
 from parallel.files import write_file
 from parallel.optimizers import OPTIMIZERS
 from spar_scale.config.core_yaml import dump
 from spar_scale.config.rules import RULES
 from spar_scale.config.settings import CONTRADICTIONS_FOLLOW, Contradiction, Lookup, load, show
-from spar_scale.phases import find, phases_by_stage, readers
+from spar_scale.phases import find, phase_names, phases_by_stage, readers
 
 RESUME_MAY_CHANGE = (
     "parallel",
@@ -351,6 +351,23 @@ class Recipe(Section):
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe with its parents, apply `a.b=c` overrides and validate. Raises UserError that lists all errors."""
     return load(path, Recipe, overrides)
+
+
+def load_folder(folder: Path, overrides: list[str] | None = None) -> dict[str, Recipe]:
+    """Return phase -> recipe of a folder with one file for each phase, in the order in which they can be trained.
+
+    In the overrides, `run_dir` is the directory of the runs, one for each phase. Raises UserError as `load_recipe`, and
+    for a folder without recipes.
+    """
+    files = {phase: folder / f"{phase}.yaml" for phase in phase_names() if (folder / f"{phase}.yaml").is_file()}
+    if not files:
+        raise UserError(f"{folder}: holds no recipe of a phase ({', '.join(phase_names())}, each with .yaml)")
+    return {
+        phase: load_recipe(
+            path, [f"{word}/{phase}" if word.startswith("run_dir=") else word for word in overrides or []]
+        )
+        for phase, path in files.items()
+    }
 
 
 def beside(run_dir: Path, reference: str) -> Path:

@@ -203,7 +203,7 @@ def _why_none(pattern: str) -> str:
     if not os.path.isdir(path.parent):
         if _has_marks(str(path.parent)):
             return "no such shard; the pattern matches nothing"
-        make = "`spar-scale data make` writes the miniature world"
+        make = "put webdataset shards there; `spar-scale data import` makes them, `data make` those of the miniature"
         return f"no such shard; the folder {path.parent} does not exist ({make})"
     tars = _tars(path.parent)
     if not tars:

@@ -26,18 +26,23 @@ from parallel.launch.environment import read_environment
 from parallel.launch.exit_codes import DEFECT, DONE, REFUSED
 from parallel.launch.probes import probe_gpu, probe_world, why_no_gpu
 from spar_scale.config.recipe import Recipe
-from spar_scale.data.spec import shards_of, sources_of
-from spar_scale.data.storage import read_member, shard_bytes
-from spar_scale.data.tar_index import check_fresh, read_index
+from spar_scale.data.spec import sources_of
+from spar_scale.doctor.checks import (
+    RECIPE,
+    check_attention,
+    check_packages,
+    check_recipe,
+    check_shards,
+    checkpoint_bytes,
+    stage_of,
+)
 from spar_scale.doctor.machine import Finding
 
 if TYPE_CHECKING:
     from spar_scale.stages import Stage
 
 FOLDER = "preflight"
-RECIPE, TOGETHER = "recipe", "all-reduce"
-STATE_BYTES = 16
-"""Bytes of a trained weight in a checkpoint: fp32 master weight, two moments, EMA."""
+TOGETHER = "all-reduce"
 PROBE_BYTES = 1 << 20
 FLOAT_BYTES = 4
 PREFETCH = 4
@@ -60,13 +65,14 @@ def preflight(recipe: Recipe) -> int:
         _write(recipe.run_dir, rank, findings)
 
     if local_rank == 0:
-        stage, refused = _stage(recipe)
+        stage, refused = stage_of(recipe)
         record(_disk(recipe, rank, stage))
-        record(_recipe(recipe, world, stage, refused))
-        record(_attention(recipe))
+        record(check_packages(recipe))
+        record(check_recipe(recipe, world, stage, refused))
+        record(check_attention(recipe))
     record(_gpu(local_rank))
     if local_rank == 0:
-        record(_shards(recipe))
+        record(check_shards(recipe))
         record(_shared_memory(recipe, stage))
     if world > 1:
         record([_probed(TOGETHER, probe_world)])
@@ -113,37 +119,6 @@ def _write(run_dir: Path, rank: int, findings: Sequence[Finding]) -> None:
 def _host(environment: Mapping[str, str] = os.environ) -> str:
     """Return the node's name as SLURM knows it."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def _stage(recipe: Recipe) -> tuple[Stage | None, list[str]]:
-    """Return the training stage without weights, or None and why it cannot be built."""
-    from spar_scale.stages import meta_stage
-
-    try:
-        return meta_stage(recipe), []
-    except UserError as error:
-        return None, [str(error)]
-
-
-def _recipe(recipe: Recipe, world: int, stage: Stage | None, refused: list[str]) -> Iterator[Finding]:
-    """Yield a finding for every reason for which `train` would refuse the recipe on any machine."""
-    from spar_scale.training.admission import refusals
-
-    refused = list(dict.fromkeys([*refused, *refusals(recipe, world, stage)]))
-    yield from (Finding("bad", RECIPE, text) for text in refused)
-    if not refused:
-        yield Finding("ok", RECIPE, f"{recipe.stage}/{recipe.phase}: layout, run_dir, parent and pretrained parts")
-
-
-def _attention(recipe: Recipe) -> Iterator[Finding]:
-    """Check that this machine has the recipe's attention backend."""
-    from spar_scale.training.attention_choice import attention_of
-
-    try:
-        with attention_of(recipe):
-            yield Finding("ok", "attention", recipe.attention)
-    except UserError as error:
-        yield Finding("bad", "attention", str(error))
 
 
 def _shared_memory(recipe: Recipe, stage: Stage | None, environment: Mapping[str, str] = os.environ) -> list[Finding]:
@@ -209,37 +184,12 @@ def _disk(recipe: Recipe, rank: int, stage: Stage | None) -> Iterator[Finding]:
     if rank != 0:
         yield Finding("ok", "disk", f"{recipe.run_dir} can be written")
         return
-    needed = _checkpoint_bytes(recipe, stage)
+    needed = checkpoint_bytes(recipe, stage)
     if needed is None:
         yield Finding("ok", "disk", f"{recipe.run_dir}: {free / 1e9:.1f} GB free")
         return
     text = f"{recipe.run_dir}: {free / 1e9:.1f} GB free, the next checkpoint takes {needed / 1e9:.2f} GB"
     yield Finding("ok" if free > needed else "bad", "disk", text)
-
-
-def _checkpoint_bytes(recipe: Recipe, stage: Stage | None) -> int | None:
-    """Return the bytes of the newest checkpoint, else an estimate from the trained weights; None without a stage."""
-    if checkpoints := sorted((recipe.run_dir / "checkpoints").glob("step-*")):
-        return sum(file.stat().st_size for file in checkpoints[-1].iterdir())
-    if stage is None:
-        return None
-    return STATE_BYTES * sum(parameter.numel() for parameter in stage.model.parameters() if parameter.requires_grad)
-
-
-def _shards(recipe: Recipe) -> Iterator[Finding]:
-    """Check that the first and last shard of every source have a current index and a readable last sample."""
-    for source in sources_of(recipe):
-        try:
-            ((_, shards),) = shards_of([source])
-            for shard in dict.fromkeys((shards[0], shards[-1])):
-                index = read_index(shard)
-                check_fresh(shard, index.tar_bytes, shard_bytes(shard))
-                for member in index.members(len(index) - 1).values():
-                    read_member(shard, *member)
-        except (UserError, OSError) as error:
-            yield Finding("bad", "shards", str(error))
-        else:
-            yield Finding("ok", "shards", f"{source.name}: {len(shards)}, the first and the last can be read")
 
 
 def _gpu(local_rank: int) -> Iterator[Finding]:

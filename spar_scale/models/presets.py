@@ -342,6 +342,20 @@ REHEARSAL_NANO = resized(
 )
 
 PRESETS = {preset.name: preset for preset in (TINY, TINY_48, SPAR_1B, SPAR_3B, THIN_1B, THIN_3B, REHEARSAL_NANO)}
+_DC_AE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
+REPOSITORIES: dict[str, dict[str, str]] = {
+    "spar_1b": {
+        "mllm": "OpenGVLab/InternVL3-1B-hf",
+        "pixel_autoencoder": _DC_AE,
+        "diffusion": "the folder transformer of Efficient-Large-Model/Sana_600M_512px_diffusers",
+    },
+    "spar_3b": {
+        "mllm": "OpenGVLab/InternVL3-2B-hf",
+        "pixel_autoencoder": _DC_AE,
+        "diffusion": "the folder transformer of Efficient-Large-Model/Sana_1600M_512px_diffusers",
+    },
+}
+"""Preset -> pretrained part -> where it is published."""
 REHEARSED: dict[str, dict[str, str]] = {
     "thin": {"spar_1b": "thin_1b", "spar_3b": "thin_3b"},
     "nano": {"spar_1b": "rehearsal_nano", "spar_3b": "rehearsal_nano"},

@@ -200,10 +200,15 @@ def table() -> str:
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
 
 
+def origin_of(reference: str) -> str:
+    """Return the run that a reference beside a run directory leads to: `a` of `../a/pretrained`."""
+    return next(iter(PurePath(reference).parts[1:2]), "")
+
+
 def parents_of(recipe: Recipe) -> list[str]:
     """Return the phases that a recipe starts from: the first part of each path beside its own run directory."""
     references = [*([recipe.init_from] if recipe.init_from else []), *recipe.model.pretrained.values()]
-    return list(dict.fromkeys(PurePath(reference).parts[1] for reference in references))
+    return list(dict.fromkeys(origin_of(reference) for reference in references))
 
 
 def shards_in(recipe: Recipe, folder: Path) -> list[str]:

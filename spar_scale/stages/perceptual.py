@@ -67,17 +67,19 @@ def perceptual_loss(recipe: Recipe, part: PretrainedPart) -> Layer:
 def perceptual_files(recipe: Recipe, part: PretrainedPart) -> dict[str, Path]:
     """Return network -> its file. Raises UserError unless each network of `objective.perceptual` has exactly one."""
     found: dict[str, Path] = {}
+    problems = []
     for name, (pattern, published) in FILES.items():
         if name == "convnext_small" and not _has_convnext(recipe):
             continue
         paths = [path for ending in ENDINGS for path in sorted(part.directory.glob(f"{pattern}.{ending}"))]
-        if len(paths) != 1:
+        if len(paths) == 1:
+            found[name] = paths[0]
+        else:
             names = ", ".join(path.name for path in paths) or "none"
-            raise part.error(
-                f"found {names} of {pattern}.{'|'.join(ENDINGS)} in {part.directory}, expected one file ({published});"
-                f" objective.perceptual {recipe.objective.perceptual} needs it"
-            )
-        found[name] = paths[0]
+            problems.append(f"found {names} of {pattern}.{'|'.join(ENDINGS)}, expected one file ({published})")
+    if problems:
+        loss = recipe.objective.perceptual
+        raise part.error(f"{'; '.join(problems)} in {part.directory}; objective.perceptual {loss} needs them")
     return found
 
 

@@ -8,7 +8,7 @@ is refused here is refused by `train`, and `train` may still refuse damaged weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 import torch
@@ -22,11 +22,11 @@ from spar_scale.data import encoded
 from spar_scale.data.spec import shards_of, sources_of
 from spar_scale.data.tar_index import read_header
 from spar_scale.data.tasks import source_task
-from spar_scale.models.presets import Preset
+from spar_scale.models.presets import REPOSITORIES, Preset
 from spar_scale.models.published import PretrainedPart
-from spar_scale.phases import phase_of
+from spar_scale.phases import origin_of, phase_of
 from spar_scale.stages import Stage, meta_stage
-from spar_scale.stages.parts import preset_of, pretrained_part
+from spar_scale.stages.parts import preset_of, pretrained_part, read_tokenizer
 from spar_scale.stages.perceptual import PART, perceptual_files
 from spar_scale.training.engine_settings import engine_settings
 from spar_scale.training.parent import check_parent
@@ -63,22 +63,25 @@ def check_shards(recipe: Recipe) -> None:
         read_header(shards[0])
 
 
-def refusals(recipe: Recipe, world: int, stage: Stage | None) -> list[str]:
+def refusals(recipe: Recipe, world: int, stage: Stage | None, before: Collection[str] = ()) -> list[str]:
     """Return everything that `train` would refuse of a recipe in a world of so many processes; empty where nothing.
 
-    `stage` is its meta stage, None where that has been refused already: what depends on it is then left out.
+    `stage` is its meta stage, None where that has been refused already: what depends on it is then left out. What
+    comes from the phases `before`, which are trained earlier in a chain, need not be there yet.
     """
     checks: list[Callable[[], object]] = [
         lambda: check_layout(recipe, world),
         lambda: refuse_another(recipe.run_dir / "recipe.yaml", recipe),
         lambda: check_free(recipe.run_dir),
-        lambda: check_parent(recipe),
         lambda: _check_encoded(recipe, stage),
     ]
+    if recipe.init_from is not None and origin_of(recipe.init_from) not in before:
+        checks.insert(3, lambda: check_parent(recipe))
     if stage is not None:
         spec = stage.sample
         checks += [lambda source=source: source_task(spec.task, source) for source in sources_of(recipe)]
-    checks += [lambda part=part: _check_part(recipe, part) for part in recipe.model.pretrained]
+    given = recipe.model.pretrained
+    checks += [lambda part=part: _check_part(recipe, part) for part in given if origin_of(given[part]) not in before]
     return list(dict.fromkeys(_messages(checks)))
 
 
@@ -115,14 +118,22 @@ def _check_part(recipe: Recipe, part: str) -> None:
     if load is not None:  # else a name that no phase takes, which the stage refuses
         with torch.device("meta"):
             load(found, preset)
+    if part == "mllm" and not vision_only:
+        read_tokenizer(found)
 
 
 def _found(recipe: Recipe, part: str) -> PretrainedPart:
+    reference = recipe.model.pretrained[part]
+    directory = beside(recipe.run_dir, reference)
     try:
         return pretrained_part(recipe, part)
     except UserError as error:
-        run = beside(recipe.run_dir, recipe.model.pretrained[part]).parent
-        raise UserError(f"{error}; train the phase that writes it first (spar-scale train, run_dir={run})") from None
+        if directory.name == "pretrained":
+            remedy = f"train the phase that writes it first (spar-scale train, run_dir={directory.parent})"
+        else:
+            published = REPOSITORIES.get(recipe.model.preset, {}).get(part, "the published files")
+            remedy = f"put {published} there, or name a directory that has it: model.pretrained.{part}=DIR"
+        raise UserError(f"{error}; {remedy}") from None
 
 
 def _check_encoded(recipe: Recipe, stage: Stage | None) -> None:

@@ -20,6 +20,7 @@ from parallel.launch.environment import read_environment
 from parallel.launch.exit_codes import DEFECT, DONE, REFUSED
 from parallel.launch.run_lock import RunLock
 from spar_scale.config.recipe import Recipe
+from spar_scale.doctor.folder import check_folder
 from spar_scale.doctor.preflight import preflight, sample_bytes, shared_memory
 from spar_scale.models.internvl import build_mllm, save_mllm
 from spar_scale.models.presets import resized
@@ -145,6 +146,21 @@ def _part_without_weights(recipe: Recipe, root: Path) -> Recipe:
     return with_pretrained(recipe, pixel_autoencoder=str(root / "bare"))
 
 
+def _published_part_gone(recipe: Recipe, root: Path) -> Recipe:
+    model = with_pretrained(recipe, mllm="../pretrained/InternVL3-1B-hf").model
+    return recipe.model_copy(update={"model": model.model_copy(update={"preset": "spar_1b"})})
+
+
+def _part_without_tokenizer(recipe: Recipe, root: Path) -> Recipe:
+    shutil.copytree(recipe.model.pretrained["mllm"], root / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
+    return with_pretrained(recipe, mllm=str(root / "bare"))
+
+
+def _perceptual_files_gone(recipe: Recipe, root: Path) -> Recipe:
+    objective = recipe.objective.model_copy(update={"perceptual": "lpips_convnext"})
+    return with_pretrained(recipe, perceptual="../pretrained/perceptual").model_copy(update={"objective": objective})
+
+
 def _other_recipe_there(recipe: Recipe, root: Path) -> Recipe:
     _has_saved(recipe)
     recipe.model_copy(update={"seed": recipe.seed + 1}).save(recipe.run_dir / "recipe.yaml")
@@ -187,6 +203,9 @@ REFUSALS: list[tuple[str, Callable[[Recipe, Path], Recipe], str]] = [
     ("tokenizer/init", _part_torn, ".safetensors cannot be read"),
     ("tokenizer/init", _part_without_weights, "holds no diffusion_pytorch_model.safetensors"),
     ("align/joint", _part_of_another_preset, "has preset 'nano', this recipe has 'tiny'"),
+    ("align/connector", _published_part_gone, "InternVL3-1B-hf; put OpenGVLab/InternVL3-1B-hf there, or name a"),
+    ("align/connector", _part_without_tokenizer, "bare/tokenizer.json; published `-hf` directories have one"),
+    ("tokenizer/init", _perceptual_files_gone, "expected one file (torchvision's convnext_small-0c510722.pth) in"),
     ("bootstrap/mllm", _other_recipe_there, "holds a run of another recipe; it differs in seed"),
     ("bootstrap/mllm", _too_many_tensor_ranks, "parallel: found tensor 2 x pipeline 1 in a world of 1 process"),
     ("bootstrap/mllm", _tensor_that_divides_nothing, "parallel.tensor: found 7"),
@@ -231,6 +250,23 @@ def test_everything_that_is_missing_is_named_at_once(
     named = ("parallel.tensor", "holds a run of another recipe", "init_from", "model.pretrained.pixel_autoencoder")
     assert len(lines) == len(named)
     assert all(name in line for name, line in zip(named, lines, strict=True))
+
+
+def test_what_a_chain_lacks_is_listed_once_for_all_phases_and_its_own_results_are_not_missed(
+    recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    first = recipe("tokenizer/init").model_copy(update={"run_dir": tmp_path / "runs/tokenizer_init"})
+    second = recipe("tokenizer/decoder").model_copy(
+        update={"run_dir": tmp_path / "runs/tokenizer_decoder", "init_from": "../tokenizer_init"}
+    )
+    assert check_folder([first, second]) == DONE
+    assert check_folder([second]) == REFUSED
+    assert "init_from: " in capsys.readouterr().out
+    assert check_folder([_part_gone(one, tmp_path) for one in (first, second)]) == REFUSED
+    told = capsys.readouterr().out
+    assert "before/pretrained; train the phase" in told and told.endswith("\n1 things are missing or wrong\n")
+    assert "(tokenizer_init, tokenizer_decoder)" in told
+    assert not (tmp_path / "runs").exists()  # it is asked before anything is to be written
 
 
 def test_a_run_that_another_process_trains_is_refused_and_keeps_its_lock(

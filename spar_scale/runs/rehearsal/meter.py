@@ -1,7 +1,7 @@
 """Measure a piece of work that forks processes: wall seconds, core-seconds, and the memory of all processes together.
 
-The memory is the sum of the resident sizes, looked at ten times a second by a process of its own, because forks must
-not happen beside a thread. Pages that processes share count once for each, so the sum is an upper bound.
+A process of its own looks at the memory twice a second, because forks must not happen beside a thread. A page that
+several processes share counts once (Linux's proportional set size); where the kernel does not tell that, once for each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import psutil
 from parallel.launch.children import FORK, install_child_signal_handlers, signals_blocked, stop
 from spar_scale.runs.spending import core_seconds
 
-INTERVAL_S = 0.1
+INTERVAL_S = 0.5
 
 
 @dataclass
@@ -77,9 +77,18 @@ def _answer(root: psutil.Process, pipe: Connection) -> None:
             for process in [root, *root.children(recursive=True)]:
                 if process.pid != os.getpid():
                     with contextlib.suppress(psutil.Error):
-                        resident += process.memory_info().rss
+                        resident += _size(process)
         peak = max(peak, resident)
         if pipe.poll(INTERVAL_S):
             pipe.recv()
             pipe.send(peak)
             peak = 0
+
+
+def _size(process: psutil.Process) -> int:
+    """Return the bytes of memory that are a process's own, and its share of what it shares."""
+    try:
+        with open(f"/proc/{process.pid}/smaps_rollup", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
+    except (OSError, StopIteration):  # it has ended, or this is no Linux
+        return process.memory_info().rss

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from parallel.errors import UserError
-from spar_scale.config.recipe import Recipe, beside, load_recipe
+from spar_scale.config.recipe import Recipe, beside, load_folder, load_recipe
 from spar_scale.data.order import Order, SourceShape
 from spar_scale.models.presets import PRESETS, REHEARSED, Preset
-from spar_scale.phases import named, parents_of, phase_names, phase_of
+from spar_scale.phases import named, origin_of, parents_of, phase_of
 from spar_scale.runs.parity import PARITY_LAYOUTS, ParityLayout
 from spar_scale.runs.rehearsal.photographs import COUNT
 
@@ -69,10 +69,7 @@ def rehearsed_phases(folder: Path, out: Path, form: str, wanted: list[str]) -> l
     `form` is a key of REHEARSED. Raises UserError for a folder without recipes, a phase that it does not have, and a
     preset that has no such form.
     """
-    files = {phase: folder / f"{phase}.yaml" for phase in phase_names() if (folder / f"{phase}.yaml").exists()}
-    if not files:
-        raise UserError(f"{folder}: holds no recipe of a phase ({', '.join(phase_names())}, each with .yaml)")
-    recipes = {phase: load_recipe(path) for phase, path in files.items()}
+    recipes = load_folder(folder)
     for phase in wanted:
         if named(phase).name not in recipes:
             raise UserError(f"--phases: {folder} holds no {phase}.yaml; it has {', '.join(recipes)}")
@@ -80,7 +77,11 @@ def rehearsed_phases(folder: Path, out: Path, form: str, wanted: list[str]) -> l
     for phase in reversed(recipes):
         if phase in needed:
             needed.update(parent for parent in parents_of(recipes[phase]) if parent in recipes)
-    return [_rehearsed(files[phase], recipes[phase], out, form, set(recipes)) for phase in recipes if phase in needed]
+    return [
+        _rehearsed(folder / f"{phase}.yaml", recipes[phase], out, form, set(recipes))
+        for phase in recipes
+        if phase in needed
+    ]
 
 
 def save_recipes(phases: Sequence[Rehearsed], folder: Path) -> None:
@@ -103,7 +104,7 @@ def _rehearsed(path: Path, original: Recipe, out: Path, form: str, trained: set[
     changed: dict[str, Any] = {"run_dir": str(run_dir), "model.preset": preset.name}
     written = {}
     for part, reference in original.model.pretrained.items():
-        if PurePath(reference).parts[1:2] and PurePath(reference).parts[1] in trained:
+        if origin_of(reference) in trained:
             continue
         directory = beside(run_dir, reference)
         if not directory.is_relative_to(out.resolve()):  # random weights never replace what a user has
