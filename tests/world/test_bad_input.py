@@ -17,8 +17,9 @@ import pytest
 import yaml
 from launching import run_world
 from PIL import Image
-from tiny_runs import make_autoencoder, make_data, metrics, recipe_values
+from tiny_runs import make_autoencoder, make_data, metrics, phase_values, recipe_values
 
+from spar_scale.data.prompts import build_tokenizer
 from spar_scale.files import random_weights
 from spar_scale.models.presets import PRESETS
 
@@ -95,6 +96,8 @@ EXPECTED = {
     "run directory in the way": r"in-the-way",
     "recipe of another run": r"optimizer\.lr",
     "wrong kind of repository": r"pretrained\.mllm: .*model_type = internvl_chat, .*whose name ends in -hf",
+    "wrong vocabulary": r"pretrained\.mllm: .*tokenizer\.json has <IMG_CONTEXT> = 63, preset 'tiny' needs 65",
+    "missing perceptual file": r"pretrained\.perceptual: found none of vgg16\*.*; found none of convnext_small\*",
     "wrong epsilon": r"pretrained\.mllm: .*vision_config\.layer_norm_eps = 1e-05, preset 'tiny' needs 1e-06",
     "pickled weights only": r"pretrained\.pixel_autoencoder: .*holds pickled weights only .*\.bin",
     "half precision only": r"pretrained\.pixel_autoencoder: .*holds the variant 'fp16' only",
@@ -172,6 +175,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     run_world(1, run_cases, before, initialise=False)
     Path(stale).write_bytes(good.read_bytes() + b"\0" * 512)
 
+    words = folder / "vocabulary"  # a language model's directory, in which two marks have changed places
+    build_tokenizer().save_pretrained(str(words))
+    (words / "config.json").write_text("{}")
+    table = json.loads((words / "tokenizer.json").read_text())
+    places = table["model"]["vocab"]
+    places["<img>"], places["<IMG_CONTEXT>"] = places["<IMG_CONTEXT>"], places["<img>"]
+    for token in table["added_tokens"]:
+        token["id"] = places[token["content"]]
+    (words / "tokenizer.json").write_text(json.dumps(table))
+    parts = {"mllm": str(words), "diffusion": str(words), "pixel_autoencoder": str(autoencoder)}
+    aligned = str(folder / "aligned.yaml")
+    Path(aligned).write_text(yaml.safe_dump(phase_values(folder / "j", "align/connector", folder / "data", parts)))
+
     def again(name: str, **changes: Any) -> list[str]:
         """Train the copy `name` one step further than it got."""
         copied = (folder / name / "recipe.yaml").read_text().replace(str(run), str(folder / name))
@@ -206,6 +222,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("run directory in the way", ["train", recipe("f"), f"run_dir={folder / 'in-the-way' / 'run'}"], None),
         ("recipe of another run", ["train", recipe("run"), "optimizer.lr=0.5"], None),
         ("wrong kind of repository", ["train", recipe("i"), f"model.pretrained.mllm={wrong_kind}"], None),
+        ("wrong vocabulary", ["train", aligned, "run_dir=" + str(folder / "j")], None),
+        (
+            "missing perceptual file",
+            ["train", recipe("k"), "objective.perceptual=lpips_convnext", f"model.pretrained.perceptual={folder}"],
+            None,
+        ),
         ("wrong epsilon", ["train", recipe("i"), f"model.pretrained.mllm={wrong_epsilon}"], None),
         ("pickled weights only", ["train", recipe("i"), f"model.pretrained.pixel_autoencoder={folder / 'bin'}"], None),
         (
