@@ -73,13 +73,13 @@ def photograph(number: int) -> Image.Image:
 
 
 def _noise(draws: np.random.Generator, height: int, width: int, finest: int = 8) -> np.ndarray:
-    """Return fractal noise (height, width) of about unit range: grids of ever finer cells, each of half the weight."""
+    """Return fractal noise (height, width) of about unit range: grids of ever finer cells, each of .7 the weight."""
     total, weight, cell = np.zeros((height, width), dtype=np.float32), 1.0, 256
     while cell >= finest:
         grid = draws.uniform(-1, 1, (height // cell + 2, width // cell + 2)).astype(np.float32)
         fine = Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)
         total += weight * np.asarray(fine)
-        weight, cell = weight / 2, cell // 2
+        weight, cell = 0.7 * weight, cell // 2
     return total
 
 
