@@ -13,8 +13,8 @@ TOKENS = ("tokens", "counts")
 
 def packed(prompts: Iterable[Sequence[int]]) -> dict[str, Tensor]:
     """The slots `tokens` and `lengths` of prompts."""
-    prompts = [torch.tensor(list(prompt), dtype=torch.int64) for prompt in prompts]
-    return {"tokens": torch.cat(prompts), "lengths": torch.tensor([len(prompt) for prompt in prompts])}
+    rows = [torch.tensor(list(prompt), dtype=torch.int64) for prompt in prompts]
+    return {"tokens": torch.cat(rows), "lengths": torch.tensor([len(row) for row in rows])}
 
 
 def samples(batch: dict[str, Any], packed_slots: Sequence[str] = TOKENS) -> list[dict[str, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -157,7 +157,7 @@ def by_hand(stage: Stage, batch: dict[str, Tensor], latent: Tensor, block: int |
     of_samples = captions.split(bounds.diff().tolist())
     timestep = 1000 - (1000 / (1 + torch.exp(-batch["timestep_draw"]))).floor()
     sigma = (timestep / 1000).view(-1, 1, 1, 1)
-    transformer, seen = SanaTransformer2DModel(**TINY.diffusion.config()), []
+    transformer, seen = SanaTransformer2DModel(**cast(Any, TINY.diffusion).config()), []
     transformer.load_state_dict(model.diffusion.transformer.state_dict(), strict=True)
     transformer.transformer_blocks[(block or 1) - 1].register_forward_hook(lambda *call: seen.append(call[-1]))
     noisy = (1 - sigma) * latent + sigma * noise
