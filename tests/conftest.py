@@ -22,6 +22,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 LONGEST = (
     "slurm/test_jobs.py",
     "world/test_phases.py",
+    "world/test_rehearse.py",
     "world/test_adversary.py",
     "docs/test_readme.py",
     "world/test_learning.py",
