@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from parallel.errors import UserError, nearest
 from parallel.files import write_file
@@ -77,6 +77,11 @@ def _caption_member(name: str) -> str:
 
 Text = Annotated[str, AfterValidator(_text)]
 CaptionMember = Annotated[str, AfterValidator(_text), AfterValidator(_caption_member)]
+CaptionMembers = Annotated[
+    list[CaptionMember],
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+    Field(min_length=1),
+]
 PathText = Annotated[str, AfterValidator(_text), AfterValidator(_expanded)]
 
 
@@ -222,9 +227,9 @@ class SourceConfig(Section):
     task: Text | None = None
     """The task of these samples in a phase that has several (`generation`, `editing`); null takes the source's name.
     Several sources may have the same task."""
-    text: CaptionMember | Annotated[list[CaptionMember], Field(min_length=1)] | None = None
+    text: CaptionMembers | None = None
     """Member with the caption or instruction: an extension (`txt`), or a key of a JSON object (`json:caption_long`). Of
-    several (a list here or in the JSON), one is drawn for each sample. null: generation reads `captions` of the json,
+    several, in a list here or in the JSON, one is drawn for each sample. null: generation reads `captions` of the json,
     else the txt, else `caption` of the json; editing reads the txt."""
     fit: Literal["crop", "stretch"] = "crop"
     """How a picture becomes square: `crop` takes its largest square, `stretch` resizes the whole picture."""

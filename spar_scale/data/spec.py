@@ -37,11 +37,10 @@ class Source:
 
 def sources_of(recipe: Recipe) -> list[Source]:
     """Return the sources of a recipe, in its order."""
-
-    def texts(given: str | list[str] | None) -> tuple[str, ...]:
-        return (given,) if isinstance(given, str) else tuple(given or ())
-
-    return [Source(one.name, one.shards, one.weight, one.task, texts(one.text), one.fit) for one in recipe.data.sources]
+    return [
+        Source(one.name, one.shards, one.weight, one.task, tuple(one.text or ()), one.fit)
+        for one in recipe.data.sources
+    ]
 
 
 def shards_of(sources: Sequence[Source]) -> list[tuple[Source, list[str]]]:
