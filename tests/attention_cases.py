@@ -49,6 +49,8 @@ CASES = {
     "packed_causal": Case((3, 1, 6), (3, 1, 6), packed=True, causal=True),
     "prefix_and_queries": Case((4, 4, 4), (11, 4, 7), packed=True, causal=True, heads_k=2),
     "cross_ragged": Case((2, 5, 3), (6, 1, 4), packed=True, heads_k=1),
+    "packed_long": Case((3, 60, 6), (3, 60, 6), heads_k=2, packed=True, causal=True),
+    "prefix_and_queries_long": Case((4, 4), (70, 5), packed=True, causal=True, heads_k=2),
     "packed_empty_samples": Case((2, 0, 3), (4, 3, 0), packed=True),
 }
 MASKED = [name for name, case in CASES.items() if case.mask]

@@ -43,6 +43,13 @@ _PACKAGES = {  # module with the two functions, how to install it, minimum compu
 }
 _KERNELS = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
 
+SHORT = 48
+"""Without a packed kernel, samples of up to this many tokens are padded and masked, longer ones run one by one.
+
+On CPU in fp32, forward and backward (torch 2.13): 64 samples of 22 to 30 tokens took 6.6 ms padded and 11.5 ms one by
+one, 8 samples of 64 to 128 tokens 32 ms and 26 ms, 4 samples of 356 to 574 tokens 188 ms and 140 ms.
+"""
+
 _log = logging.getLogger(__name__)
 _requested: str = "auto"
 
@@ -90,7 +97,9 @@ def resolve(
         backend, reason = "sdpa", f"torch selects one of its kernels on {device}"
         reason += f"; flash {refusal[0]}" if device == "cuda" and refusal else ""
     if packed and not _takes_packed(backend, device):
-        reason += f"; packed samples one by one, because {backend} has no packed kernel on {device}"
+        reason += (
+            f"; {backend} has no packed kernel on {device}: short packed samples are padded, others run one by one"
+        )
     kind = ", masked" * masked + ", packed" * packed
     _log_once(f"attention on {device} in {str(dtype).removeprefix('torch.')}{kind}: {backend} ({reason})")
     return backend, reason
@@ -153,7 +162,12 @@ def attention(
         return _dense_samples(backend, q, k, v, causal, scale, len(packing.cu_seqlens_q) - 1)
     if _takes_packed(backend, q.device.type):
         return _varlen(backend, q, k, v, causal, scale, packing)
-    return _sample_by_sample(backend, q, k, v, causal, scale, packing)
+    num_q, num_k = (bounds.diff().tolist() for bounds in (packing.cu_seqlens_q, packing.cu_seqlens_k))
+    if max(*num_q, *num_k) <= SHORT:
+        q, k, v, mask = packing.pad(q, k, v, max(num_q), max(num_k), causal)
+        return packing.unpad(_dense(backend, q, k, v, False, mask, scale))
+    samples = zip(q.split(num_q), k.split(num_k), v.split(num_k), strict=True)
+    return torch.cat([_dense(backend, a[None], b[None], c[None], causal, None, scale)[0] for a, b, c in samples])
 
 
 def _dense(
@@ -178,15 +192,6 @@ def _dense(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     return out.transpose(1, 2)
-
-
-def _sample_by_sample(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, packing: Packing
-) -> Tensor:
-    """Compute each sample by itself: no padding, no mask over it. On CUDA this waits for the lengths."""
-    num_q, num_k = (bounds.diff().tolist() for bounds in (packing.cu_seqlens_q, packing.cu_seqlens_k))
-    samples = zip(q.split(num_q), k.split(num_k), v.split(num_k), strict=True)
-    return torch.cat([_dense(backend, a[None], b[None], c[None], causal, None, scale)[0] for a, b, c in samples])
 
 
 def _dense_samples(

@@ -97,6 +97,37 @@ class Packing:
             if tensor.ndim != 3 or len(tensor) != total:
                 raise ValueError(f"packed {name} is {tuple(tensor.shape)}, must be ({total}, heads, width)")
 
+    def pad(
+        self, q: Tensor, k: Tensor, v: Tensor, num_q: int, num_k: int, causal: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pad q, k, v to (B, num_q | num_k, H, D); also return the mask (B, 1, num_q, num_k) of real keys.
+
+        The causal mask is aligned bottom-right.
+        """
+        (of_q, _), (of_k, real) = _places(self.cu_seqlens_q, num_q), _places(self.cu_seqlens_k, num_k)
+        q, k, v = (
+            packed.index_select(0, places.flatten()).unflatten(0, places.shape)
+            for packed, places in ((q, of_q), (k, of_k), (v, of_k))
+        )
+        mask = real[:, None, None, :].expand(-1, 1, num_q, -1)
+        if causal:
+            ahead = (self.cu_seqlens_k.diff() - self.cu_seqlens_q.diff())[:, None, None, None]
+            row = torch.arange(num_q, device=q.device)[:, None]
+            mask = mask & (torch.arange(num_k, device=q.device) <= row + ahead)
+        return q, k, v, mask
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """Return the real queries of (B, num_q, H, D) as (T_q, H, D)."""
+        _, real = _places(self.cu_seqlens_q, padded.shape[1])
+        return padded.flatten(0, 1).index_select(0, real.flatten().nonzero().flatten())
+
+
+def _places(bounds: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Return the place (B, number) of each sample's tokens among all, 0 behind its last, and which are real."""
+    offsets = torch.arange(number, device=bounds.device)
+    real = offsets < bounds.diff()[:, None]
+    return torch.where(real, bounds[:-1, None] + offsets, 0), real
+
 
 def even_bounds(batch: int, length: int, device: torch.device) -> Tensor:
     """Return the bounds (B + 1,) of samples of equal length; created on the device without a copy from the host."""

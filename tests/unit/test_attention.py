@@ -95,7 +95,7 @@ def test_each_choice_is_said_once_with_its_reason(caplog: pytest.LogCaptureFixtu
     assert [record.message for record in caplog.records] == [
         "attention on cpu in bfloat16: math (the backward pass of flash attention in bf16 is slow on CPU)",
         "attention on cpu in float32, packed: sdpa (torch selects one of its kernels on cpu; "
-        "packed samples one by one, because sdpa has no packed kernel on cpu)",
+        "sdpa has no packed kernel on cpu: short packed samples are padded, others run one by one)",
     ]
 
 
@@ -113,7 +113,7 @@ def test_on_cuda_the_built_in_flash_is_taken_where_it_can(capability, dtype, mas
     for packed in (False, True):
         found, why = resolve("cuda", dtype, masked=masked, packed=packed)
         assert found == backend and reason in why
-        assert ("packed samples one by one" in why) is (packed and backend == "sdpa")
+        assert ("short packed samples are padded" in why) is (packed and backend == "sdpa")
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])

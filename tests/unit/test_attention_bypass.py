@@ -94,7 +94,7 @@ def conditioning() -> tuple[nn.Module, Run, int]:
     layers = shape.conditioning_layers(model, TINY.language, illustrated=False, longest=40)
     tokens, lengths = torch.tensor([5, 6, 5, 6, 7]), torch.tensor([2, 3])
     number = 2 * TINY.language.layers + shape.connector_layers
-    return model, lambda: run(layers, "captions", tokens=tokens, lengths=lengths), number * len(lengths)
+    return model, lambda: run(layers, "captions", tokens=tokens, lengths=lengths), number
 
 
 def diffusion() -> tuple[nn.Module, Run, int]:
@@ -106,7 +106,7 @@ def diffusion() -> tuple[nn.Module, Run, int]:
         "captions": torch.randn(5, shape.caption_channels),
         "caption_bounds": torch.tensor([0, 2, 5]),
     }
-    return model, lambda: run(shape.velocity_layers(model, 3), "velocity", **slots), shape.layers * 2
+    return model, lambda: run(shape.velocity_layers(model, 3), "velocity", **slots), shape.layers
 
 
 MODELS = (tokenizer, language, decoding, conditioning, diffusion)
