@@ -44,8 +44,13 @@ class PerceptualDistance(nn.Module):
         value = self._lpips(prediction, target)
         if self.convnext_small is None:
             return value
+        return value + CONVNEXT_WEIGHT * self.logits_distance(prediction, target)
+
+    def logits_distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the mean squared difference of ConvNeXt's logits, (B, 3, S, S) twice to (B,)."""
+        assert self.convnext_small is not None
         logits, wanted = (self.convnext_small(self._normalised(_to_side(images))) for images in (prediction, target))
-        return value + CONVNEXT_WEIGHT * (logits - wanted).square().mean(1)
+        return (logits - wanted).square().mean(1)
 
     def _lpips(self, prediction: Tensor, target: Tensor) -> Tensor:
         taps = (self.vgg16(self._normalised(images)) for images in (prediction, target))
@@ -153,7 +158,7 @@ class _Head(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Features (B, C, H, W) with channels of norm 1. At 0 `vector_norm` has gradient 0, and a square root has none."""
+    """Scale features (B, C, H, W) to channels of norm 1."""
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 
