@@ -278,7 +278,7 @@ def test_a_pattern_without_match_says_what_is_there(tiny_world, tmp_path):
     assert (
         refusal(expand_shards, f"{tmp_path}/x.tar") == f"{tmp_path}/x.tar: no such shard; {tmp_path} holds no .tar file"
     )
-    assert "nowhere does not exist (`spar-scale data make`" in refusal(expand_shards, f"{tmp_path}/nowhere/*.tar")
+    assert "nowhere does not exist (put webdataset shards there;" in refusal(expand_shards, f"{tmp_path}/nowhere/*.tar")
 
 
 def test_an_unreachable_url_is_named():

@@ -24,6 +24,7 @@ from parallel.program import Layer, Program
 from spar_scale.config.recipe import Recipe
 from spar_scale.models.blocks import TransformerLayer
 from spar_scale.models.presets import Preset
+from spar_scale.ops import attention
 from spar_scale.stages import Stage, build
 from spar_scale.stages.costs import micro_batch, pipeline_costs
 
@@ -101,7 +102,13 @@ def test_the_layers_are_left_as_they_are():
 
 
 @pytest.mark.parametrize("preset", [NANO, TINY], ids=lambda preset: preset.name)
-def test_activations_are_the_bytes_that_autograd_keeps(tmp_path: Path, preset: Preset):
+def test_activations_are_the_bytes_that_autograd_keeps(tmp_path: Path, preset: Preset, monkeypatch):
+    def as_a_packed_kernel(backend, q, k, v, causal, scale, packing):
+        """What it keeps: samples of equal length are one dense batch."""
+        return attention._dense_samples(backend, q, k, v, causal, scale, len(packing.cu_seqlens_q) - 1)
+
+    monkeypatch.setattr(attention, "_takes_packed", lambda backend, device: True)
+    monkeypatch.setattr(attention, "_varlen", as_a_packed_kernel)
     recipe, stage = joint(tmp_path, preset)
     shapes = micro_batch(recipe, stage)
     counted = activation_bytes(layer_costs(stage.layers, shapes, list(stage.terms)))
@@ -115,6 +122,7 @@ def test_activations_are_the_bytes_that_autograd_keeps(tmp_path: Path, preset: P
         return tensor
 
     slots = {name: torch.ones(shape.shape, dtype=shape.dtype) for name, shape in shapes.items()}
+    slots["lengths"] *= len(slots["tokens"]) // len(slots["lengths"])
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         Program(stage.layers, stage.inputs, list(stage.terms))(slots)
     measured = sum(storage.nbytes() for storage in kept.values())
@@ -158,7 +166,7 @@ def test_stored_slots_have_the_shapes_that_the_encoding_gives(tmp_path: Path):
     shapes = micro_batch(recipe, stage.encoded())
     tokens, width = NANO.conditioning.max_words + NANO.vision.tokens + 2, NANO.language.width
     assert shapes["latent"].shape == (2, *NANO.latent_shape) and "images" not in shapes
-    assert shapes["prefix_state_0"].shape == (2, tokens, width)
+    assert shapes["prefix_state_0"].shape == (2 * tokens, width)
     assert len(pipeline_costs(recipe, stage.encoded())) == len(stage.encoded().layers)
 
 

@@ -16,7 +16,7 @@ def built(**options) -> TokenRouting:
 
 
 def states(num_states: int = 4) -> torch.Tensor:
-    return torch.randn(2, num_states, 5, 8, generator=torch.Generator().manual_seed(1))
+    return torch.randn(num_states, 10, 8, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(
@@ -63,17 +63,17 @@ def test_routed_tokens_by_hand():
         "projection.bias": [10.0, 20.0],
     }
     routing.load_state_dict({name: torch.tensor(value) for name, value in values.items()}, strict=True)
-    hidden = torch.tensor([[[[1.0, 3.0]], [[2.0, 0.0]]]])  # (B, K, N, D)
+    hidden = torch.tensor([[[1.0, 3.0]], [[2.0, 0.0]]])  # (K, N, D)
     routed, weights = routing(hidden)
-    torch.testing.assert_close(weights, torch.tensor([[[0.75, 0.25]]]))
-    torch.testing.assert_close(routed, torch.tensor([[[11.0, 21.0]]]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(weights, torch.tensor([[0.75, 0.25]]))
+    torch.testing.assert_close(routed, torch.tensor([[11.0, 21.0]]), rtol=1e-4, atol=0)
 
 
 def test_weights_sum_to_one_per_token_and_differ_between_tokens():
     weights = built().weights(states())
-    assert weights.shape == (2, 5, 4)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 5))
-    assert (weights.std(dim=1) > 1e-3).all()
+    assert weights.shape == (10, 4)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(10))
+    assert (weights.std(dim=0) > 1e-3).all()
 
 
 def test_a_low_temperature_sharpens_the_choice():
@@ -92,7 +92,7 @@ def test_every_parameter_of_each_kind_is_trained():
 def test_uniform_is_the_mean_of_all_states():
     routing, hidden = built(kind="uniform"), states()
     assert routing.sampled == (2, 4, 6, 8) and routing.gate is None
-    expected = routing.projection(routing.norm(hidden.mean(dim=1)))
+    expected = routing.projection(routing.norm(hidden.mean(dim=0)))
     routed, weights = routing(hidden)
     torch.testing.assert_close(routed, expected)
     assert (weights == 0.25).all()
@@ -102,7 +102,7 @@ def test_last_layer_reads_hidden_state_l_alone():
     routing, hidden = built(kind="last_layer"), states(1)
     assert routing.sampled == (8,) and routing.gate is None
     routed, weights = routing(hidden)
-    torch.testing.assert_close(routed, routing.projection(routing.norm(hidden[:, 0])))
+    torch.testing.assert_close(routed, routing.projection(routing.norm(hidden[0])))
     assert (weights == 1).all()
 
 
@@ -117,4 +117,4 @@ def test_scales_start_at_one_and_the_published_size_is_right():
 def test_weights_in_bf16_still_sum_to_one_in_fp32():
     weights = built().bfloat16().weights(states().bfloat16())
     assert weights.dtype == torch.float32
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 5))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(10))
