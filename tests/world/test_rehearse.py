@@ -67,6 +67,7 @@ def test_phases_are_chosen_with_what_they_start_from(tmp_path: Path):
     phases = rehearsed_phases(RECIPES / "spar_3b", tmp_path, "thin", ["align_joint"])
     assert [phase.name for phase in phases][-2:] == ["align_connector", "align_joint"]
     assert phases[-1].recipe.objective.align_block == phases[-1].preset.diffusion.layers == 2
+    assert phases[-1].reduced() == ", align_block 2 (recipe: 6)" and phases[0].reduced() == ""
     assert "  objective.align_block: 6 -> 2" in phases[-1].told().splitlines()
 
 

@@ -66,7 +66,7 @@ def rehearse(
     try:
         with meter.measure() as rows[0].measured:
             run_ranks(functools.partial(_write, phases, out, tokenizer), 1)
-        rows[0].trained, rows[0].faults = str(out), []
+        rows[0].trained, rows[0].faults = f"{out}, preset {phases[0].preset.name}", []
         if not trains:
             return True
         for phase in phases:
@@ -119,6 +119,7 @@ def _train(phase: Rehearsed, row: Row) -> None:
     parallel = recipe.parallel.model_copy(update=sizes)
     run_ranks(functools.partial(_attempt, recipe.model_copy(update={"parallel": parallel})), layout.processes)
     row.compare(killed, _curve(recipe), SAVED, f"1 process to {layout.name}", phase.tasks())
+    row.trained += phase.reduced()
     if declared.publishes is not None:
         row.exported = declared.publishes
         if not (recipe.run_dir / "pretrained" / "config.json").is_file():

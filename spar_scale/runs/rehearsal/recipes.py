@@ -58,6 +58,11 @@ class Rehearsed:
             counts[source.task or source.name] += self.recipe.data.task_block
         return counts
 
+    def reduced(self) -> str:
+        """Return what of the model's own settings does not fit the thin preset, and what takes its place; else ""."""
+        old, new = self.changes.get("objective.align_block", (None, None))
+        return "" if new is None else f", align_block {new} (recipe: {old})"
+
     def told(self) -> str:
         """Return the changes as one line each."""
         return "\n".join(f"  {key}: {_short(old)} -> {_short(new)}" for key, (old, new) in self.changes.items())
