@@ -26,8 +26,8 @@ from parallel.topology import Layout
 from parallel.zero.state_bytes import Weight
 from spar_scale.config.recipe import Recipe, flatten
 from spar_scale.data.order import micro_steps
-from spar_scale.data.tasks import packed_slots
 from spar_scale.models.sharding import check_tensor, tensor_plan
+from spar_scale.phases import phase_of
 from spar_scale.planning.gpus import find_gpu
 from spar_scale.planning.model_parts import part_of
 from spar_scale.stages import meta_stage
@@ -117,13 +117,12 @@ def _whole_bytes(module: nn.Module) -> int:
 
 
 def _prompts(recipe: Recipe) -> str | None:
-    """Describe the prompts that are counted; None for a phase without packed prompts."""
-    sample = meta_stage(recipe).sample
-    if not (packed_slots(sample) and sample.num_tokens):
+    """Describe the prompts that are counted; None for a phase that draws no pictures from prompts."""
+    if "objective.caption_dropout" not in phase_of(recipe).reads:
         return None
     if recipe.data.plan_tokens is not None:
         return f"prompts of {recipe.data.plan_tokens} tokens beside their picture (data.plan_tokens)"
-    longest = f"prompts of {sample.num_tokens} tokens, the longest that are read"
+    longest = f"prompts of {preset_of(recipe).conditioning.max_words} tokens, the longest that are read"
     return f"{longest}: set data.plan_tokens to the mean of your data"
 
 
